@@ -27,6 +27,7 @@ from benchmarks.measuring import markdown
 from benchmarks.tasks import TASKS
 from osscar.allocation.speedup import WholeModels
 from osscar.allocation.task import PruningTask
+from osscar.allocation.timed import clock_of
 from osscar.allocation.times import time_operators
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest
@@ -53,7 +54,7 @@ def compared(model: nn.Module, data: Any) -> Iterator[Compared]:
     with prepare(model, data) as prepared:
         request = PruningRequest(speedup=1.5, round_to=1)
         task = PruningTask(prepared, request)
-        table = time_operators(task)
+        table = time_operators(task, clock_of(task))
         for share in SHARES:
             kept = {}
             for group in task.shared:

@@ -31,7 +31,7 @@ from typing import (
 from annotated_types import Gt, Interval
 
 from osscar.base.distances import DistanceOption
-from osscar.base.errors import OptionError, RequestError
+from osscar.base.errors import OptionError, RequestError, check_onnx
 from osscar.base.inputs import (
     PERCENT,
     Read,
@@ -276,14 +276,21 @@ class PruningRequest:
         Memory that serving the smaller language model may take for its weights and its key/value
         cache: a fraction of the dense model's, or a size such as ``2GB``.  It needs `context`.
     context
-        With `memory`: tokens of each sequence in the key/value cache.
+        With `memory` or `timed` ``decode``: tokens of each sequence in the key/value cache.
     batch
-        With `memory`: sequences that are served at the same time.
+        With `memory` or `timed` ``decode``: sequences that are served at the same time.
     flops
         Fraction of the floating-point operations to keep, such as 0.7 or ``70%``.
     speedup
         Speed of a forward pass to reach within 2 %, as a multiple of the dense model's, above 1.
         It is timed on this device, where nothing else should run meanwhile.
+    timed
+        With `speedup`: what is timed.  ``prefill``: a forward pass over a batch of calibration
+        data.  ``decode``: the next token of each of `batch` sequences of a language model, with
+        a key/value cache of `context` positions.
+    timed_in
+        With `speedup`: what runs it, ``torch``, or ``onnxruntime`` on the processor, for which
+        operators and models are exported.
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
         The smallest model within it and within all budgets is found by pruning up to four times, on
@@ -392,6 +399,8 @@ class PruningRequest:
     batch: Annotated[int, count_from(1)] = 1
     flops: Annotated[float | None, SHARE, PERCENT] = None
     speedup: Annotated[float | None, Gt(1)] = None
+    timed: Literal["prefill", "decode"] = "prefill"
+    timed_in: Literal["torch", "onnxruntime"] = "torch"
     max_divergence: Annotated[float | None, Gt(0)] = None
     max_perplexity_increase: ShareLost = None
     max_top1_drop: ShareLost = None
@@ -426,6 +435,8 @@ class PruningRequest:
         for wrong, advice in self._contradictions():
             if wrong:
                 raise RequestError(advice)
+        if self.timed_in == "onnxruntime":
+            check_onnx("timed_in onnxruntime (`--timed-in onnxruntime`)")
         if not self.experts_alone:
             self.chosen_backend()
         if self.routed:
@@ -485,9 +496,27 @@ class PruningRequest:
             "the context, too (`--context 4096`, or context=4096 in Python)",
         )
         yield (
-            self.memory is None and (self.context is not None or self.batch != 1),
-            "context and batch are for memory (`--memory`), which is not given; give it, or omit "
-            "both",
+            self.timed == "decode" and self.context is None,
+            "timed is decode, which needs the length of the key/value cache; give the context, too "
+            "(`--context 4096`, or context=4096 in Python)",
+        )
+        yield (
+            self.memory is None
+            and self.timed != "decode"
+            and (self.context is not None or self.batch != 1),
+            "context and batch are for memory (`--memory`) and for timed decode (`--timed "
+            "decode`); give one of these, or omit both",
+        )
+        for name, usual in (("timed", "prefill"), ("timed_in", "torch")):
+            yield (
+                getattr(self, name) != usual and self.speedup is None,
+                f"{name} is {getattr(self, name)}, which says what a speed-up is of; give speedup, "
+                "too (`--speedup 1.5`, or speedup=1.5 in Python), or omit it",
+            )
+        yield (
+            self.timed == "decode" and self.timed_in == "onnxruntime",
+            "timed decode does not go with timed_in onnxruntime, as models are exported without a "
+            "key/value cache; omit one of them",
         )
         yield (
             self.memory is not None and self.form == "exported",

@@ -265,7 +265,7 @@ def _timed(
     """Choose widths whose model was timed to be as fast as wanted, within all other limits."""
     task, ranks, curves = sharing.task, sharing.task.prepared.ranks, sharing.curves
     (operations,) = (one for one in allowed if one.budget is BudgetKind.SPEEDUP)
-    table = ranks.broadcast("times of operators", partial(time_operators, task))
+    table = ranks.broadcast("times of operators", lambda: time_operators(task, models.clock))
 
     def allowing(cost: CountedCost, share: float) -> list[Allowance]:
         limit = replace(operations, cost=cost, most=share * cost.dense)
@@ -307,7 +307,7 @@ def _timed(
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
     budget = [*proposals.values()][place].budget(allowed, Chosen(found[place].kept))
     reached = 1 / found[place].speedup
-    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, reached)
+    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, reached, assumed=table.assumed)
     others = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
     return replace(budget, limits=(timed, *others))
 

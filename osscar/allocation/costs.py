@@ -276,16 +276,21 @@ def operations(
 
 
 def traced_alike(
-    prepared: Prepared, groups: Sequence[CouplingGroup], batch: Batch, refused: str, advice: str
+    prepared: Prepared,
+    groups: Sequence[CouplingGroup],
+    batch: Batch,
+    refused: str,
+    advice: str,
+    what: str = "a pass",
 ) -> graph.DependencyGraph:
-    """Trace the model on a batch, and find the same groups.
+    """Trace the model on a batch, and find the same groups; `what` is that of `traced_on`.
 
     A `RequestError` says what is refused if it cannot be traced or has others, and what to do.
     """
     shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in batch.items())
     refused = f"{refused} on a sample of {shapes}: "
     try:
-        traced = prepared.traced_on(batch)
+        traced = prepared.traced_on(batch, what)
     except graph.GraphError as error:
         raise RequestError(f"{refused}{error}; {advice}") from error
     known = {group.name: {s.location for s in group.slots} for group in traced.groups}

@@ -6,11 +6,14 @@ fills in a pass: layers may share keys and values, keep none, or keep a window o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,12 @@ from graph import CouplingGroup, DependencyGraph, UnitKind
 from osscar.allocation.costs import CountedCost, Product
 from osscar.base.errors import RequestError
 from osscar.data.batches import Batch
-from osscar.network.hooks import running_modules
+from osscar.network.hooks import hooks, running_modules
 from osscar.network.modules import context_length, fresh
+from osscar.network.predictions import named_logits
 from osscar.proof.equivalence import cache_name, takes
 from osscar.proof.lineage import stored_dtype
+from osscar.request import PruningRequest
 
 
 def serving_memory(
@@ -42,14 +47,8 @@ def serving_memory(
     A `RequestError` is raised if the model keeps no keys and values, or something else besides, or
     reads fewer positions.
     """
-    longest = context_length(model)
-    if longest is not None and context > longest:
-        raise RequestError(
-            f"context (`--context`) is {context}, and the model reads {longest:,} positions at "
-            f"most; give "
-            "no more"
-        )
-    seen, dtype = _first_states(model, example), stored_dtype(model)
+    check_caches(model, MEMORY, context)
+    seen, dtype = _first_states(model, example, MEMORY), stored_dtype(model)
     heads = {group.name: group.units for group in groups if group.kind is UnitKind.HEADS}
     terms, fixed = list(weights.terms), weights.fixed
     # The cache itself says how many positions it holds, of states that take no memory.
@@ -76,18 +75,66 @@ def serving_memory(
     return replace(weights, terms=tuple(terms), fixed=fixed, assumed=assumed)
 
 
-def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tensor, Tensor]]:
-    """Run a model once; return by layer of its cache the module, a first key and a first value."""
+# ---- keys and values -----------------------------------------------------------------------
+
+
+class Caching(NamedTuple):
+    """What asks for the keys and values of a model, by its option, and what to do without."""
+
+    option: str
+    instead: str
+
+
+MEMORY = Caching("memory (`--memory`)", "give size (`--size`)")
+DECODE = Caching("timed decode (`--timed decode`)", "omit it, and a forward pass is timed")
+
+_KEPT = {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def check_served(model: nn.Module, request: PruningRequest) -> None:
+    """Raise a `RequestError` if a request is about keys and values that a model does not keep."""
+    for asked, is_given in (
+        (MEMORY, request.memory is not None),
+        (DECODE, request.timed == "decode"),
+    ):
+        if is_given:
+            assert request.context is not None
+            check_caches(model, asked, request.context)
+
+
+def check_caches(model: nn.Module, asked: Caching, context: int) -> None:
+    """Raise a `RequestError` if a model keeps no keys and values, or reads fewer positions."""
     if (
         not isinstance(model, PreTrainedModel)
         or not (model.can_generate() and takes(model, "use_cache"))
         or model.config.is_encoder_decoder
     ):
         raise RequestError(
-            f"memory (`--memory`) counts the keys and values that a decoder of transformers "
-            f"keeps as it "
-            f"generates text, and {type(model).__name__} keeps none; give size (`--size`)"
+            f"{asked.option} needs the keys and values that a decoder of transformers keeps as it "
+            f"generates text, and {type(model).__name__} keeps none; {asked.instead}"
         )
+    if others := {type(layer) for layer in DynamicCache(config=model.config).layers} - _KEPT:
+        raise _keeps_others(model, others, asked)
+    longest = context_length(model)
+    if longest is not None and context > longest:
+        raise RequestError(
+            f"context (`--context`) is {context}, and the model reads {longest:,} positions at "
+            "most; give no more"
+        )
+
+
+def _keeps_others(model: nn.Module, kinds: Iterable[type], asked: Caching) -> RequestError:
+    named = " and ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+    return RequestError(
+        f"{asked.option} needs keys and values, and {type(model).__name__} keeps {named}; "
+        f"{asked.instead}"
+    )
+
+
+def _first_states(
+    model: nn.Module, example: Batch, asked: Caching
+) -> dict[int, tuple[str, Tensor, Tensor]]:
+    """Run a model once; return by layer of its cache the module, a first key and a first value."""
     seen: dict[int, tuple[str, Tensor, Tensor]] = {}
     cache = DynamicCache(config=model.config)
     plain = cache.update
@@ -100,13 +147,61 @@ def _first_states(model: nn.Module, example: Batch) -> dict[int, tuple[str, Tens
         cache.update = noted
         model(**{**fresh(example), cache_name(model): cache, "use_cache": True})
     others = {
-        type(layer).__name__
+        type(layer)
         for index, layer in enumerate(cache.layers)
-        if index not in seen or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+        if index not in seen or type(layer) not in _KEPT
     }
     if others or not seen:
-        raise RequestError(
-            f"memory (`--memory`) counts keys and values, and {type(model).__name__} keeps "
-            f"{' and '.join(sorted(others)) or 'none'}; give size (`--size`)"
-        )
+        raise _keeps_others(model, others, asked)
     return seen
+
+
+# ---- one token ---------------------------------------------------------------------------
+
+
+def filled_cache(model: nn.Module, example: Batch, positions: int, batch: int) -> DynamicCache:
+    """Return a cache of so many positions in each sequence, all of them the example's first."""
+    filled = DynamicCache(config=model.config)
+    for index, (_, *states) in sorted(_first_states(model, example, DECODE).items()):
+        filled.update(*(one.repeat(batch, 1, positions, 1) for one in states), index)
+    return filled
+
+
+def token_step(model: nn.Module, cache: DynamicCache, batch: Batch) -> Callable[[], Any]:
+    """Return what reads the next token of each sequence; the cache stays as it is."""
+    name = cache_name(model)
+    return lambda: model(**{**fresh(batch), name: _copied(cache), "use_cache": True})
+
+
+def token_step_traced(model: nn.Module, cache: DynamicCache) -> AbstractContextManager[None]:
+    """Let a model, while it is traced, read the next token of each sequence.
+
+    What the cache holds is then repeated from the token's own keys and values, which says whose
+    heads they are; logits alone are put out.
+    """
+
+    def before(_: str, __: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        step = _copied(cache)
+        for layer in step.layers:
+            layer.update = partial(_update_repeated, layer)
+        return args, {**kwargs, cache_name(model): step, "use_cache": True}
+
+    def after(_: str, __: nn.Module, ___: Any, ____: Any, result: Any) -> Tensor | None:
+        return named_logits(result)
+
+    return hooks(model, [""], before, after)
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """Return a cache of the same tensors, to which positions are added apart."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    return made
+
+
+def _update_repeated(
+    layer: DynamicLayer, keys: Tensor, values: Tensor, *more: Any, **by: Any
+) -> Any:
+    held = layer.keys.shape[-2]
+    layer.keys, layer.values = (one.expand(-1, -1, held, -1) for one in (keys, values))
+    return type(layer).update(layer, keys, values, *more, **by)

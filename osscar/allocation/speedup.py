@@ -11,19 +11,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from timeit import Timer
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from graph.tracing.preserve import without_cache
+from osscar.allocation.clocks import Clock
 from osscar.allocation.task import PruningTask
+from osscar.allocation.timed import clock_of
 from osscar.base.errors import EquivalenceError, RequestError
-from osscar.base.timing import busy_clock, interleaved
-from osscar.data.batches import Batch
-from osscar.network.modules import copied, forward
+from osscar.base.timing import interleaved
+from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import shrink
@@ -103,8 +102,15 @@ class WholeModels:
     @classmethod
     def shared(cls, task: PruningTask) -> WholeModels:
         """Return those of a task, with what others of the same model have timed."""
-        key = "models", *task.options, *sorted(task.keep.items())
+        request = task.request
+        timed = request.timed, request.timed_in, request.context, request.batch
+        key = "models", *timed, *task.options, *sorted(task.keep.items())
         return cls(task, task.prepared.timed.setdefault(key, {}))
+
+    @cached_property
+    def clock(self) -> Clock:
+        """What times them."""
+        return clock_of(self.task)
 
     def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Return what stands for widths."""
@@ -115,14 +121,12 @@ class WholeModels:
 
         A `RequestError` says that none can be built, or that the device is too noisy to tell.
         """
-        key, prepared = self.key(kept), self.task.prepared
+        key = self.key(kept)
         if key not in self.speedups:
-            smaller, wanted = (
-                _built(prepared, {**self.task.keep, **kept}),
-                self.task.request.speedup,
-            )
+            smaller = _built(self.task.prepared, {**self.task.keep, **kept})
+            wanted = self.task.request.speedup
             assert wanted is not None
-            found = time_against(prepared.model, smaller, prepared.batches()[0], wanted)
+            found = time_against(self.clock.dense, self.clock.timer(smaller), wanted)
             self.speedups[key] = found.speedup
             if found.error > found.told(wanted):
                 self.error = max(self.error, found.error)
@@ -230,23 +234,21 @@ def _between(fast: Point, slow: Point, seconds: float) -> float:
     return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
 
 
-def time_against(dense: nn.Module, other: nn.Module, batch: Batch, wanted: float) -> Ratio:
-    """Return the ratio of the times of the dense model and of another one on a batch, a median.
+def time_against(dense: Timer, other: Timer, wanted: float) -> Ratio:
+    """Return the ratio of the times of the dense model and of another one, a median.
 
     Its error is about half of the interquartile range of the single ratios, over the root of their
     number.  It is as small as what is wanted asks for; a `RequestError` is raised if it cannot be.
     """
-    timers = [Timer(partial(forward, one, batch), timer=busy_clock) for one in (dense, other)]
     turns: list[tuple[float, ...]] = []
-    with torch.no_grad(), without_cache(dense), without_cache(other):
-        while True:
-            turns += zip(*interleaved(timers, _TURNS, "timing"), strict=True)
-            low, middle, high = statistics.quantiles((a / b for a, b in turns), n=4)
-            found = Ratio(middle, (high - low) / 2 / len(turns) ** 0.5 / middle)
-            if found.error <= found.told(wanted):
-                return found
-            if len(turns) >= _MOST_TURNS or sum(map(sum, turns)) >= _SECONDS:
-                break
+    while True:
+        turns += zip(*interleaved((dense, other), _TURNS, "timing"), strict=True)
+        low, middle, high = statistics.quantiles((a / b for a, b in turns), n=4)
+        found = Ratio(middle, (high - low) / 2 / len(turns) ** 0.5 / middle)
+        if found.error <= found.told(wanted):
+            return found
+        if len(turns) >= _MOST_TURNS or sum(map(sum, turns)) >= _SECONDS:
+            break
     if not found.error <= CLOSE:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "

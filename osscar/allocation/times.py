@@ -18,25 +18,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from networkx.utils import UnionFind
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
-from torch import nn
 
-import graph
 from graph import Operator, Size
-from osscar.allocation.costs import CountedCost, traced_alike
+from osscar.allocation.clocks import Clock, OperatorCall
+from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import unit_width
 from osscar.base.memory import attempt
 from osscar.base.progress import progress_bar
-from osscar.base.timing import busy_clock
-from osscar.data.batches import Batch
-from osscar.network.modules import device_of, forward
-
-OperatorTimer = Callable[[Operator, Callable[[Size], int]], float]
-"""Returns the seconds of an operator, whose sizes have the values that a function returns."""
+from osscar.base.timing import clock as wall_clock
 
 _NEGLIGIBLE = 0.002
 """Of a pass: operators that take less, all together, are part of the constant."""
@@ -67,9 +60,6 @@ _JOINT = 4
 _SWEEPS = 50
 """Over the axes of a table, which change less and less."""
 
-_ON_CARD = 10
-"""Calls of an operator in a row."""
-
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -98,58 +88,33 @@ def _around(width: Any, grid: NDArray[np.int64]) -> tuple[tuple[Any, Any], tuple
     return (below, 1 - part), (below + 1, part)
 
 
-def time_operators(task: PruningTask) -> CountedCost:
-    """Time the operators of a pass over the first batch, on the device of the model, once.
-
-    A `RequestError` is raised where the model cannot be traced on it.
-    """
-    prepared, batch = task.prepared, task.prepared.batches()[0]
-    traced = traced_alike(
-        prepared, task.counted, batch, "operators cannot be timed", "give flops (`--flops`)"
-    )
+def time_operators(task: PruningTask, clock: Clock) -> CountedCost:
+    """Time the operators over the widths that the groups of a task may have, once."""
     ranges = {name: (int(some[0]), int(some[-1])) for name, some in task.options.items()}
-    units = {group.name: group.units for group in traced.groups}
+    units = {group.name: group.units for group in clock.traced.groups}
     ranges |= {name: (kept, units[name]) for name, kept in task.keep.items() if name in units}
-
-    def time_dense() -> float:
-        began = busy_clock()
-        forward(prepared.model, batch)
-        return busy_clock() - began
-
-    key = "operators", *sorted(ranges.items())
-    if key not in prepared.timed:
-        timer = InTorch.of(prepared.model, batch)
-        prepared.timed[key] = tabled(traced, ranges, timer, time_dense)
-    found: CountedCost = prepared.timed[key]
+    key = clock.described, *sorted(ranges.items())
+    if key not in task.prepared.timed:
+        task.prepared.timed[key] = tabled(clock, ranges)
+    found: CountedCost = task.prepared.timed[key]
     return found
 
 
-def tabled(
-    traced: graph.DependencyGraph,
-    ranges: Mapping[str, tuple[int, int]],
-    time_operator: OperatorTimer,
-    time_dense: Callable[[], float],
-) -> CountedCost:
-    """Time the operators of a traced model over the widths of some groups.
-
-    Parameters
-    ----------
-    ranges
-        The fewest and the most units of groups; the most are all.
-    time_operator, time_dense
-        Return the seconds of an operator, and of a pass of the dense model.
-    """
-    units = {group.name: group.units for group in traced.groups}
+def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:
+    """Time the operators over the widths of some groups: the fewest units of each, and all."""
+    units = {group.name: group.units for group in clock.traced.groups}
     ends = {n: one for n, one in ranges.items() if n in units and one[0] < one[1]}
-    unit_widths = {group.name: unit_width(group) for group in traced.groups}
-    whole = [time_dense() for _ in range(_ROUNDS)]
+    unit_widths = {group.name: unit_width(group) for group in clock.traced.groups}
+    whole = [clock.dense.timeit(1) for _ in range(_ROUNDS)]
     limit = max(_SECONDS, _PASSES * statistics.median(whole))
-    dense = _Calls(time_operator, units)
-    operators = _worthwhile(dense, traced.operators, ends, _NEGLIGIBLE * statistics.median(whole))
+    dense = _Calls(clock, units)
+    least = _NEGLIGIBLE * statistics.median(whole)
+    operators = _worthwhile(dense, clock.traced.operators, ends, least)
+    getting_ready = dense.getting_ready / max(len(dense.noted), 1)
     for most in _GRIDS:
         grids = _Grids(ends, unit_widths, most)
         sweeps = [one for operator, axes in operators for one in grids.sweeps(operator, axes)]
-        calls = _Calls(time_operator, units)
+        calls = _Calls(clock, units)
         expected = 0.0
         for sweep in sweeps:
             at_dense = dense.seconds(dense.key(sweep.operator, {}))
@@ -157,12 +122,13 @@ def tabled(
                 if (key := calls.key(sweep.operator, widths)) not in calls.noted:
                     calls.note(key, sweep.operator, widths)
                     expected += at_dense * min(w / units[name] for name, w in widths.items())
-        if _ROUNDS * expected <= limit:
+        left = limit - getting_ready * len(calls.noted)
+        if _ROUNDS * expected <= left:
             break
-    rounds = int(min(max(_ROUNDS, limit / max(expected, 1e-9)), _MOST_ROUNDS))
+    rounds = int(min(max(_ROUNDS, left / max(expected, 1e-9)), _MOST_ROUNDS))
     with progress_bar("timing operators", rounds) as bar:
         for _ in range(rounds):
-            whole.append(time_dense())
+            whole.append(clock.dense.timeit(1))
             calls.time_all()
             bar.advance()
     tables: dict[tuple[Any, ...], Table] = {}
@@ -177,7 +143,8 @@ def tabled(
     alone = sum(float(table.seconds.flat[-1]) for table in tables.values())
     scale = min(1.0, statistics.median(whole) / alone) if alone else 1.0
     terms = tuple(Table(t.names, t.grids, scale * t.seconds) for t in tables.values())
-    return CountedCost(max(statistics.median(whole) - alone, 0.0), terms, units)
+    fixed = max(statistics.median(whole) - alone, 0.0)
+    return CountedCost(fixed, terms, units, clock.described)
 
 
 def monotone(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -299,10 +266,13 @@ class _Grids:
 class _Calls:
     """Operators at shapes, equal ones once; all of them are timed once a round."""
 
-    def __init__(self, time: OperatorTimer, units: Mapping[str, int]) -> None:
-        self._time, self._units = time, units
-        self.noted: dict[str, tuple[Operator, Mapping[str, int]]] = {}
-        """The operators, with their widths, by `key`."""
+    def __init__(self, clock: Clock, units: Mapping[str, int]) -> None:
+        self._clock, self._units = clock, units
+        self.noted: dict[str, OperatorCall] = {}
+        """The operators at their widths, by `key`."""
+        self.getting_ready = 0.0
+        """Seconds that it took the clock to be ready for them."""
+        self._timers: dict[str, Callable[[], float]] = {}
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def key(self, operator: Operator, widths: Mapping[str, int]) -> str:
@@ -313,14 +283,19 @@ class _Calls:
 
     def note(self, key: str, operator: Operator, widths: Mapping[str, int]) -> None:
         """Note that it is to be timed."""
-        self.noted[key] = operator, {**self._units, **widths}
+        self.noted[key] = operator, partial(Size.at, kept={**self._units, **widths})
 
     def time_all(self) -> None:
         """Time each once; what cannot be called takes NaN."""
-        for key, (operator, widths) in self.noted.items():
+        if not self._timers:
+            began = wall_clock()
+            ready = self._clock.ready([*self.noted.values()])
+            self._timers = dict(zip(self.noted, ready, strict=True))
+            self.getting_ready = wall_clock() - began
+        for key, timer in self._timers.items():
             seconds = math.nan
             with attempt():  # numbers in the code that do not follow widths
-                seconds = self._time(operator, partial(Size.at, kept=widths))
+                seconds = timer()
             self._seconds[key].append(seconds)
 
     def seconds(self, key: str) -> float:
@@ -369,45 +344,3 @@ def _axes(operator: Operator, names: Collection[str]) -> Axes:
             if own:
                 together.union(*own)
     return tuple({name: numbers[name] for name in sorted(one)} for one in together.to_sets())
-
-
-# ---- in torch ----------------------------------------------------------------------------
-
-
-class InTorch:
-    """Times operators by calling them on random tensors, on a device and in the formats there."""
-
-    def __init__(self, device: torch.device, channels_last: bool = False) -> None:
-        self._device, self._channels_last = device, channels_last
-        generator = torch.Generator(device).manual_seed(0)
-        self._random = torch.rand(1 << 16, generator=generator, device=device)
-        # The work of one call hides on a card behind that of giving it.
-        self._calls = 1 if device.type == "cpu" else _ON_CARD
-
-    @classmethod
-    def of(cls, model: nn.Module, batch: Batch) -> InTorch:
-        """Return what times the operators of a model, channels last where its weights are so."""
-        several = [t for t in (*model.parameters(), *batch.values()) if t.ndim == 4]
-        return cls(device_of(model), any(_is_channels_last(one) for one in several))
-
-    def __call__(self, operator: Operator, size: Callable[[Size], int]) -> float:
-        """Return the seconds of an operator; its tensors lie elsewhere each time, as in a pass."""
-        given = operator.arguments_at(size, self._tensor)
-        began = busy_clock()
-        for _ in range(self._calls):
-            operator.function(**given)
-        return (busy_clock() - began) / self._calls
-
-    def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if not dtype.is_floating_point:  # indices, and masks that hide nothing
-            return torch.full(shape, dtype is torch.bool, dtype=dtype, device=self._device)
-        number = math.prod(shape)
-        copies = -(-number // len(self._random))
-        made = self._random.to(dtype).repeat(copies)[:number].view(shape)
-        last = self._channels_last and len(shape) == 4
-        return made.contiguous(memory_format=torch.channels_last) if last else made
-
-
-def _is_channels_last(tensor: torch.Tensor) -> bool:
-    last = tensor.is_contiguous(memory_format=torch.channels_last)
-    return last and not tensor.is_contiguous()

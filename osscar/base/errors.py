@@ -7,7 +7,7 @@ names a field as Python has it, and in backquotes the option of the command line
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,10 +139,24 @@ def optional(module: str, extra: str, work: str, instead: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingDependency(
-            f"{work} needs the package {module.partition('.')[0]!r}; install it with "
-            f"`python3 -m pip install 'osscar[{extra}]'`{instead}"
-        ) from error
+        raise _missing(module, extra, work, instead) from error
+
+
+def _missing(module: str, extra: str, work: str, instead: str = "") -> MissingDependency:
+    return MissingDependency(
+        f"{work} needs the package {module.partition('.')[0]!r}; install it with "
+        f"`python3 -m pip install 'osscar[{extra}]'`{instead}"
+    )
+
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_onnx(work: str) -> None:
+    """Raise a MissingDependency if a package is not there that ONNX takes; none is loaded."""
+    for name in ONNX_PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise _missing(name, "onnx", work)
 
 
 def import_torchvision(module: str) -> Any:

@@ -51,7 +51,8 @@ _GROUPS = {
     "First options": "sparsity params flops speedup max_divergence calibration text images inputs "
     "samples weights recover steps keep backends exact_units groups format svg "
     "all_groups times out",
-    "Advanced: budget": "size memory context batch allocation distance round_to at_least",
+    "Advanced: budget": "size memory context batch timed timed_in allocation distance round_to "
+    "at_least",
     "Advanced: quality target": "max_perplexity_increase max_top1_drop smallest",
     "Advanced: what to keep": "heads neurons channels residual experts skip",
     "Advanced: calibration and test data": "seqlen windows window_units held_out batch_size seed",
@@ -257,7 +258,17 @@ class RecoverOptions(OpenOptions, SavedOptions):
 @_command(
     PruningRequest,
     only=(
-        *("context", "batch", "allocation", "seed", "batch_size", "round_to", "at_least"),
+        *(
+            "context",
+            "batch",
+            "timed",
+            "timed_in",
+            "allocation",
+            "seed",
+            "batch_size",
+            "round_to",
+            "at_least",
+        ),
         *(
             "distance",
             "backend",

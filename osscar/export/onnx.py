@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.devices import default_torch
-from osscar.base.errors import ModelError, OutputError, first_line, optional
+from osscar.base.errors import ModelError, OutputError, check_onnx
 from osscar.base.files import atomic_write
 from osscar.base.memory import attempt
 from osscar.data.batches import Batch
@@ -21,8 +20,7 @@ from osscar.export.open_program import OpenProgram, Run, Traced, example_for, re
 from osscar.export.target import Exported, traced_target
 from osscar.network.hooks import computable_mixtures
 from osscar.network.modules import number_format
-
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+from osscar.network.onnx_runtime import refused, session_of, to_onnx
 
 
 @default_torch()
@@ -72,7 +70,7 @@ def export_onnx(
     MissingDependency
         If a package is not installed.
     """
-    *_, runtime = (optional(name, "onnx", "writing ONNX") for name in _PACKAGES)
+    check_onnx("writing ONNX")
     target = traced_target(model, out, ".onnx", overwrite=overwrite)
     found = read(model, dense, torch.float32)
     if number_format(found) != torch.float32:
@@ -95,7 +93,7 @@ def export_onnx(
             nonlocal session
             session = None  # the one before holds all weights
             _write(traced, opened.output_names, partial)
-            session = _session(runtime, partial)
+            session = session_of(partial)
             return lambda inputs: _outputs(session, inputs)
 
         opened.written(write, "ONNX Runtime")
@@ -115,23 +113,12 @@ def export_onnx(
 def _write(traced: Traced, outputs: Sequence[str], path: Path) -> None:
     for old in path.parent.iterdir():
         old.unlink()  # of a try with more sizes open
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
-            written = torch.onnx.export(
-                traced.program,
-                dynamo=True,
-                verbose=False,
-                input_names=list(traced.example),
-                output_names=list(outputs),
-                dynamic_shapes=traced.axis_names(),
-            )
-    except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ModelError(f"torch.onnx cannot write the model: {first_line(cause)}") from error
-    assert written is not None
+    written = to_onnx(
+        traced.program,
+        input_names=list(traced.example),
+        output_names=list(outputs),
+        dynamic_shapes=traced.axis_names(),
+    )
     for tensor in (*written.model.graph.inputs, *written.model.graph.outputs):
         shape: Any = tensor.shape
         for dim, size in enumerate(shape or ()):
@@ -140,23 +127,11 @@ def _write(traced: Traced, outputs: Sequence[str], path: Path) -> None:
     written.save(path)
 
 
-def _session(runtime: Any, file: Path) -> Any:
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, too
-    with attempt() as tried:  # its exceptions have no class in common
-        return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    raise _refused(tried.error) from tried.error
-
-
 def _outputs(session: Any, inputs: Batch) -> list[Tensor]:
     given = {one.name: inputs[one.name].cpu().numpy() for one in session.get_inputs()}
     with attempt() as tried:
         return [torch.from_numpy(np.asarray(array)) for array in session.run(None, given)]
-    raise _refused(tried.error) from tried.error
-
-
-def _refused(error: Exception) -> ModelError:
-    return ModelError(f"ONNX Runtime does not run what was written: {first_line(error):.300}")
+    raise refused(tried.error) from tried.error
 
 
 def _described(tensors: Sequence[Any]) -> dict[str, str]:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graph.errors import GraphError
-from graph.tracing.export import run_export, varies
+from graph.tracing.export import varies
 from graph.tracing.standalone import LARGEST
 from osscar.base.errors import DataError, EquivalenceError, ModelError, first_line
 from osscar.base.inputs import safe_repr
@@ -37,6 +36,7 @@ from osscar.data.sample_files import load_tensors
 from osscar.data.samples import LABEL_NAMES
 from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating
+from osscar.network.onnx_runtime import program_of
 from osscar.network.predictions import ALONE, named_outputs, reads_sequences
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
@@ -152,13 +152,8 @@ class OpenProgram:
     def _program(self, left_open: LeftOpen) -> torch.export.ExportedProgram:
         auto: Any = torch.export.Dim.AUTO
         sizes = {name: dict.fromkeys(dims, auto) for name, dims in left_open.items()}
-        try:
-            with self.kernels(self.model):
-                return run_export(self.model, (), self.example, sizes)
-        except GraphError as error:
-            raise ModelError(
-                f"torch.export cannot follow the model: {first_line(error)}"
-            ) from error
+        with self.kernels(self.model):
+            return program_of(self.model, (), self.example, sizes)
 
     def _holds(self, traced: Traced, axis: Axis, run: Run, names: tuple[str, str]) -> bool:
         """Tell whether an engine takes other sizes of an axis, and computes what the model does.

@@ -145,13 +145,13 @@ class Prepared:
         """The programs of the model, with all its units; to be asked for before any leaves."""
         return self.export()
 
-    def traced_on(self, batch: Batch) -> graph.DependencyGraph:
+    def traced_on(self, batch: Batch, what: str = "a pass") -> graph.DependencyGraph:
         """Trace the model once more, on larger inputs: operators have shapes of these.
 
-        It is done once for inputs of the same shapes, and before any unit leaves.  Raises what
-        `graph.trace` raises.
+        It is done once for inputs of the same shapes and `what`, which the caller's hooks have it
+        do, and before any unit leaves.  Raises what `graph.trace` raises.
         """
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in batch.items())
+        shapes = what, *((name, tuple(tensor.shape)) for name, tensor in batch.items())
         if shapes not in self.traces:
             self.untouched.put_back()
             rules = graph.PROGRAM_RULES if self.in_programs else graph.DEFAULT_RULES

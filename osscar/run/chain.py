@@ -20,6 +20,7 @@ from osscar.allocation.allocate import Measuring, allocate, measured_once
 from osscar.allocation.budget import Allocated
 from osscar.allocation.limits import counted_again, goal
 from osscar.allocation.task import PruningTask
+from osscar.allocation.timed import check_timed
 from osscar.base.devices import resolve_device
 from osscar.base.errors import RequestError, gathered_warnings
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -90,6 +91,7 @@ def prepare(
     pruned_on
         The part of the calibration data that groups are refitted to; by default all.
     """
+    check_timed(model, request)
     with (
         memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         preparation.prepare(

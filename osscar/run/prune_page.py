@@ -256,8 +256,8 @@ def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str
         if one["cost"] == "time":
             yield (
                 "timed",
-                f"{1 / reached:.2f} times as fast as the dense model on a calibration batch; "
-                f"{1 / limit:g} was asked for",
+                f"{1 / reached:.2f} times as fast as the dense model, {1 / limit:g} was asked for: "
+                f"{one['assumed']}",
             )
             continue
         binds, assumed = "", f" ({one['assumed']})" if one["assumed"] else ""

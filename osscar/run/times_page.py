@@ -17,6 +17,7 @@ import numpy as np
 
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
+from osscar.allocation.timed import clock_of
 from osscar.allocation.times import Table as Times
 from osscar.allocation.times import time_operators
 from osscar.base.devices import this_device
@@ -86,7 +87,7 @@ class ModelTimes:
     @classmethod
     def measured(cls, task: PruningTask) -> ModelTimes:
         """Time the operators of a pass over the first batch, as `--speedup` does, once."""
-        cost, model = time_operators(task), task.prepared.model
+        cost, model = time_operators(task, clock_of(task)), task.prepared.model
         return cls(
             dense=cost.dense,
             shapes={n: list(tensor.shape) for n, tensor in task.prepared.batches()[0].items()},

@@ -45,6 +45,8 @@ PARSED = {
     "python -m benchmarks.": BENCHMARK,
     "osscar prune smollm2-135m --max-perplexity-increase": "takes text that does not repeat",
     "osscar prune net.py:build --max-top1-drop": "takes labels; in test_quality_target.py",
+    "osscar prune smollm2-135m --speedup": "times of a tiny model are noise; in test_clocks.py",
+    "osscar prune model.py:build --speedup": "as above",
     "osscar instances": "test_instances.py runs its commands on the smallest",
 }
 """Commands, by what they begin with, that are not run here, and why."""

@@ -296,9 +296,9 @@ def test_what_few_runs_have_is_told_where_they_have_it(document):
         assert (words in told) == bool(fixed)
 
     limit = {"cost": "time", "dense": 1.0, "limit": 0.5, "reached": 0.51, "price": None}
-    budget = {**document["budget"], "limits": [{**limit, "assumed": ""}]}
+    budget = {**document["budget"], "limits": [{**limit, "assumed": "a pass by torch"}]}
     told = dict(run_facts({**document, "budget": budget}))["timed"]
-    assert told == "1.96 times as fast as the dense model on a calibration batch; 2 was asked for"
+    assert told == "1.96 times as fast as the dense model, 2 was asked for: a pass by torch"
 
     def measured(perplexity, speed):
         return {

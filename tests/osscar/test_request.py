@@ -56,7 +56,7 @@ def allocate(groups, asked):
     traced = DependencyGraph(tuple(groups), (), (), tensors)
     prepared = SimpleNamespace(model=model, groups=groups, every_group=groups, routed=(),
                                residual=frozenset(), sample={}, ranks=ALONE,
-                               traced=traced)  # fmt: skip
+                               traced=traced, timed={})  # fmt: skip
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(PruningTask(prepared, asked)).keep
@@ -244,9 +244,17 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
             {"max_divergence": 0.1, "heads": 1, "neurons": 0.5, "channels": 9},
             "max_divergence has nothing to prune",
         ),
-        ({"params": 0.8, "context": 8}, "are for memory .*which is not given"),
-        ({"params": 0.8, "batch": 8}, "are for memory .*which is not given"),
+        ({"params": 0.8, "context": 8}, r"are for memory .*; give one of these, or omit both"),
+        ({"params": 0.8, "batch": 8}, r"are for memory .*; give one of these, or omit both"),
         ({"memory": 0.8, "context": 8, "form": "exported"}, "'exported' cannot; give size"),
+        ({"speedup": 1.5, "timed": "decode"}, "timed is decode, .* give the context, too"),
+        ({"speedup": 1.5, "context": 8}, "for timed decode .*; give one of these, or omit both"),
+        ({"flops": 0.5, "timed": "decode", "context": 8}, "is decode, .*; give speedup, too"),
+        ({"flops": 0.5, "timed_in": "onnxruntime"}, "timed_in is onnxruntime, .*; give speedup"),
+        (
+            {"speedup": 1.5, "timed": "decode", "context": 8, "timed_in": "onnxruntime"},
+            "models are exported without a key/value cache; omit one of them",
+        ),
         ({"heads": 0.01}, "keeps none"),
         ({"heads": 10}, "cannot keep 10 units of '0.heads', which has 9 .*; give 9 or less"),
         ({"heads": "0.99"}, "nothing would be removed"),

@@ -1,21 +1,22 @@
 """Speed-ups: whole models are timed until one is as fast as is wanted."""
 
+import itertools
 import math
+from timeit import Timer
 from unittest import mock
 
 import pytest
-import torch
-from torch import nn
 
 import osscar
 from osscar.allocation import speedup, times
-from osscar.allocation.speedup import Proposal, Ratio, as_fast_as
+from osscar.allocation.speedup import Proposal, as_fast_as
 from osscar.base import timing
 from osscar.base.errors import RequestError
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.jobs import jobs
 from osscar.run.points import prune_points
 from tests.osscar.families import tiny, tokens
+from tests.osscar.pretended_clock import PretendedClock
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def few_turns(monkeypatch):
 def seconds(model):
     """As long as parameters say, those of attention three times as long, and some for all else."""
     prices = ((name, p.numel()) for name, p in model.named_parameters())
-    return 5_000 + sum(3 * size if "attn" in name else size for name, size in prices)
+    return 1e-9 * (5_000 + sum(3 * size if "attn" in name else size for name, size in prices))
 
 
 @pytest.fixture
@@ -36,16 +37,17 @@ def timed(monkeypatch):
     timed whole."""
     models = []
 
-    def time_against(dense, other, batch, wanted):
-        models.append(other)
-        return Ratio(seconds(dense) / seconds(other), 0.0)
-
-    def time_operator(timer, operator, size):
+    def of_operator(operator, size):
         shapes = operator.arguments_at(size, lambda shape, dtype: shape)
-        return 1e-9 * math.prod(shapes.get("weight", (1,)))
+        price = 2e-9 if "attn" in operator.module else 1e-9  # not quite what models take
+        return price * math.prod(shapes.get("weight", (1,)))
 
-    monkeypatch.setattr(speedup, "time_against", time_against)
-    monkeypatch.setattr(times.InTorch, "__call__", time_operator)
+    def clock_of(task):
+        found = PretendedClock(task.prepared.model, task.prepared.traced, seconds, of_operator)
+        found.timed = models
+        return found
+
+    monkeypatch.setattr(speedup, "clock_of", clock_of)
     return models
 
 
@@ -77,7 +79,8 @@ def test_other_budgets_hold_at_every_step_of_a_speed_up(timed, wanted, binds):
     reached = seconds(model) / seconds(result.model)
     assert reached == pytest.approx(1 / result.budget.of("speedup").reached)
     assert reached >= (1 - speedup.CLOSE) * wanted
-    assert (len(timed) == 2) == binds  # nothing larger is built than may be
+    assert (reached > (1 + speedup.CLOSE) * wanted) == binds
+    assert len(timed) == 2 or not binds  # nothing larger is built than may be
 
 
 def test_a_speed_up_out_of_reach_says_what_is_in_reach_before_anything_is_measured(
@@ -153,43 +156,40 @@ def test_what_the_device_makes_of_it_is_no_other_speed_in_silence(error, why):
     assert why in str(refused.value)
 
 
-class Takes(nn.Module):
-    """Takes so long by a clock of its own; one turn after the other where there are several."""
+def takes(*turns, told=None):
+    """Return a timer of so many seconds, one turn after the other where there are several."""
+    left = list(turns)
 
-    now = 0.0
+    def run():
+        left.append(left.pop(0))
+        if told is not None:
+            told.append(left[-1])
 
-    def __init__(self, *turns):
-        super().__init__()
-        self.turns, self.weight = list(turns), nn.Parameter(torch.zeros(()))
-
-    def forward(self):
-        self.turns.append(self.turns.pop(0))
-        Takes.now += self.turns[-1]
+    # It is read before a turn and behind it.
+    ends = itertools.cycle([lambda: 0.0, lambda: left[-1]])
+    return Timer(run, timer=lambda: next(ends)())
 
 
 def against(dense, other, wanted=2.0):
-    return speedup.time_against(dense, other, {}, wanted).speedup
+    return speedup.time_against(takes(*dense), takes(*other), wanted)
 
 
-def test_a_speed_up_is_of_median_times_and_refused_where_they_are_too_noisy(monkeypatch):
-    monkeypatch.setattr(speedup, "busy_clock", lambda: Takes.now)
-    assert against(Takes(3.0), Takes(1.5)) == pytest.approx(2.0)
+def test_a_speed_up_is_of_median_times_and_refused_where_they_are_too_noisy():
+    assert against([3.0], [1.5]).speedup == pytest.approx(2.0)
     with pytest.raises(RequestError, match=r"too noisy to time.*only known to \d+%"):
-        against(Takes(1.0, 7.0, 3.0), Takes(2.0, 5.0), 1.5)
+        against([1.0, 7.0, 3.0], [2.0, 5.0], 1.5)
 
 
-def test_more_turns_are_timed_while_times_differ(monkeypatch):
-    monkeypatch.setattr(speedup, "busy_clock", lambda: Takes.now)
-    steady, unsteady = Takes(2.0), Takes(0.99, 1.0, 1.03, 0.96)
-    assert against(steady, unsteady) == pytest.approx(2.0, rel=0.02)
-    assert against(steady, Takes(1.0)) == 2.0
+def test_more_turns_are_timed_while_times_differ():
+    assert against([2.0], [0.99, 1.0, 1.03, 0.96]).speedup == pytest.approx(2.0, rel=0.02)
+    assert against([2.0], [1.0]).speedup == 2.0
 
 
 @pytest.mark.parametrize(("wanted", "few"), [(2.0, False), (1.5, True), (3.0, True)])
-def test_a_speed_up_far_from_what_is_wanted_need_not_be_known_well(wanted, few, monkeypatch):
-    monkeypatch.setattr(speedup, "busy_clock", lambda: Takes.now)
-    before, unsteady = Takes.now, Takes(0.94, 1.0, 1.06, 0.97, 1.03)
-    found = speedup.time_against(Takes(2.0), unsteady, {}, wanted)
+def test_a_speed_up_far_from_what_is_wanted_need_not_be_known_well(wanted, few):
+    turns = []
+    dense, unsteady = takes(2.0, told=turns), takes(0.94, 1.0, 1.06, 0.97, 1.03)
+    found = speedup.time_against(dense, unsteady, wanted)
     assert (found.error > speedup.CLOSE / 2) == few
     assert found.error <= found.told(wanted)
-    assert (Takes.now - before < 20) == few  # five turns of three seconds, and a warm-up
+    assert (len(turns) < 7) == few  # five turns, and a warm-up

@@ -1,9 +1,7 @@
 """Times of operators add up to that of a pass, at any widths: on devices that are pretended."""
 
 import itertools
-import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +10,12 @@ from torch import nn
 
 import graph
 from osscar.allocation import times
-from osscar.allocation.times import InTorch, Table, monotone, tabled
+from osscar.allocation.times import Table, monotone, tabled
+from tests.osscar.pretended_clock import PretendedClock
 
 
 class Device:
-    """Takes seconds for each operator by its name and shapes, and for a pass all of them."""
+    """Takes seconds for each operator by its shapes, and for a pass all of them."""
 
     overhead = 5e-4
 
@@ -47,7 +46,8 @@ class Device:
         )
 
     def table(self, ranges):
-        return tabled(self.traced, ranges, self, lambda: self.whole({}))
+        clock = PretendedClock(None, self.traced, lambda model: self.whole({}), self)
+        return tabled(clock, ranges)
 
 
 def chain(*widths):
@@ -148,6 +148,26 @@ def test_large_layers_are_timed_at_round_widths_only():
     assert table.at({name: 10}) < table.at({name: 505}) < table.at({name: 1000})
 
 
+@pytest.mark.parametrize(("seconds", "fewer"), [(0.0, False), (0.2, True)])
+def test_less_is_timed_where_it_takes_long_to_get_ready(seconds, fewer, monkeypatch):
+    """As where operators are exported first."""
+    device, now = Device(chain(3, 32, 24), IMAGES), [0.0]
+    monkeypatch.setattr(times, "wall_clock", lambda: now[0])
+
+    class Slow(PretendedClock):
+        def ready(self, calls):
+            now[0] += seconds * len(calls)
+            return super().ready(calls)
+
+    names = [group.name for group in device.traced.groups if group.prunable]
+    clock = Slow(None, device.traced, lambda model: device.whole({}), device)
+    cost = tabled(clock, {names[0]: (1, 32), names[1]: (1, 24)})
+    assert (sum(table.seconds.size for table in cost.terms) < 60) == fewer
+    assert cost.dense == pytest.approx(device.whole({}))
+    assert now[0] <= 2 * times._SECONDS
+    assert cost.assumed == clock.described
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_less_is_timed_where_it_takes_too_long(fails):
     """And what cannot be called at other widths is part of the constant."""
@@ -183,26 +203,3 @@ def test_what_is_monotone_stays_and_what_is_not_is_averaged():
     stairs = np.add.outer([0.0, 1, 1, 4], [0.0, 0, 2])
     np.testing.assert_array_equal(monotone(stairs), stairs)
     np.testing.assert_allclose(monotone(np.array([1.0, 5, 3, 6])), [1, 4, 4, 6])
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_are_called_at_their_widths_in_the_format_of_the_model(last, dtype, monkeypatch):
-    model = chain(3, 32, 24).to(dtype)
-    batch = {"x": IMAGES[0].to(dtype)}
-    if last:
-        model = model.to(memory_format=torch.channels_last)
-    traced = graph.trace(model, (batch["x"],))
-    units = {group.name: group.units for group in traced.groups}
-    first = next(group.name for group in traced.groups if group.prunable)
-    operator = next(one for one in traced.operators if first in str(one.arguments["weight"].dims))
-    seen, ticks = [], itertools.count()
-    monkeypatch.setattr(times, "busy_clock", lambda: next(ticks))
-    spied = replace(operator, function=lambda **given: seen.append(operator.function(**given)))
-    widths = {**units, first: 17}
-    assert InTorch.of(model, batch)(spied, lambda size: size.at(widths)) == 1
-    (made,) = seen
-    assert made.dtype is dtype
-    assert 17 in made.shape
-    assert made.is_contiguous(memory_format=torch.channels_last) == last
-    assert math.isfinite(made.float().sum())

@@ -1,14 +1,15 @@
 """The benchmark of predicted times, on a model and a device that are pretended."""
 
-import itertools
 import math
 
 import pytest
 from torch import nn
 
 from benchmarks import times as benchmark
-from osscar.allocation import speedup, times
+from osscar.allocation import speedup
+from osscar.base import timing
 from tests.osscar.families import tokens
+from tests.osscar.pretended_clock import PretendedClock
 
 
 def linear(model):
@@ -21,18 +22,21 @@ def test_what_the_table_does_not_see_is_the_error(overlooked, monkeypatch):
     model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 3))
     inputs = tokens(64, 24).float()
 
-    def time_operator(timer, operator, size):
+    def of_operator(operator, size):
         shapes = operator.arguments_at(size, lambda shape, dtype: shape)
         return 1e-3 * math.prod(shapes.get("weight", (1,)))
 
-    def time_against(dense, other, batch, wanted):
-        before, after = (sum(one.weight.numel() for one in linear(m)) for m in (dense, other))
-        return speedup.Ratio(before / after / overlooked, 0.0)
+    def of_model(one):
+        weights = sum(layer.weight.numel() for layer in linear(one))
+        return 1e-3 * weights * (overlooked if weights < dense else 1.0)
 
-    monkeypatch.setattr(times.InTorch, "__call__", time_operator)
-    ticks = itertools.count(0.0, 1e-3 * sum(one.weight.numel() for one in linear(model)))
-    monkeypatch.setattr(times, "busy_clock", lambda: next(ticks))  # a pass is two ticks apart
-    monkeypatch.setattr(speedup, "time_against", time_against)
+    def clock_of(task):
+        return PretendedClock(task.prepared.model, task.prepared.traced, of_model, of_operator)
+
+    dense = sum(one.weight.numel() for one in linear(model))
+    monkeypatch.setattr(benchmark, "clock_of", clock_of)
+    monkeypatch.setattr(speedup, "clock_of", clock_of)
+    monkeypatch.setattr(timing, "WORTHWHILE_SECONDS", 0.0)
     found = list(benchmark.compared(model, inputs))
     assert [one.share for one in found] == [*benchmark.SHARES]
     for one in found:

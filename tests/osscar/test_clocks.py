@@ -1,0 +1,327 @@
+"""Clocks time what is asked for: operators at their shapes, passes, and tokens with a cache."""
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import graph
+import osscar
+from graph import Size
+from osscar.allocation import clocks, onnx_clock, speedup
+from osscar.allocation.clocks import InTorch
+from osscar.allocation.onnx_clock import operator_models
+from osscar.allocation.task import PruningTask
+from osscar.allocation.timed import clock_of
+from osscar.base.errors import MissingDependency, RequestError
+from osscar.network.modules import tensors_in
+from osscar.network.onnx_runtime import session_of
+from osscar.preparation.prepare import prepare
+from osscar.request import PruningRequest as Asked
+from osscar.run.prune import prune_as_asked
+from osscar.run.run_log import RunLog
+from tests.osscar.families import VOCABULARY, tiny, tokens
+from tests.osscar.networks import images, small_net
+from tests.zoo import transformers_case
+
+DECODE = {"timed": "decode", "context": 12, "batch": 3}
+IN_ONNX = {"timed_in": "onnxruntime"}
+
+CASES = {
+    "a pass": (small_net, images(6), {}),
+    "a pass in ONNX Runtime": (small_net, images(6), IN_ONNX),
+    "a token": (lambda: tiny("llama-gqa"), tokens(4, 8), DECODE),
+    "a first token": (lambda: tiny("opt"), tokens(4, 8), {**DECODE, "context": 1}),
+    "a token, windows": (
+        lambda: transformers_case("gemma2", sliding_window=8).build(),
+        tokens(4, 8) % 64,
+        DECODE,
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def has_onnx(request):
+    if "onnx" in request.node.name.lower():
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+
+
+@contextmanager
+def timed_by(case):
+    """Yield a task, its clock, and widths: half of each group that can be pruned."""
+    build, data, asked = CASES[case]
+    with prepare(build(), data) as prepared:
+        task = PruningTask(prepared, Asked(speedup=1.5, **asked))
+        kept = {g.name: max(1, g.units // 2) for g in task.shared}
+        yield task, clock_of(task), kept
+
+
+def sizes_at(clock, kept):
+    """Return what tells the values of sizes where groups keep so many units."""
+    units = {group.name: group.units for group in clock.traced.groups}
+    return partial(Size.at, kept={**units, **kept})
+
+
+def shapes_in(tree):
+    return tuple(sorted(tuple(tensor.shape) for tensor in tensors_in(tree)))
+
+
+def shapes_of(operator, size):
+    return tuple(sorted(tuple(map(size, operand.dims)) for operand in operator.reads))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operators_are_timed_at_the_shapes_that_are_asked_for(case):
+    with timed_by(case) as (_, clock, kept):
+        size, seen, calls = sizes_at(clock, kept), {}, []
+        of_groups = [
+            one
+            for one in clock.traced.operators
+            if any(kept.keys() & {n for names, _ in s.terms for n in names}
+                   for operand in one.reads for s in operand.dims)
+        ]  # fmt: skip
+        for operator in of_groups[:12]:
+
+            def spied(operator=operator, **given):
+                seen[operator.name] = shapes_in(given)
+                return operator.function(**given)
+
+            calls.append((dataclasses.replace(operator, function=spied), size))
+        timers = clock.ready(calls)
+        assert all(timer() > 0 for timer in timers)  # NaN is not
+        assert seen == {one.name: shapes_of(one, size) for one, _ in calls}
+        assert len(seen) > 5
+
+
+NAMES = "linear", "conv2d", "cat", "scaled_dot_product_attention"
+
+
+def query_and_positions(query, key, *_):
+    """Of attention: while it is traced there is a mask, and heads that serve several are copied."""
+    return query, key[-2]
+
+
+class Called(TorchFunctionMode):
+    """Counts calls of functions by the shapes of what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name == NAMES[-1]:
+            self.seen[name, query_and_positions(*(tuple(one.shape) for one in args))] += 1
+        elif name in NAMES:
+            self.seen[name, shapes_in((args, kwargs))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "ONNX" not in name])
+@pytest.mark.parametrize("smaller", [False, True])
+def test_the_shapes_are_those_of_models_that_run(case, smaller):
+    """Each model that is timed calls its layers on what the trace says, at its widths."""
+    with timed_by(case) as (task, clock, kept):
+        kept = kept if smaller else {}
+        model = speedup._built(task.prepared, kept)
+        size, expected = sizes_at(clock, kept), Counter()
+        for one in clock.traced.operators:
+            name = one.target.split(".")[1]
+            if name == NAMES[-1]:
+                given = one.arguments_at(size, lambda shape, dtype: shape)
+                expected[name, query_and_positions(given["query"], given["key"])] += 1
+            elif name in NAMES and one.reads:
+                expected[name, shapes_of(one, size)] += 1
+        with Called() as called:
+            timer = clock.timer(model) if smaller else clock.dense
+            called.seen.clear()  # what fills a cache is not timed
+            for _ in range(2):
+                timer.timeit(1)
+        assert called.seen == Counter({key: 2 * n for key, n in expected.items()})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_clock_says_what_is_timed_and_where(case):
+    with timed_by(case) as (_, clock, _):
+        where = "by ONNX Runtime" if "ONNX" in case else "by torch"
+        assert f"in float32 {where}" in clock.described
+        assert f"{torch.get_num_threads()} thread" in clock.described
+        what = "one token of 3 sequences with" if "token" in case else "a pass over x 6x3x12x12"
+        assert clock.described.startswith(what)
+
+
+# ---- in torch ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_are_called_in_the_format_of_the_model(last, dtype, monkeypatch):
+    model, x = small_net().to(dtype), images(2).to(dtype)
+    if last:
+        model = model.to(memory_format=torch.channels_last)
+    traced = graph.trace(model, (x,))
+    clock = InTorch(model, traced, "", lambda model: partial(model, x))
+    operator = next(one for one in traced.operators if one.target == "aten.conv2d.default")
+    seen, ticks = [], itertools.count()
+    monkeypatch.setattr(clocks, "busy_clock", lambda: next(ticks))
+    spied = dataclasses.replace(
+        operator, function=lambda **given: seen.append(operator.function(**given))
+    )
+    (timer,) = clock.ready([(spied, sizes_at(clock, {}))])
+    assert timer() == 1
+    (made,) = seen
+    assert made.dtype is dtype
+    assert made.is_contiguous(memory_format=torch.channels_last) == last
+    assert math.isfinite(made.float().sum())
+
+
+class Work(TorchDispatchMode):
+    """Counts the numbers that operators read and write; `seconds` is a clock of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.done += sum(map(torch.Tensor.numel, tensors_in((args, kwargs, made))))
+        return made
+
+    def seconds(self):
+        return 1e-9 * self.done
+
+    def __call__(self, run):
+        """Return what runs the same, and is counted."""
+
+        def counted():
+            with self:
+                return run()
+
+        return counted
+
+
+def test_a_language_model_becomes_as_fast_at_decoding_as_it_is_asked_for(tmp_path, monkeypatch):
+    """By a clock of the numbers that are read and written; a run that goes on times nothing."""
+    work = Work()
+    monkeypatch.setattr(clocks, "busy_clock", work.seconds)
+    monkeypatch.setattr("osscar.base.timing.WORTHWHILE_SECONDS", 0.0)
+    plain, seconds = InTorch.timer, InTorch._seconds
+
+    def timer(clock, model):
+        return plain(dataclasses.replace(clock, run=lambda model: work(clock.run(model))), model)
+
+    monkeypatch.setattr(InTorch, "timer", timer)
+    monkeypatch.setattr(InTorch, "_seconds", lambda *given: work(partial(seconds, *given))())
+    model, log = tiny("llama-gqa"), RunLog(tmp_path / "run")
+    asked = Asked(speedup=1.2, **DECODE, backend="wanda", allocation="uniform", round_to=1)
+    result = prune_as_asked(model, tokens(8, 24), asked, log)
+    limit = result.budget.of("speedup")
+    assert 1 / limit.reached == pytest.approx(1.2, rel=speedup.CLOSE)
+    assert limit.assumed.startswith("one token of 3 sequences with 12 positions")
+    assert result.request.to_json()["timed"] == "decode"
+    monkeypatch.setattr(speedup, "clock_of", None)
+    again = prune_as_asked(model, tokens(8, 24), asked, log)
+    assert again.plan == result.plan
+    assert again.budget.of("speedup") == limit
+
+
+# ---- in ONNX Runtime ---------------------------------------------------------------------
+
+
+def test_an_operator_is_the_same_in_onnx_and_one_that_cannot_be_written_is_left_out():
+    with timed_by("a pass in ONNX Runtime") as (_, clock, kept):
+        size = sizes_at(clock, kept)
+        calls = [(one, size) for one in clock.traced.operators if one.outputs and one.arguments]
+
+        def refuses(**given):
+            raise NotImplementedError("no such operator")
+
+        calls[3:3] = [(dataclasses.replace(calls[3][0], function=refuses), size)]
+        models = operator_models(calls[:4]) + operator_models(calls[4:])
+        assert models.pop(3) is None
+        del calls[3]
+        for (operator, _), model in zip(calls, models, strict=True):
+            inputs = {name: one.random() for name, one in model.inputs.items()}
+            session = session_of(model.with_weights(inputs), 1)
+            names = {one.name for one in session.get_inputs()}
+            assert names == model.inputs.keys() - model.weights
+            (found,) = session.run(None, {name: inputs[name] for name in names})
+            given = iter(inputs.values())
+            arguments = operator.arguments_at(size, lambda *_, left=given: torch.tensor(next(left)))
+            due, *_ = tensors_in(operator.function(**arguments))
+            torch.testing.assert_close(torch.from_numpy(found), due, rtol=1e-4, atol=1e-4)
+        assert {len(model.weights) for model in models} >= {0, 1, 2, 4}
+
+
+def test_what_cannot_be_written_as_onnx_takes_no_number():
+    with timed_by("a pass in ONNX Runtime") as (_, clock, _):
+        operator = clock.traced.operators[0]
+        broken = dataclasses.replace(operator, function=None)
+        (timer,) = clock.ready([(broken, sizes_at(clock, {}))])
+        assert math.isnan(timer())
+
+
+@pytest.mark.slow
+def test_a_network_is_pruned_to_a_speed_in_onnx_runtime(monkeypatch):
+    """Any speed will do, since other processes have a share in it."""
+    monkeypatch.setattr(speedup, "CLOSE", 1.0)
+    runs, plain = [], onnx_clock.session_of
+    monkeypatch.setattr(
+        onnx_clock, "session_of", lambda *given: runs.append(given) or plain(*given)
+    )
+    result = osscar.prune(small_net(), images(24), speedup=1.2, **IN_ONNX, backend="wanda")
+    assert result.parameters_after < result.parameters_before
+    assert "by ONNX Runtime" in result.budget.of("speedup").assumed
+    whole = [given for given in runs if not isinstance(given[0], bytes)]
+    assert len(whole) >= 3  # the dense model, that of the least widths, and one that was proposed
+    assert {threads for _, threads in runs} == {torch.get_num_threads()}
+
+
+# ---- what makes no sense -----------------------------------------------------------------
+
+
+def encoder():
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 32, "d_kv": 4, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_layers=1)).eval()
+
+
+def states():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=1)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "asked", "message"),
+    [
+        (small_net, DECODE, r"`--timed decode`\) needs the keys.* SmallNet keeps none; omit it"),
+        (encoder, DECODE, r"T5ForConditionalGeneration keeps none; omit it"),
+        (states, DECODE, r"MambaForCausalLM keeps .*; omit it"),
+        (lambda: tiny("opt"), {**DECODE, "context": 65}, r"context .*is 65, .* 64 positions"),
+        (lambda: small_net().bfloat16(), IN_ONNX, r"weights are torch.bfloat16, .*in float32"),
+    ],
+)
+def test_a_model_that_cannot_be_timed_so_is_refused_before_it_is_prepared(
+    build, asked, message, monkeypatch
+):
+    monkeypatch.setattr("osscar.preparation.prepare.prepare", None)
+    data = images(4) if build is small_net else tokens(4, 8)
+    with pytest.raises(RequestError, match=message):
+        osscar.prune(build(), data, speedup=1.5, **asked)
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_package_that_is_missing_is_told_with_the_options(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    words = rf"--timed-in onnxruntime.* package '{name}'; install.*'osscar\[onnx\]'"
+    with pytest.raises(MissingDependency, match=words):
+        Asked(speedup=1.5, timed_in="onnxruntime")
