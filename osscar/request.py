@@ -285,12 +285,12 @@ class PruningRequest:
         Speed of a forward pass to reach within 2 %, as a multiple of the dense model's, above 1.
         It is timed on this device, where nothing else should run meanwhile.
     timed
-        With `speedup`: what is timed.  ``prefill``: a forward pass over a batch of calibration
-        data.  ``decode``: the next token of each of `batch` sequences of a language model, with
-        a key/value cache of `context` positions.
+        With `speedup` or `smallest` ``time``: what is timed.  ``prefill``: a forward pass over a
+        batch of calibration data.  ``decode``: the next token of each of `batch` sequences of a
+        language model, with a key/value cache of `context` positions.
     timed_in
-        With `speedup`: what runs it, ``torch``, or ``onnxruntime`` on the processor, for which
-        operators and models are exported.
+        With `speedup` or `smallest` ``time``: what runs it, ``torch``, or ``onnxruntime`` on the
+        processor, for which operators and models are exported.
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
         The smallest model within it and within all budgets is found by pruning up to four times, on
@@ -304,7 +304,8 @@ class PruningRequest:
         such as ``1%``.
     smallest
         With a quality target: what to make as small as possible, ``params`` (the default),
-        ``flops``, or ``size`` in bytes.
+        ``flops``, ``size`` in bytes, or ``time``: that of a forward pass on this device, by what
+        its operators take.  The model that is found is timed as a whole.
     distance
         How far a model's outputs are from the dense model's, by which widths are chosen: ``nats``,
         the divergence of scores of classes; ``relative``, the squared error of all outputs over
@@ -404,7 +405,7 @@ class PruningRequest:
     max_divergence: Annotated[float | None, Gt(0)] = None
     max_perplexity_increase: ShareLost = None
     max_top1_drop: ShareLost = None
-    smallest: Literal["params", "flops", "size"] | None = None
+    smallest: Literal["params", "flops", "size", "time"] | None = None
     distance: DistanceOption = None
     allocation: Literal["measured", "uniform"] = "measured"
     heads: KeepOption = None
@@ -455,7 +456,8 @@ class PruningRequest:
         yield (
             bool(targets) and self.speedup is not None,
             f"speedup does not go with {' '.join(targets)}, as every size that is tried would be "
-            "timed; give flops in its place",
+            "timed; give flops in its place, or smallest time (`--smallest time`) for the fastest "
+            "model within the target",
         )
         yield (
             self.smallest is not None and not targets,
@@ -509,9 +511,9 @@ class PruningRequest:
         )
         for name, usual in (("timed", "prefill"), ("timed_in", "torch")):
             yield (
-                getattr(self, name) != usual and self.speedup is None,
+                getattr(self, name) != usual and not self.timing,
                 f"{name} is {getattr(self, name)}, which says what a speed-up is of; give speedup, "
-                "too (`--speedup 1.5`, or speedup=1.5 in Python), or omit it",
+                "too (`--speedup 1.5`, or speedup=1.5 in Python), or smallest time, or omit it",
             )
         yield (
             self.timed == "decode" and self.timed_in == "onnxruntime",
@@ -524,14 +526,14 @@ class PruningRequest:
             "'exported' cannot; give size as the budget",
         )
         yield (
-            self.speedup is not None and self.form == "exported",
-            "speedup does not go with form 'exported', as it is timed on modules; give flops, "
-            "params or sparsity as the budget",
+            bool(self.timing) and self.form == "exported",
+            f"{self.timing} does not go with form 'exported', as it is timed on modules; give "
+            f"{self.instead_of_time('flops')}",
         )
         yield (
-            self.speedup is not None and experts,
-            "speedup does not go with experts, as it is timed on models with all their experts; "
-            "give params or size as the budget",
+            bool(self.timing) and experts,
+            f"{self.timing} does not go with experts, as it is timed on models with all their "
+            f"experts; give {self.instead_of_time('params')}",
         )
         yield (
             experts and self.form == "exported",
@@ -577,6 +579,18 @@ class PruningRequest:
         if self.backend_options:
             raise OptionError("backend_options go with a name; this backend object has its own")
         return self.backend
+
+    @property
+    def timing(self) -> str:
+        """What asks that the model be timed, as an option says it; empty where nothing does."""
+        if self.speedup is not None:
+            return "speedup"
+        return "smallest time" if self.smallest == "time" else ""
+
+    def instead_of_time(self, budget: str) -> str:
+        """Return what to give in place of it, for messages."""
+        option = f"smallest {budget}" if self.smallest == "time" else budget
+        return f"{option} (`--{option}`)"
 
     @property
     def holds_out(self) -> bool:

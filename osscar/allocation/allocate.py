@@ -24,9 +24,9 @@ from osscar.allocation.measured import Curve, curves_for_all, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
 from osscar.allocation.speedup import Kept, Proposal, WholeModels, as_fast_as
 from osscar.allocation.task import PruningTask
-from osscar.allocation.times import SMALL, time_operators
+from osscar.allocation.times import time_operators
 from osscar.allocation.whole import whole_distance
-from osscar.allocation.widths import possible_counts, possible_widths, unit_width, why_frozen
+from osscar.allocation.widths import possible_counts, possible_widths, why_frozen
 from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.distance.distance import Measure
@@ -218,14 +218,14 @@ def _shared_out(
                 f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
     within_reach()
-    models = WholeModels.shared(task)
-    if request.speedup is not None:
-        ranks.broadcast("the fastest model", partial(models.check_reach, request.speedup))
+    models, wanted = WholeModels.shared(task), request.speedup if task.times is None else None
+    if wanted is not None:
+        ranks.broadcast("the fastest model", partial(models.check_reach, wanted))
     sharing = Sharing(task)
     if request.allocation != "uniform":
         sharing = Sharing(task, *(measuring or measured_curves)(task, choose))
-    if request.speedup is not None:
-        return _timed(sharing, models, request.speedup, allowed)
+    if wanted is not None:
+        return _timed(sharing, models, wanted, allowed)
     sharing = _weighed(sharing, allowed)
     return ranks.broadcast(
         "budgets that are shared out", lambda: sharing.budget(allowed, sharing.choose(allowed))
@@ -287,7 +287,8 @@ def _timed(
         )
 
     start = ranks.broadcast("a limit", partial(models.limit, wanted, expected))
-    sharing = _weighed(replace(sharing, widths=_stairs(task)), allowing(table, start))
+    stairs = replace(task, times=table).options
+    sharing = _weighed(replace(sharing, widths=stairs), allowing(table, start))
     proposals = {Proposal(partial(by_table, sharing), 4): sharing}
     if curves is not None:
         anyhow = {g.name: possible_widths(g, replace(task.widths, round_to=1)) for g in task.shared}
@@ -310,15 +311,6 @@ def _timed(
     timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, reached, assumed=table.assumed)
     others = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
     return replace(budget, limits=(timed, *others))
-
-
-def _stairs(task: PruningTask) -> dict[str, NDArray[np.int64]]:
-    """Return the widths that groups may have by a table of times: any where it has all stairs."""
-    found = dict(task.options)
-    for group in task.shared if task.widths.round_to == AUTO else ():
-        if group.units * unit_width(group) <= SMALL:
-            found[group.name] = possible_widths(group, replace(task.widths, round_to=1))
-    return found
 
 
 # ---- why not -----------------------------------------------------------------------------

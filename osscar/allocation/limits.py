@@ -29,7 +29,8 @@ COUNTED = {
     BudgetKind.FLOPS: Cost.FLOPS,
     BudgetKind.SPEEDUP: Cost.FLOPS,
 }
-"""What each budget is counted in; a speed-up is looked for among models of fewer operations."""
+"""What each budget is counted in; a speed-up is looked for among models of fewer operations, unless
+its task has times."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,9 @@ def allowances(task: PruningTask) -> list[Allowance]:
 
     @cache
     def counted(kind: Cost, form: Form) -> CountedCost:
+        if kind is Cost.TIME:
+            assert task.times is not None
+            return task.times
         if kind is Cost.MEMORY:
             assert request.context is not None
             return serving_memory(
@@ -69,7 +73,8 @@ def allowances(task: PruningTask) -> list[Allowance]:
 
     found = []
     for budget in request.budgets:
-        kind, asked = COUNTED[budget], getattr(request, budget)
+        by_time = budget is BudgetKind.SPEEDUP and task.times is not None
+        kind, asked = Cost.TIME if by_time else COUNTED[budget], getattr(request, budget)
         dense = counted(kind, Form.EAGER).dense  # a share is of what one has: the modules' file
         cost = counted(kind, form if kind is Cost.BYTES else Form.EAGER)
         match budget:
@@ -143,7 +148,8 @@ def goal(task: PruningTask) -> str:
         asked: Any = None if budget is None else getattr(request, budget)
         match budget:
             case BudgetKind.SPEEDUP:
-                return f"is to be {asked:g} times as fast as the dense model"
+                by = "" if task.times is None else " by the times of its operators"
+                return f"is to be {asked:g} times as fast as the dense model{by}"
             case BudgetKind.FLOPS:
                 return f"keeps {share(asked)} of the operations, removes {share(1 - asked)}"
             case BudgetKind.SIZE:

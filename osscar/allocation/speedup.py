@@ -252,7 +252,7 @@ def time_against(dense: Timer, other: Timer, wanted: float) -> Ratio:
     if not found.error <= CLOSE:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
-            f"{found.error:.0%}; end what else runs on it, or give flops (`--flops`)"
+            f"{found.error:.0%}; end what else runs on it, or give flops in its place"
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from pydantic import with_config
 
 from graph import CouplingGroup, UnitKind
-from osscar.allocation.widths import about_half, count_kept, frozen_message, possible_widths
+from osscar.allocation.costs import CountedCost
+from osscar.allocation.widths import (
+    SMALL,
+    about_half,
+    count_kept,
+    frozen_message,
+    possible_widths,
+    unit_width,
+)
 from osscar.base.errors import RequestError
 from osscar.base.json_files import STRICT
 from osscar.data.parts import held_out
@@ -58,6 +66,9 @@ class PruningTask:
     """The groups that cannot lose units in this form, in the order of the model."""
     matrix_bytes: int = 0
     """Memory that a cache of weights on disk leaves to the problem of a layer; 0 without one."""
+    times: CountedCost | None = None
+    """Shares of the dense model's time, a limit of which is what a speed-up stands for; without,
+    whole models are timed."""
 
     @property
     def measures_curves(self) -> bool:
@@ -149,8 +160,16 @@ class PruningTask:
 
     @cached_property
     def options(self) -> dict[str, NDArray[np.int64]]:
-        """The widths that each group that shares a budget may have, ascending."""
-        return {group.name: possible_widths(group, self.widths) for group in self.shared}
+        """The widths that each group that shares a budget may have, ascending.
+
+        By default they are any where `times` tell them apart.
+        """
+        found, by_time = {}, self.times is not None and self.widths.round_to == AUTO
+        for group in self.shared:
+            any_width = by_time and group.units * unit_width(group) <= SMALL
+            widths = replace(self.widths, round_to=1) if any_width else self.widths
+            found[group.name] = possible_widths(group, widths)
+        return found
 
     @property
     def least(self) -> dict[str, int]:

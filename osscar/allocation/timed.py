@@ -96,7 +96,7 @@ _CLOCKS: Mapping[tuple[str, str], Callable[[PruningTask], Clock]] = {
 
 
 def _traced(task: PruningTask, batch: Batch, what: str = "a pass") -> DependencyGraph:
-    refused, advice = "operators cannot be timed", "give flops (`--flops`)"
+    refused, advice = "operators cannot be timed", f"give {task.request.instead_of_time('flops')}"
     return traced_alike(task.prepared, task.counted, batch, refused, advice, what)
 
 

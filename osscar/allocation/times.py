@@ -26,7 +26,7 @@ from graph import Operator, Size
 from osscar.allocation.clocks import Clock, OperatorCall
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
-from osscar.allocation.widths import unit_width
+from osscar.allocation.widths import SMALL, unit_width
 from osscar.base.memory import attempt
 from osscar.base.progress import progress_bar
 from osscar.base.timing import clock as wall_clock
@@ -43,8 +43,8 @@ _ROUNDS, _MOST_ROUNDS = 3, 9
 a machine down for seconds, and by where memory lies one convolution takes 4 or 8 ms.  Medians
 count."""
 
-SMALL, _STEP = 128, 8
-"""Stairs of layers up to such a width begin behind multiples of a step, and are all looked for."""
+_STEP = 8
+"""Stairs of layers up to the width `SMALL` begin behind multiples of this; all are looked for."""
 
 ROUND = 16
 """Wider layers are timed at multiples of this, and may have no other widths."""
@@ -98,6 +98,13 @@ def time_operators(task: PruningTask, clock: Clock) -> CountedCost:
         task.prepared.timed[key] = tabled(clock, ranges)
     found: CountedCost = task.prepared.timed[key]
     return found
+
+
+def as_shares(times: CountedCost) -> CountedCost:
+    """Return times as shares of the dense model's."""
+    dense, tables = times.dense, (one for one in times.terms if isinstance(one, Table))
+    terms = tuple(replace(one, seconds=one.seconds / dense) for one in tables)
+    return replace(times, fixed=times.fixed / dense, terms=terms)
 
 
 def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:

@@ -16,6 +16,9 @@ from osscar.base.errors import RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.request import AUTO, RoundTo, Widths, round_width
 
+SMALL = 128
+"""Of layers up to such a width a table of times has all stairs, so that any width is known."""
+
 _MOST_TOLD = 4
 
 

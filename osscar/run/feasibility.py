@@ -209,7 +209,7 @@ def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]
     """
     choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
-    stays = generates or request.speedup is not None or request.routed
+    stays = generates or bool(request.timing) or request.routed
     return FORMS["eager" if choice == "auto" and stays else choice]
 
 

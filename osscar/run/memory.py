@@ -133,11 +133,11 @@ def _of_layer(task: PruningTask, group: CouplingGroup) -> tuple[str, int, int, i
 
 def needs_memory(request: PruningRequest) -> str | None:
     """Say why a request needs the whole model in memory, and what to do."""
-    if request.speedup is not None:
+    if request.timing:
         return (
-            "speedup (`--speedup`) times the model in memory, and this one is read from disk; "
-            "give another "
-            "budget, or omit max_memory (`--max-memory`)"
+            f"{request.timing} (`--{request.timing}`) times the model in memory, and this one is "
+            f"read from disk; give {request.instead_of_time('flops')}, or omit max_memory "
+            "(`--max-memory`)"
         )
     if request.form == "exported":
         return (

@@ -40,7 +40,12 @@ from osscar.report.sections import (
 )
 from osscar.report.shown import columns, notes
 from osscar.request import AUTO, PruningRequest, TargetKind, round_width
-from osscar.run.target_search import reported_in_words, target_in_words
+from osscar.run.target_search import (
+    counted_in_words,
+    reported_in_words,
+    target_in_words,
+    timed_in_words,
+)
 from osscar.study.cases import proofs_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_report import LayerReport
@@ -199,6 +204,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if target := document.get("target"):
         yield "quality target", target_in_words(target)
         yield "test", reported_in_words(target)
+        yield "timed", timed_in_words(target)
     elif budget is not None:
         yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:
@@ -313,7 +319,9 @@ def attempts_table(target: Mapping[str, Any]) -> Table:
     return table(
         "Sizes that were tried",
         {
-            f"{target['cost']} kept >": lambda one: share(one["reached"] / target["dense"]),
+            f"{counted_in_words(target['cost'])} kept >": lambda one: share(
+                one["reached"] / target["dense"]
+            ),
             "on the samples of the search": lambda one: lost(one, "measured"),
             "on samples that chose nothing": lambda one: lost(one, "tested"),
             "result": lambda one: "chosen" if one is chosen else "",

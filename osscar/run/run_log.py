@@ -18,11 +18,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.budget import Allocated
+from osscar.allocation.costs import CountedCost
+from osscar.allocation.times import Table
 from osscar.base.errors import warn
 from osscar.base.files import digest
 from osscar.base.json_files import STRICT
@@ -40,6 +43,7 @@ from osscar.walk.layer_report import LayerReport
 T = TypeVar("T")
 
 _ALLOCATION, _ATTEMPTS = "allocation.safetensors", "attempts.safetensors"
+_TIMES = "times.safetensors"
 
 
 def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs) -> JournalManifest:
@@ -72,6 +76,17 @@ class _Attempts:
     attempts: tuple[Attempt, ...]
 
 
+@with_config(STRICT)
+@dataclass(frozen=True)
+class _Times:
+    """The words of a table of times (`osscar.allocation.times`), whose numbers are tensors."""
+
+    fixed: float
+    units: dict[str, int]
+    assumed: str
+    names: tuple[tuple[str, ...], ...]
+
+
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
@@ -83,7 +98,7 @@ class RunLog(SavingJournal):
     done_files = (_GROUPS, f"attempt-[1-9]/{_GROUPS}")
     other_files = (
         *("attempt-[1-9]/recovery/*", "attempt-[1-9]/recovery", "attempt-[1-9]/*", "attempt-[1-9]"),
-        *(REPORT, _ATTEMPTS, _ALLOCATION),
+        *(REPORT, _ATTEMPTS, _ALLOCATION, _TIMES),
         *("walks.json", "allocation.json"),  # of logs before version 6
     )
     otherwise = "start over with --restart"
@@ -121,6 +136,27 @@ class RunLog(SavingJournal):
     def note_attempts(self, attempts: Sequence[Attempt]) -> None:
         """Keep what was measured, so that a run that goes on tries the same sizes."""
         write_record(self.directory / _ATTEMPTS, _Attempts(tuple(attempts)), {}, self._run)
+
+    def times(self) -> CountedCost | None:
+        """Return the times by which sizes are asked for; None if nothing was timed yet."""
+        path = self.directory / _TIMES
+        if not path.exists():
+            return None
+        words, tensors = read_record(path, _Times, self._run)
+        arrays = (tensor.numpy() for tensor in tensors.values())
+        terms = [
+            Table(names, tuple(next(arrays) for _ in names), next(arrays)) for names in words.names
+        ]
+        return CountedCost(words.fixed, tuple(terms), words.units, words.assumed)
+
+    def note_times(self, times: CountedCost) -> None:
+        """Keep what was timed, so that a run that goes on asks for the same sizes."""
+        tables = [one for one in times.terms if isinstance(one, Table)]
+        names = tuple(one.names for one in tables)
+        arrays = [array for one in tables for array in (*one.grids, one.seconds)]
+        numbers = {f"{at:05}": torch.tensor(array) for at, array in enumerate(arrays)}
+        words = _Times(times.fixed, dict(times.units), times.assumed, names)
+        write_record(self.directory / _TIMES, words, numbers, self._run)
 
     def _noted(self, name: str, schema: type[T]) -> T | None:
         path = self.directory / name

@@ -8,11 +8,10 @@ good (`osscar.run.target_search`), and has no say in what is tried, or in which 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,11 +20,16 @@ from torch import nn
 
 from osscar.allocation.allocate import Sharing
 from osscar.allocation.budget import Budget
-from osscar.allocation.costs import CountedCost, count
+from osscar.allocation.clocks import Clock
+from osscar.allocation.costs import Cost, CountedCost, count
 from osscar.allocation.limits import COUNTED, Allowance, allowances
 from osscar.allocation.measured import Curve, known_curves, measured_curves
+from osscar.allocation.speedup import time_against
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import DataError, NonFiniteError, RequestError
+from osscar.allocation.timed import clock_of
+from osscar.allocation.times import as_shares, time_operators
+from osscar.base.errors import DataError, NonFiniteError, RequestError, first_line
+from osscar.base.memory import attempt as attempted
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import as_inputs
@@ -37,10 +41,18 @@ from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
 from osscar.run.result import PruningResult
 from osscar.run.run_log import RunLog, begun
-from osscar.run.target_search import Attempt, Frontier, TargetReport, next_limit
+from osscar.run.target_search import Attempt, Frontier, TargetReport, WholeTime, next_limit
 
 _FIRST = 0.3
 """Share of what may be removed that is gone where curves are first measured."""
+
+_BUDGETS = {
+    "params": BudgetKind.PARAMS,
+    "flops": BudgetKind.FLOPS,
+    "size": BudgetKind.SIZE,
+    "time": BudgetKind.SPEEDUP,
+}
+"""By which an attempt asks for a size, by the field `smallest`."""
 
 _SIZES = 12
 """Points of the frontier where other budgets hold, too."""
@@ -86,14 +98,17 @@ def prune_to_target(
         )
         search = _Search(target, prepared, searched, tested, part, recover)
         (pruned, recovery), report = search.smallest()
+        found = pruned.model if recovery is None else recovery.model
+        if report.cost is Cost.TIME:
+            report = search.timed_whole(report, found)
         with timed(Stage.PRUNED):
             likeness = tested.reference.likeness(pruned.model)
     seconds = time.perf_counter() - start
     measure = tested.reference.distance.measure
     scores, same = measure == "nats", measure == pruned.distance.measure
-    result = dataclasses.replace(
+    result = replace(
         pruned,
-        model=pruned.model if recovery is None else recovery.model,
+        model=found,
         target=report,
         distance=pruned.distance.measured(likeness.distance if same else None),
         divergence=likeness.distance if scores else None,
@@ -164,6 +179,9 @@ class _Search:
     def smallest(self) -> tuple[Made, TargetReport]:
         """Try sizes until none is left to try, test them; return the smallest that passes."""
         ranks, log = self.task.prepared.ranks, self.prepared.log
+        if self._kind is BudgetKind.SPEEDUP:
+            times = ranks.broadcast("times of operators", self._times)
+            self.prepared = replace(self.prepared, task=replace(self.task, times=times))
         self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
         logged = ranks.broadcast("whether there is a log", lambda: log is not None)
         budget, passed = self._known_budget(), dict[int, Made]()
@@ -249,11 +267,13 @@ class _Search:
     @property
     def _kind(self) -> BudgetKind:
         """The budget by which an attempt asks for a size."""
-        return BudgetKind(self.task.request.smallest or "params")
+        return _BUDGETS[self.task.request.smallest or "params"]
 
     @cached_property
     def _cost(self) -> CountedCost:
         """What sizes are counted in."""
+        if self.task.times is not None:
+            return self.task.times
         prepared = self.task.prepared
         return count(COUNTED[self._kind], prepared, self.task.counted)
 
@@ -292,9 +312,57 @@ class _Search:
 
     def _request(self, limit: float) -> PruningRequest:
         """Return the request of an attempt: a size in place of the target."""
-        value = limit / self._cost.dense if self._kind is BudgetKind.FLOPS else int(limit)
+        match self._kind:
+            case BudgetKind.FLOPS:
+                value = limit / self._cost.dense
+            case BudgetKind.SPEEDUP:
+                value = self._cost.dense / limit
+            case _:
+                value = int(limit)
         asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
-        return dataclasses.replace(self.task.request, **{**asked, self._kind: value})
+        return replace(self.task.request, **{**asked, self._kind: value})
+
+    # ---- times ---------------------------------------------------------------------------
+
+    @cached_property
+    def _clock(self) -> Clock:
+        """What times operators and the chosen model, on the first rank."""
+        return clock_of(self.task)
+
+    @timed(Stage.ALLOCATION)
+    def _times(self) -> CountedCost:
+        """Return shares of the dense model's time by widths: those of the log, if it has any."""
+        task, log, clock = self.task, self.prepared.log, self._clock
+        noted = None if log is None else log.times()
+        if noted is not None:
+            return noted
+        times = as_shares(time_operators(task, clock))
+        if task.shared and not times.of({**task.keep, **task.least}) < times.of(task.keep):
+            raise RequestError(
+                "smallest is time, and by the times of its operators the model is no faster with "
+                f"fewer units; give {task.request.instead_of_time('flops')}"
+            )
+        if log is not None:
+            log.note_times(times)
+        return times
+
+    @timed(Stage.FORWARD)
+    def timed_whole(self, report: TargetReport, model: nn.Module) -> TargetReport:
+        """Time the chosen model beside the dense one."""
+        assert report.chosen is not None
+        expected = report.dense / report.attempts[report.chosen].reached
+
+        def measured() -> WholeTime:
+            clock = self._clock
+            with attempted() as tried:  # no figure of a report is worth a run
+                found = time_against(clock.dense, clock.timer(model), expected)
+                return WholeTime(clock.described, expected, found.speedup, found.error)
+            return WholeTime(clock.described, expected, unknown=first_line(tried.error))
+
+        whole = self.task.prepared.ranks.broadcast("the time of the model", measured)
+        return replace(report, timed=whole)
+
+    # ---- sizes ---------------------------------------------------------------------------
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last attempt; before the first one, measure the curves."""
@@ -324,15 +392,12 @@ class _Search:
             def tell(line: str) -> None:
                 prepared.tell(f"attempt {number}: {line}")
 
-            yield (
-                dataclasses.replace(prepared, log=log, committed=committed, tell=tell),
-                request,
-            )
+            yield replace(prepared, log=log, committed=committed, tell=tell), request
 
 
 def _shared_out(prepared: PreparedRun, request: PruningRequest) -> Budget:
     """Return the budget of a request; nothing is pruned, and nothing is told."""
-    quiet = dataclasses.replace(prepared, tell=lambda line: None)
-    found = widths(quiet, dataclasses.replace(prepared.task, request=request)).budget
+    quiet = replace(prepared, tell=lambda line: None)
+    found = widths(quiet, replace(prepared.task, request=request)).budget
     assert found is not None  # or the request would have been refused
     return found

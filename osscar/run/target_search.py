@@ -91,6 +91,22 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class WholeTime:
+    """How many times as fast as the dense model one is, timed as a whole beside it.
+
+    `error` is that of `speedup`, relative; both are None where it is `unknown`, and why.
+    """
+
+    what: str
+    """What was timed, and where."""
+    expected: float
+    """How fast it is by the times of its operators."""
+    speedup: float | None = None
+    error: float | None = None
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
 class TargetReport:
     """The sizes that were tried for a quality target, and which of them was chosen."""
 
@@ -104,6 +120,8 @@ class TargetReport:
     dense: float
     """The size of the dense model."""
     attempts: tuple[Attempt, ...]
+    timed: WholeTime | None = None
+    """Of what was chosen, where the time is what was to be small."""
 
     @cached_property
     def candidates(self) -> tuple[int, ...]:
@@ -157,13 +175,18 @@ class TargetReport:
             yield f"attempt {at + 1}: {self._kept(attempt)}, {lost}: {end}"
 
     def _kept(self, attempt: Attempt) -> str:
-        return f"{share(attempt.reached / self.dense)} of {self.cost}"
+        return f"{share(attempt.reached / self.dense)} of {counted_in_words(self.cost)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with what is chosen and reported."""
         reported = None if self.reported is None else dataclasses.asdict(self.reported)
         more = {"cost": str(self.cost), "chosen": self.chosen, "reported": reported}
         return {**dataclasses.asdict(self), **more}
+
+
+def counted_in_words(cost: str) -> str:
+    """Return what a size is counted in."""
+    return "the time by its operators" if cost == Cost.TIME else cost
 
 
 def _amount(quality: TargetKind, lost: float, measure: Measure) -> str:
@@ -189,10 +212,22 @@ def target_in_words(target: Mapping[str, Any]) -> str:
     attempt, attempts = target["attempts"][target["chosen"]], len(target["attempts"])
     most = _amount(TargetKind(target["quality"]), target["most"], target["measure"])
     kept = share(attempt["reached"] / target["dense"])
+    best, has = ("fastest", "takes") if target["cost"] == Cost.TIME else ("smallest", "keeps")
     return (
-        f"at most {most}; the smallest model that passed its test, of "
-        f"{pluralize(attempts, 'attempt')}, keeps {kept} of {target['cost']}"
+        f"at most {most}; the {best} model that passed its test, of "
+        f"{pluralize(attempts, 'attempt')}, {has} {kept} of {counted_in_words(target['cost'])}"
     )
+
+
+def timed_in_words(target: Mapping[str, Any]) -> str:
+    """Return how fast the chosen model was as a whole; nothing where sizes are no times."""
+    if target["timed"] is None:
+        return ""
+    timed = WholeTime(**target["timed"])
+    found = f"the speed of the whole model is not known ({timed.unknown})"
+    if timed.speedup is not None and timed.error is not None:
+        found = f"{timed.speedup:.2f} times as fast as the dense model, known to {timed.error:.1%}"
+    return f"{found}; {timed.expected:.2f} by the times of its operators: {timed.what}"
 
 
 def reported_in_words(target: Mapping[str, Any]) -> str:

@@ -175,7 +175,7 @@ def test_held_out_samples_serve_experts_whatever_the_target():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"experts": 3, "speedup": 1.5}, "does not go with experts, .* give params or size"),
+        ({"experts": 3, "speedup": 1.5}, "speedup does not go with experts, .* give params"),
         (
             {"experts": 3, "certify": True},
             r"certify \(`--certify`\) does not go with experts alone",

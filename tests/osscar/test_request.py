@@ -37,6 +37,7 @@ def group(name, kind, units, *, width=1, frozen=()):
     return CouplingGroup(name, kind, units, (slot,), 10, frozen)
 
 
+FASTEST = {"max_divergence": 0.1, "smallest": "time"}
 FREEZE = Freeze("attention mixes it", "aten.softmax.int", "block.attn")
 GROUPS = (
     group("hidden", UnitKind.HIDDEN, 48, frozen=(FREEZE,)),
@@ -251,6 +252,9 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
         ({"speedup": 1.5, "context": 8}, "for timed decode .*; give one of these, or omit both"),
         ({"flops": 0.5, "timed": "decode", "context": 8}, "is decode, .*; give speedup, too"),
         ({"flops": 0.5, "timed_in": "onnxruntime"}, "timed_in is onnxruntime, .*; give speedup"),
+        ({**FASTEST, "form": "exported"}, "smallest time does not .*'exported', .* smallest flops"),
+        ({**FASTEST, "experts": 0.5}, "smallest time does not go with experts, .* smallest params"),
+        ({**FASTEST, "speedup": 2.0}, "speedup does not go with max_divergence.* smallest time"),
         (
             {"speedup": 1.5, "timed": "decode", "context": 8, "timed_in": "onnxruntime"},
             "models are exported without a key/value cache; omit one of them",
