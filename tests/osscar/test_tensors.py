@@ -231,7 +231,7 @@ REFUSED = (
     ({**GOOD, "features": SPOILT}, "'features' have NaN or infinite entries, 1 of 32"),
     ({**GOOD, "features": FEATURES[:7]}, "disagree on the number of samples"),
     ({**GOOD, "features": np.zeros((0, 4), np.float32)}, r"the shape .0, 4., .* no samples; give"),
-    ({**GOOD, "features": np.array([{}])}, "read as .npz: Object arrays cannot be loaded"),
+    ({**GOOD, "features": np.array([{}])}, "an entry holds objects; store arrays"),
     ({**GOOD, "features": np.array(["a"] * 8)}, "read as .npz: can.t convert .*str_"),
     ({**GOOD, "labels": np.zeros(8)}, "labels must be 8 whole numbers, .* not torch.float64"),
     ({**GOOD, "labels": np.zeros(3, int)}, r"not torch.int64 of \(3,\)"),
