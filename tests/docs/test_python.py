@@ -24,10 +24,19 @@ SMALL = {
     "samples=64, seqlen=64": "samples=32, seqlen=32",
     "steps=64": "steps=4",
     "SIDE = 640": "SIDE = 64",
+    "steps=256": "steps=2",
     '"epochs": 100': '"epochs": 1, "batch": 4, "workers": 0, "device": "cpu"',
 }
 YOLO = "docs/howto/yolo.md"
-LONG = ("README.md", "docs/after.md", "docs/experts.md", "docs/from-model-to-file.ipynb", YOLO)
+ENCODER = "docs/tutorials/sentence-encoder.md"
+LONG = (
+    "README.md",
+    "docs/after.md",
+    "docs/experts.md",
+    "docs/from-model-to-file.ipynb",
+    YOLO,
+    ENCODER,
+)
 
 PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
@@ -70,6 +79,8 @@ def test_the_python_of_a_page_runs(page, monkeypatch):
         pytest.importorskip(package)
     if page == YOLO:
         write_boxes()
+    if page == ENCODER:
+        write_encoder()
     found = HELPERS | run(page)
     with torch.no_grad():
         for line in CHECKS.get(page, ()):
@@ -95,6 +106,28 @@ def write_boxes():
         f"path: {Path.cwd()}\ntrain: images\nval: images\nnames: {{{names}}}\n"
     )
     Path("yolo.py").write_text(blocks(YOLO, "python")[0].replace("SIDE = 640", "SIDE = 64"))
+
+
+def write_encoder():
+    """Write a small sentence encoder, and sentences."""
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import BertWordPieceTokenizer
+
+    lines = [line.strip() for line in CALIBRATION.read_text().splitlines()]
+    sentences = [line for line in lines if 20 < len(line) < 80][:96]
+    Path("sentences.txt").write_text("\n".join(sentences))
+    words = BertWordPieceTokenizer()
+    words.train_from_iterator(sentences, vocab_size=300, show_progress=False)
+    tokenizer = transformers.BertTokenizerFast(tokenizer_object=words._tokenizer)
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained("bert")
+    tokenizer.save_pretrained("bert")
+    SentenceTransformer("bert", device="cpu").save_pretrained("all-MiniLM-L6-v2")
 
 
 def shapes(model):
@@ -127,10 +160,17 @@ NEEDS = {
     "docs/after.md": (*ONNX, "accelerate", "datasets", "peft"),
     "docs/from-model-to-file.ipynb": ONNX,
     YOLO: ("ultralytics", *ONNX),
+    ENCODER: ("sentence_transformers", *ONNX),
 }
 """Packages that a page is about: of an extra, but for ultralytics."""
 
 CHECKS: dict[str, tuple[str, ...]] = {
+    ENCODER: (
+        "type(smaller[0].auto_model).__module__.endswith('modeling_pruned')",
+        "sum(p.numel() for p in smaller.parameters()) == result.parameters_after",
+        "mine = (hidden * mask).sum(1) / mask.sum(1)",
+        "close(mine, smaller.encode(texts, convert_to_numpy=True))",
+    ),
     "docs/howto/quality.md": (
         "found.attempts[found.chosen].tested.bound <= found.most == 0.1",
         "found.reported.samples >= 31",
