@@ -40,6 +40,9 @@ from osscar.network.modules import count_parameters
 CALIBRATING, SCORED, AT_ONCE = 256, 1000, 32
 """Sentences, and those of a batch."""
 
+BATCH_SIZE, RATE = 16, 2e-4
+"""Of recovery."""
+
 LENGTHS = 40, 200
 """Characters of a sentence, at least and at most."""
 
@@ -151,8 +154,9 @@ def measured(row: Row, encoder: Encoder, directory: Path) -> dict[str, Any]:
     write(directory, dataclasses.replace(row, steps=0), found | encoder.score(model))
     if row.steps:
         began = time.process_time()
+        asked: dict[str, Any] = {"steps": row.steps, "batch_size": BATCH_SIZE, "seed": row.seed}
         trained = osscar.recover(
-            result, encoder.model, encoder.training, steps=row.steps, distance=angle, seed=row.seed
+            result, encoder.model, encoder.training, learning_rate=RATE, distance=angle, **asked
         )
         model, found["seconds"] = trained.model, time.process_time() - began
     return found | encoder.score(model)
