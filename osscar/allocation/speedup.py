@@ -94,10 +94,8 @@ class WholeModels:
     """Models of the first units of each group, timed beside the dense one."""
 
     task: PruningTask
-    speedups: dict[tuple[int, ...], float] = field(default_factory=dict)
+    ratios: dict[tuple[int, ...], Ratio] = field(default_factory=dict)
     """How fast they were, by their widths in the order of the groups that share budgets."""
-    error: float = 0.0
-    """The largest, of those of which it is not known whether they are as fast as wanted."""
 
     @classmethod
     def shared(cls, task: PruningTask) -> WholeModels:
@@ -112,25 +110,41 @@ class WholeModels:
         """What times them."""
         return clock_of(self.task)
 
+    @property
+    def wanted(self) -> float:
+        """The speed-up that is asked for."""
+        assert self.task.request.speedup is not None
+        return self.task.request.speedup
+
+    @property
+    def speedups(self) -> dict[tuple[int, ...], float]:
+        """How fast they were, by their widths."""
+        return {key: ratio.speedup for key, ratio in self.ratios.items()}
+
+    @property
+    def error(self) -> float:
+        """The largest, of those of which it is not known whether they are as fast as wanted."""
+        unsure = (r.error for r in self.ratios.values() if r.error > r.told(self.wanted))
+        return max(unsure, default=0.0)
+
     def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
         """Return what stands for widths."""
         return tuple(kept[name] for name in self.task.options)
 
     def speedup(self, kept: Mapping[str, int]) -> float:
-        """Return how many times as fast as the dense model it is; each is timed once.
+        """Return how many times as fast as the dense model it is.
+
+        Each is timed once; again where that was for another speed-up, and is too rough for this.
 
         A `RequestError` says that none can be built, or that the device is too noisy to tell.
         """
         key = self.key(kept)
-        if key not in self.speedups:
+        found = self.ratios.get(key)
+        if found is None or found.error > max(CLOSE, found.told(self.wanted)):
             smaller = _built(self.task.prepared, {**self.task.keep, **kept})
-            wanted = self.task.request.speedup
-            assert wanted is not None
-            found = time_against(self.clock.dense, self.clock.timer(smaller), wanted)
-            self.speedups[key] = found.speedup
-            if found.error > found.told(wanted):
-                self.error = max(self.error, found.error)
-        return self.speedups[key]
+            found = time_against(self.clock.dense, self.clock.timer(smaller), self.wanted)
+            self.ratios[key] = found
+        return found.speedup
 
     def ends(self, expected: Callable[[Kept], float]) -> tuple[Point, Point]:
         """Return what is expected of the least widths and all, and what they took."""

@@ -73,7 +73,7 @@ def split(
         raise DataError(
             f"{pluralize(len(samples), 'sample')} {are(len(samples))} too few: {held} {are(held)} "
             f"held out, {len(training)} do not overlap with those, and a step takes {size}; give "
-            "more, or let a recovery take fewer (batch_size, held_out)"
+            "more, or recover with a smaller batch_size or held_out"
         )
     return training, apart
 

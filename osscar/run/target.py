@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from graph.tracing.preserve import without_cache
 from osscar.allocation.allocate import Sharing
 from osscar.allocation.budget import Budget
 from osscar.allocation.clocks import Clock
@@ -354,7 +355,8 @@ class _Search:
 
         def measured() -> WholeTime:
             clock = self._clock
-            with attempted() as tried:  # no figure of a report is worth a run
+            # Without keys and values, as the dense model; and no figure of a report is worth a run.
+            with without_cache(model), attempted() as tried:
                 found = time_against(clock.dense, clock.timer(model), expected)
                 return WholeTime(clock.described, expected, found.speedup, found.error)
             return WholeTime(clock.described, expected, unknown=first_line(tried.error))

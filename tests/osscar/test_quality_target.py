@@ -419,7 +419,10 @@ def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     assert not list(tmp_path.glob("smaller.*"))
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["recovery"]["samples"] + found["recovery"]["held_out"] == 48  # none that chooses
-    assert "attempt" in (tmp_path / "smaller" / "report.html").read_text()
+    page = (tmp_path / "smaller" / "report.html").read_text()
+    assert "Sizes that were tried" in page
+    assert "on samples that chose nothing" in page
+    assert page.count('data-of="result">chosen<') == 1
     drawn = osscar.load_tensors(tmp_path / "data.npz", dense).sample(96, 0)
     saved = osscar.load(tmp_path / "smaller", dense=dense)
     due = by_hand(DIVERGENCE, dense, saved, in_parts(drawn, torch.arange(96), 0).tested)

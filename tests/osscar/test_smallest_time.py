@@ -78,7 +78,13 @@ ASKED = {"max_divergence": 0.004, "smallest": "time", "backend": "wanda", "devic
 
 
 def test_the_fastest_model_within_a_target_is_timed_as_a_whole(pretend, first_is_within):
-    clocks, dense, lines = pretend(), tiny("opt"), []
+    caches, dense, lines = set(), tiny("opt"), []
+
+    def of_model(model):
+        caches.add(model.config.use_cache)
+        return seconds(model)
+
+    clocks = pretend(of_model)
     result = prune_as_asked(dense, tokens(64, 24), PruningRequest(**ASKED), tell=lines.append)
     report, found = result.target, result.target.timed
     chosen = report.attempts[report.chosen]
@@ -86,6 +92,7 @@ def test_the_fastest_model_within_a_target_is_timed_as_a_whole(pretend, first_is
     assert chosen.reached <= chosen.limit * (1 + 1e-9)
     assert [len(one.timed) for one in clocks] == [1]  # no model but the one that was chosen
     assert found.speedup == pytest.approx(seconds(dense) / seconds(result.model))
+    assert (caches, result.model.config.use_cache) == ({False}, True)
     assert found.expected == pytest.approx(1 / chosen.reached)
     assert found.expected != pytest.approx(found.speedup, rel=0.01)
     assert "pretended" in found.what

@@ -92,6 +92,22 @@ def test_a_speed_up_out_of_reach_says_what_is_in_reach_before_anything_is_measur
     assert len(timed) == 1
 
 
+def test_a_rough_time_that_told_enough_for_one_speed_up_is_taken_again_for_another(monkeypatch):
+    """As the sizes of a sweep share what was timed."""
+    errors = iter((0.1, 0.005))
+    ratio = mock.Mock(side_effect=lambda *_: speedup.Ratio(2.05, next(errors)))
+    monkeypatch.setattr(speedup, "time_against", ratio)
+    monkeypatch.setattr(speedup, "_built", mock.Mock())
+    monkeypatch.setattr(speedup, "clock_of", mock.Mock())
+    known = {}
+    for wanted, count in ((1.25, 1), (1.25, 1), (2.0, 2), (1.9, 2)):
+        task = mock.Mock(options=["a"], keep={}, request=PruningRequest(speedup=wanted))
+        models = speedup.WholeModels(task, known)
+        assert models.speedup({"a": 3}) == 2.05
+        assert ratio.call_count == count
+        assert not models.error
+
+
 # ---- whole models decide -----------------------------------------------------------------
 
 
