@@ -285,11 +285,11 @@ class PruningRequest:
         Speed of a forward pass to reach within 2 %, as a multiple of the dense model's, above 1.
         It is timed on this device, where nothing else should run meanwhile.
     timed
-        With `speedup` or `smallest` ``time``: what is timed.  ``prefill``: a forward pass over a
+        With a budget or target of time: what is timed.  ``prefill``: a forward pass over a
         batch of calibration data.  ``decode``: the next token of each of `batch` sequences of a
         language model, with a key/value cache of `context` positions.
     timed_in
-        With `speedup` or `smallest` ``time``: what runs it, ``torch``, or ``onnxruntime`` on the
+        With a budget or target of time: what runs it, ``torch``, or ``onnxruntime`` on the
         processor, for which operators and models are exported.
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
