@@ -7,7 +7,7 @@ Each row is one pruned model.  It has a process of its own and is written to a f
 DIRECTORY, its model beside it, so that the same command goes on where it was stopped.  With
 `--steps`, each is then recovered: text on at most 256 windows of what calibrates, of which a step
 has 4, with 8 more that are held out, and images on all that there are to train, without labels.
-Ends with tables of all rows; give each source, each number of samples and of steps a DIRECTORY.
+Ends with a table of all rows, for `python -m benchmarks.results`; give each source a DIRECTORY.
 
 Baselines are uniform, on the paper's target: every group keeps the same share of its units, or the
 largest one within a budget of FLOPs, and is refitted by least squares.  Whatever shares a budget
@@ -27,7 +27,7 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,9 @@ import torch
 
 import osscar
 from benchmarks.case import Case, Form, Smaller
-from benchmarks.measuring import Asked, read
-from benchmarks.page import DENSE, OURS, entries, tables
+from benchmarks.measuring import Asked, markdown, read, rows_in
+from benchmarks.page import DENSE, OURS
+from benchmarks.page import told as quality_of
 from benchmarks.tasks import (
     SOURCES,
     TASKS,
@@ -328,6 +329,36 @@ def recovered(row: Row, subject: Subject, arguments: argparse.Namespace) -> dict
     return {**content, "quality": subject.score(recovery.model), "held_out": held_out}
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return quality and seconds as Markdown: a column a method, a mean over seeds a cell."""
+    cells: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for row in (row for row in rows if "failed" not in row):
+        asked = {"samples": row["samples"], "steps": row["steps"]}
+        name = ", ".join([row["setting"], *(f"{n} {what}" for what, n in asked.items() if n)])
+        measure, value = next(iter(row["quality"].items()))
+        found = {name: (measure, 1.0 if value is None else value)}
+        if "seconds" in row:
+            found[f"seconds: {name}"] = ("seconds", row["seconds"])
+        for line, one in found.items():
+            cells.setdefault(line, {}).setdefault(row["method"], []).append(one)
+    methods = list(
+        dict.fromkeys([DENSE, *BASELINES, *(m for line in cells.values() for m in line)])
+    )
+    return markdown(
+        [
+            ["kept or removed", *methods],
+            *([name, *(shown(cells[name].get(m, [])) for m in methods)] for name in sorted(cells)),
+        ]
+    )
+
+
+def shown(values: Sequence[tuple[str, float]]) -> str:
+    """Write what seeds came to, which have one measure."""
+    if values and values[0][0] == "seconds":
+        return f"{statistics.mean(value for _, value in values):.0f}"
+    return quality_of(values[0][0], [value for _, value in values]) if values else ""
+
+
 def told(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error):.200}"
 
@@ -374,7 +405,7 @@ def main() -> None:
     bench = Bench(TASKS, baselines)
     arguments = bench.parser(__doc__).parse_args()
     bench.measure(arguments)
-    print(*tables(entries(arguments.directory)), sep="\n")
+    print(*table(rows_in(arguments.directory)), sep="\n")
 
 
 if __name__ == "__main__":
