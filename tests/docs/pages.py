@@ -28,7 +28,6 @@ _PROGRAMS = (
     "mkdocs",
     "torchrun",
 )
-_INLINE = re.compile(r"`((?:osscar|python3?) [^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,3 @@ def commands(page: str) -> Iterator[Command]:
             for part in line.split("&&"):
                 if part.split()[:1] and part.split()[0] in _PROGRAMS:
                     yield Command(page, tuple(shlex.split(part, comments=True)))
-
-
-def mentions(page: str) -> Iterator[Command]:
-    """The commands that the text of a page names, whole or in part."""
-    text = _BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
-    for found in _INLINE.findall(text):
-        yield Command(page, tuple(shlex.split(found)))

@@ -22,7 +22,7 @@ from benchmarks.__main__ import benchmarks
 from benchmarks.prose import Split, builtin_text
 from osscar.cli.commands import app
 from tests.docs.json_schema import missing, undescribed
-from tests.docs.pages import PAGES, ROOT, Command, blocks, commands, mentions
+from tests.docs.pages import PAGES, Command, blocks, commands
 from tests.osscar.interrupted_cases import tiny_model
 
 BENCHMARK = "takes minutes to hours, and data; its arguments are parsed"
@@ -219,36 +219,3 @@ def parse(module, arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     with pytest.raises(Parsed):
         runpy.run_module(module, run_name="__main__")
-
-
-@pytest.mark.parametrize(
-    "command",
-    # what a changelog tells of may have gone since
-    [c for page in PAGES if page != "CHANGELOG.md" for c in mentions(page)],
-    ids=str,
-)
-def test_what_the_text_mentions_exists(command):
-    program, *words = command.words
-    end = [*words, "--"].index("--")
-    words, more = words[:end], words[end + 1 :]
-    options = {word for word in words if word.startswith("--")}
-    known = osscar_options(words if program == "osscar" else ["prune"])
-    assert {word for word in more if word.startswith("--")} <= known
-    module = ROOT / f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else ROOT / words[0]
-    if not module.exists() and module.with_suffix("").is_dir():
-        module = module.with_suffix("") / "__main__.py"
-    if program == "osscar":
-        assert options <= known
-    elif module.suffix == ".py" and module.exists():
-        source = module.read_text(encoding="utf-8")
-        assert all(f'"{option}"' in source for option in options)
-    else:
-        assert reason(command) is not None
-
-
-def osscar_options(words):
-    """The options of the command that words begin with; a group of commands has none."""
-    command = app.parse_commands(words)[1][-1]
-    if command.default_command is None:
-        return set()
-    return {option for one in command.assemble_argument_collection() for option in one.names}

@@ -12,8 +12,6 @@ import torch
 import graph
 import osscar
 import osscar.shrinking.follow
-from osscar.cli.commands import app
-from osscar.study.library import library
 from tests.docs.pages import PAGES, blocks
 from tests.osscar.families import CALIBRATION
 
@@ -42,13 +40,12 @@ PAGES_WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 def run(page):
-    """Run all blocks of a page in order, in one namespace, and return it."""
+    """Run all blocks of a page in order, in one namespace."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         for word, small in SMALL.items():
             block = block.replace(word, small)
         exec(compile(block, page, "exec"), namespace)
-    return namespace
 
 
 @pytest.fixture(autouse=True)
@@ -81,14 +78,7 @@ def test_the_python_of_a_page_runs(page, monkeypatch):
         write_boxes()
     if page == ENCODER:
         write_encoder()
-    found = HELPERS | run(page)
-    with torch.no_grad():
-        for line in CHECKS.get(page, ()):
-            name, _, value = line.partition(" = ")
-            if value:
-                found[name] = eval(value, found)
-            else:
-                assert eval(line, found), line
+    run(page)
 
 
 def write_boxes():
@@ -130,28 +120,6 @@ def write_encoder():
     SentenceTransformer("bert", device="cpu").save_pretrained("all-MiniLM-L6-v2")
 
 
-def shapes(model):
-    return {name: one.shape for name, one in model.named_parameters()}
-
-
-def close(found, expected, atol=1e-4):
-    mine, theirs = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    return torch.allclose(mine, theirs, rtol=1e-3, atol=atol)
-
-
-def run_onnx(file, **inputs):
-    """Export the model of the page about ultralytics, and let ONNX Runtime run it."""
-    app(["export", "tuned", "--format", "onnx", "--dense", "yolo.py:build", "--out", file])
-    session = pytest.importorskip("onnxruntime").InferenceSession(file)
-    found: list[Any] = session.run(None, {name: one.numpy() for name, one in inputs.items()})
-    return found
-
-
-HELPERS = {
-    **{"osscar": osscar, "graph": graph, "library": library, "torch": torch, "Path": Path},
-    **{one.__name__: one for one in (shapes, close, run_onnx)},
-}
-
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 NEEDS = {
     "docs/tutorials/image-classifier.md": ONNX,
@@ -163,105 +131,3 @@ NEEDS = {
     ENCODER: ("sentence_transformers", *ONNX),
 }
 """Packages that a page is about: of an extra, but for ultralytics."""
-
-CHECKS: dict[str, tuple[str, ...]] = {
-    ENCODER: (
-        "type(smaller[0].auto_model).__module__.endswith('modeling_pruned')",
-        "sum(p.numel() for p in smaller.parameters()) == result.parameters_after",
-        "mine = (hidden * mask).sum(1) / mask.sum(1)",
-        "close(mine, smaller.encode(texts, convert_to_numpy=True))",
-    ),
-    "docs/howto/quality.md": (
-        "found.attempts[found.chosen].tested.bound <= found.most == 0.1",
-        "found.reported.samples >= 31",
-    ),
-    "docs/vision.md": (
-        "stating()[0](stating()[1]).shape == (2, 10)",
-        "stating()[2] == osscar.Preprocessing(mean=(0.49, 0.48, 0.45), std=0.25)",
-    ),
-    "docs/walk.md": (
-        "(prepared.model.model.decoder.layers[0].fc2.weight == 0).all(0).sum() == 320",
-        "way.passes == 1",
-    ),
-    "docs/experts.md": (
-        "[(one.kind, one.kept) for one in smaller.layers] == [('experts', 3)] * 2",
-    ),
-    "docs/instances.md": (
-        "best = library().instances['resnet20-c16-k8'].best",
-        "close(loss('instance.safetensors', list(best.support)), best.loss, 1e-6)",
-    ),
-    "docs/after.md": (
-        "Path('tuned/osscar.json').is_file()",
-        "read = [osscar.load(name) for name in ('smaller', 'tuned', 'merged')]",
-        "shapes(read[0]) == shapes(read[1]) == shapes(read[2])",
-        "not all(map(torch.equal, read[0].parameters(), read[1].parameters()))",
-        "close(compiled, exact)",
-        "0 < (torch.from_numpy(rounded) - exact).norm() / exact.norm() < 0.2",
-    ),
-    "docs/tutorials/image-classifier.md": (
-        "result.parameters_after < 0.7 * result.parameters_before",
-        "min(compared.dense.quality.top1, compared.model.quality.top1) > 0.9",
-        "recovery.after < recovery.before",
-        "close(scores, recovery.model(draw(3, 2000)[0]))",
-    ),
-    "docs/tutorials/solver.md": (
-        "min(map(min, excess.values())) > -0.011",  # percent, up to the tolerance
-        "max(excess['local_search']) < 0.011",
-        "max(excess['restarts']) < max(excess['magnitude'])",
-        "Path('excess.svg').is_file()",
-    ),
-    "docs/howto/architecture.md": (
-        "group.prunable and traced.group('neurons').units == 40",
-        "model.up.out_features == model.down.in_features == 20",
-    ),
-    "docs/howto/module.md": (
-        "'Attention' in str(told) and model.layout == [3, 8]",
-        "proof.certificate.error < 1e-5",
-    ),
-    "docs/howto/own-model.md": (
-        "compared.model.quality.top1 > 0.8",
-        "0 < compared.model.quality.errors['output'] < 0.1",
-        "again.head.in_features < model.head.in_features",
-        "chosen.source.startswith('a DataLoader, its first 128 samples')",
-        "result.calibration['samples'] == 128",
-    ),
-    "docs/howto/nanogpt.md": (
-        "0 < result.divergence < 0.5",
-        "own = result.model(test.tensors['idx'][:5])",
-        "own[0].shape == (5, 1, 16) and own[1] is None",
-        "close(logits, own[0])",
-    ),
-    "docs/howto/forms.md": (
-        "result.form == 'exported' and not result.skipped",
-        "archive.inputs == {'input': 'float32 (batch, input_1, 8)'}",
-    ),
-    "docs/howto/frozen.md": (
-        "wide = [one for one in graph.trace(model, (x,)).groups if one.units > 8]",
-        "{one.units: one.prunable for one in wide} == {16: False, 32: True}",
-        "not torch.allclose(before, masked)",
-    ),
-    "docs/howto/formats.md": (
-        "saved.with_code and type(model).__module__.endswith('.modeling_pruned')",
-        "ids = torch.arange(12)[None]",
-        "close(model.float().eval()(ids).logits, result.model(ids).logits, 0.05)",
-        "close(again(ids).logits, trained.eval()(ids).logits)",
-        "not close(again(ids).logits, osscar.load('smaller', dtype=torch.float32)(ids).logits, 0)",
-    ),
-    "docs/howto/onnx.md": (
-        "logits.shape == (3, 20, result.model.config.vocab_size)",
-        "close(logits, osscar.load('smaller').float()(torch.ones(3, 20).long()).logits)",
-    ),
-    YOLO: (
-        "result.parameters_after < 0.7 * result.parameters_before",
-        "{one.name for one in result.skipped} == {'model.10.cv1.conv.channels', "
-        "'model.10.m.0.attn.heads'}",
-        "shapes(tuned) == shapes(result.model)",
-        "x = next(images.batches(3))",
-        "expected = tuned(x)",
-        "raw = run_onnx('tuned.onnx', x=x)",
-        "close(boxes, expected, 1e-3)",
-        "close(osscar.load('tuned', dense=build()[0])(x)[0], expected)",
-        "len(raw) == 6 and close(raw[0], expected, 1e-3)",
-    ),
-}
-"""What is true of the names that the Python of a page leaves, with some more names for it."""

@@ -9,11 +9,9 @@ or by a system call is counted by the name of its caller.
 from __future__ import annotations
 
 import csv
-import enum
 import errno
 import json
 import os
-import resource
 import signal
 import sqlite3
 import sys
@@ -21,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -29,15 +27,6 @@ import torch
 from osscar.base.files import LOCK_FILE
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_SHORT_BYTES = 100
-
-
-class Refusal(enum.Enum):
-    """How the disk is full."""
-
-    ONCE = "what the event begins fails with ENOSPC, and nothing else does"
-    FROM_NOW_ON = "so does all that comes after"
-    SHORT = "the system lets no file grow beyond a few bytes, whoever writes it"
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Plan:
     """What happens at the n-th event: a signal is sent, or the disk is full at the n-th write."""
 
     at: int
-    what: signal.Signals | Refusal
+    what: signal.Signals | Literal["full"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +106,8 @@ def _watched(root: Path, plan: Plan | None) -> list[bool]:
         if isinstance(plan.what, signal.Signals):
             if len(events) == plan.at:
                 os.kill(os.getpid(), plan.what)
-        elif writes:
-            _be_full(plan.what, sum(events) - plan.at)
+        elif writes and sum(events) >= plan.at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:
         if name in ("open", "os.mkdir", "os.rename"):
@@ -164,17 +153,6 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield smaller, "shrink", False
     yield directory, "read_back", False
     yield jobs, "answered", False
-
-
-def _be_full(refusal: Refusal, late: int) -> None:
-    """Refuse a write that comes so many after the first that is refused."""
-    if refusal is Refusal.SHORT:
-        if late == 0:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (_SHORT_BYTES, hard))
-    elif late == 0 or (refusal is Refusal.FROM_NOW_ON and late > 0):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # ---- what matters of results ---------------------------------------------------------------

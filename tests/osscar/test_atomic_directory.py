@@ -6,7 +6,6 @@ import stat
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import osscar
@@ -194,35 +193,6 @@ def test_a_process_that_is_replacing_a_directory_is_left_alone(tmp_path):
             osscar.load(path)
     finish_killed(path)
     assert [place.exists() for place in (old, path)] == [False, True]
-
-
-def test_a_place_that_cannot_be_written_is_found_at_the_start(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write .*file"):
-        check_output(tmp_path / "file" / "deep" / "model", overwrite=False)
-    with pytest.raises(OutputError, match="is a file"):
-        check_output(tmp_path / "file", overwrite=True)
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "volume")
-    with pytest.raises(OutputError, match="is a mount point and cannot be renamed; give a path in"):
-        check_output(tmp_path / "volume", overwrite=False)
-    check_output(tmp_path / "volume" / "model", overwrite=False)
-
-    def refuse(*_, **__):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
-    with pytest.raises(OutputError, match=f"cannot write to {tmp_path}: Read-only file system"):
-        check_output(tmp_path / "not" / "there", overwrite=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_full_disk_is_found_at_the_start_with_what_is_needed(tmp_path):
-    with pytest.raises(OutputError, match=r"may take 1,000,000,000,000,000 MB, and .* MB left"):
-        check_output(tmp_path / "model", overwrite=False, needed_bytes=10**21)
-    check_output(tmp_path / "model", overwrite=False, needed_bytes=1)
-    assert list(tmp_path.iterdir()) == []
-    assert checkpoint.weight_bytes(model()) == 4 * (3 * 4 + 4 + 4 * 2 + 2)
-    assert checkpoint.weight_bytes(model(), torch.bfloat16) == 2 * (3 * 4 + 4 + 4 * 2 + 2)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -121,21 +121,6 @@ def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
     assert half.budget.tightest.reached <= 0.6 * half.budget.tightest.dense
 
 
-@pytest.mark.parametrize("allocation", ["measured", "uniform"])
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"params": 0.01}, r"cannot be met: .* comes to [\d,]+ of [\d,]+ at l"),
-        ({"flops": 0.01, "params": 0.9}, r"^flops 0.01 cannot be met"),
-        ({"size": "10MB", "params": 1.0}, r"^params 1 size 10MB removes nothing"),
-        ({"sparsity": 0.7, "at_least": 0.9}, r"sparsity 0.7 cannot be met"),
-    ],
-)
-def test_a_budget_out_of_reach_says_what_is_in_reach(opt, asked, message, allocation):
-    with pytest.raises(RequestError, match=message):
-        allocate(PruningTask(opt, Asked(**asked, allocation=allocation)))
-
-
 class Shortcut(nn.Sequential):
     """Two convolutions whose outputs are added to what they read."""
 

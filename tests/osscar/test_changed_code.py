@@ -90,27 +90,6 @@ def test_outputs_that_another_device_rounds_otherwise_are_the_same(begun):
         assert len(records) == 1
 
 
-def test_a_run_that_was_killed_does_not_go_on_with_other_code(tmp_path, monkeypatch):
-    log, append = RunLog(tmp_path / "log"), RunLog.append
-
-    def interrupted(*arguments):
-        append(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "append", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            prune_as_asked(built(), DATA, REQUEST, log)
-    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(JournalError, match=f"{NOTICED}.*--restart"):
-        prune_as_asked(built(1.5), DATA, REQUEST, log)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
-    assert (
-        prune_as_asked(built(), DATA, REQUEST, log).plan
-        == osscar.prune(built(), DATA, neurons=0.5, backend="wanda", device="cpu").plan
-    )
-
-
 def test_files_of_ones_own_code_that_change_are_noticed_where_runs_and_studies_go_on(
     tmp_path, monkeypatch
 ):

@@ -1,12 +1,10 @@
 """The commands as a person runs them: what they print, write and refuse."""
 
 import dataclasses
-import io
 import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +13,17 @@ from cyclopts import CycloptsError
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import osscar
-from osscar.base.errors import OptionError, OutputError
+from osscar.base.errors import OptionError
 from osscar.base.printable import engineering
-from osscar.cli import commands, main
 from osscar.cli.commands import app
-from osscar.cli.common import way_back
 from osscar.cli.options import request_of
-from osscar.models.names import DEMO_DIRECTORY
 from osscar.proof.lineage import note, weights_digest
-from osscar.recovery.request import RecoveryRequest
 from osscar.request import PruningRequest
 from osscar.run.points import SweepDirectory
 from osscar.run.prune_page import prune_page, run_facts
 from osscar.run.run_log import RunLog
 from osscar.study.directory import Study
-from tests.osscar.families import CALIBRATION, HELD_OUT, framing_tokenizer
-from tests.osscar.families import tiny as tiny_of
+from tests.osscar.families import HELD_OUT, framing_tokenizer
 from tests.osscar.interrupted_cases import pruning
 
 PROSE = "the quick brown fox jumps over the lazy dog and runs back again before night falls. " * 200
@@ -214,21 +207,6 @@ def test_no_figure_of_a_report_loses_a_run(run, tiny, tmp_path, monkeypatch):
 # ---- interrupts --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("restarts", [False, True])
-@pytest.mark.parametrize("kept", ["", "1 group is done"])
-def test_whoever_is_interrupted_or_cannot_write_is_told_how_to_go_on(kept, restarts):
-    expected = "no finished work was kept; run the same command again to start over"
-    if kept:
-        without = " without --restart" if restarts else ""
-        expected = f"{kept}; run the same command again{without} to continue"
-    with pytest.raises(KeyboardInterrupt) as stop, way_back(lambda: kept, restarts=restarts):
-        raise KeyboardInterrupt
-    assert stop.value.__notes__ == [expected]
-    said = re.escape(f"the disk is full. {expected[0].upper()}{expected[1:]}")
-    with pytest.raises(OutputError, match=said), way_back(lambda: kept, restarts=restarts):
-        raise OutputError("the disk is full")
-
-
 @pytest.mark.parametrize(
     ("command", "owner", "method", "at", "said"),
     [
@@ -270,38 +248,6 @@ def test_an_interrupt_says_what_is_kept(
 # ---- models and their weights ------------------------------------------------------------
 
 
-def saved_by_transformers(place, model):
-    """A directory with a model and the tokenizer of the demo, without osscar.json."""
-    model.save_pretrained(place)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO_DIRECTORY / file, place / file)
-    return place
-
-
-def test_a_command_takes_the_options_that_its_errors_advise(run, tmp_path):
-    """The fixture that runs commands looks for advice that they do not take."""
-    other = tiny_of("opt", layers=1)
-    plan = osscar.prune(other, torch.arange(64).view(2, 32), heads=2, backend="magnitude").plan
-    osscar.slice_units(other, plan)
-    shapes = saved_by_transformers(tmp_path / "shapes", other)
-    code = saved_by_transformers(tmp_path / "code", tiny_of("gpt2", layers=1))
-    config = json.loads((code / "config.json").read_text())
-    brought = {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}
-    changed = {**config, "model_type": "foreign", "auto_map": brought}
-    (code / "config.json").write_text(json.dumps(changed))
-    own = osscar.save(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "own").path
-    named = {"code": "brings", "shapes": "other shapes|do not fit its config", "own": "own code"}
-    for command, *more in (
-        *(("inspect",), ("export",), ("eval",), ("gap",), ("sweep", "--sparsity", "0.3")),
-        *(("prune", "--neurons", "0.5"), ("recover", "--dense", "demo", "--text", CALIBRATION)),
-    ):
-        out = () if command in ("inspect", "eval") else ("--out", tmp_path / "out")
-        for directory in (shapes, code, own):
-            status, _, err = run(command, directory, *more, *out)
-            assert status == 2, (command, directory)
-            assert re.search(named[directory.name], err) or command in ("export", "sweep"), err
-
-
 def test_weights_are_told_from_others_in_any_format(tiny):
     exact, rounded = (osscar.load_model(tiny, dtype=d).model for d in ("float32", "bfloat16"))
     known = weights_digest(exact)
@@ -323,34 +269,15 @@ def test_weights_are_told_from_others_in_any_format(tiny):
 NEURONS = ("--neurons", "0.5")
 BAD = [
     ((*NEURONS, "--neurons", "0.4"), "--neurons is given more than once; give it once"),
-    ((*NEURONS, "--strict", "--strict"), "--strict is given more than once"),
-    ((*NEURONS, "--seed=1", "--seed=2"), "--seed is given more than once"),
     (("--sparsity", "130%"), "give less than 1"),
-    (("--max-divergence", "5%"), 'unable to convert "5%"'),
     (("--sparsity", "0.999"), "cannot be met"),
-    (("--neurons", "641"), "cannot keep 641 units"),
-    (
-        (*NEURONS, "--samples", "1000000", "--seqlen", "1" * 400),
-        "give less than 9223372036854775808",
-    ),
     ((*NEURONS, "--seqlen", "513"), "the model takes 512"),
     ((*NEURONS, "--option", "stages=3"), "has no option stages"),
-    ((*NEURONS, "--option", "seed=NaN"), "cannot be NaN"),
-    ((*NEURONS, "--json", os.fsdecode(b"x\xff")), "is not UTF-8"),
-    ((*NEURONS, "--device", "meta"), "cannot run on 'meta'"),
-    ((*NEURONS, "--calibration", "missing.txt"), "missing.txt"),
-    ((*NEURONS, "--calibration", "empty.txt"), "empty"),
     ((*NEURONS, "--calibration", "binary.txt"), "binary"),
-    ((*NEURONS, "--calibration", "short.txt"), "tokens"),
     ((*NEURONS, "--calibration", "pipe.txt"), "is a pipe or a device"),
-    ((*NEURONS, "--out", "full"), "not empty"),
     ((*NEURONS, "--out", "full", "--overwrite"), "something other than a checkpoint"),
     ((*NEURONS, "--out", ".", "--overwrite"), "is in use"),
-    ((*NEURONS, "--out", "link"), "is a link to "),
     ((*NEURONS, "--out", "link/small"), "is a link to "),
-    ((*NEURONS, "--json", "link"), "is a link to "),
-    ((*NEURONS, "--json", "/nowhere/x.json"), "/nowhere/x.json"),
-    ((*NEURONS, "--json", "small/copy.json"), "would write to small, which the command writes"),
     ((*NEURONS, "--calibration", "short.txt", "--json", "short.txt"), "the command reads"),
 ]
 
@@ -383,104 +310,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run, crowded):
         assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("prune", "m", "--memory", "0.5", "--out", "x"),
-        ("prune", "m", "--max-divergence", "0.1", "--max-top1-drop", "1%", "--out", "x"),
-        ("prune", "m", "--size", "50%", "--heads", 1, "--neurons", 1, "--channels", 1),
-        ("prune", "m", "--params", "0.5", "--recover-steps", 3),
-        ("recover", "m", "--dense", "demo", "--lora", 0),
-    ],
-)
-def test_what_arguments_alone_decide_is_said_before_anything_loads(arguments, run, monkeypatch):
-    monkeypatch.setattr(commands, "_run", lambda *more: pytest.fail("a command was loaded"))
-    status, out, err = run(*arguments)
-    assert (status, out, err.count("error: ")) == (2, "", 1), err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("prun", "demo"), "prune"),
-        (("prune", "--out", "small"), "MODEL"),
-        (("eval", "no-such-directory/at-all/here"), "no-such-directory"),
-        (("prune", "demo", "--sparsty", 0.3, "--out", "small"), "--sparsty.*--sparsity"),
-        (("prune", "demo", "--batch-size", "2.7", "--out", "small"), "'2.7' is not a whole number"),
-        (("prune", "demo", "more", "--out", "small"), "unexpected argument 'more'; --help"),
-        (("gap", "demo", "--out", "study", "--jobs", 0), "--jobs. is 0; give 1 or more"),
-        (("demo", "--out", "link"), "is a link to "),
-        (("sweep", "demo", "--sparsity", "0.5", "--out", "link"), "is a link to "),
-        (("gap", "demo", "--out", "link"), "is a link to "),
-        (("inspect", "demo", "--json", "same", "--svg", "same"), "--svg same would write to same"),
-        (("eval", "demo", "--text", "/dev/zero"), "is a pipe or a device"),
-        (("solve", "p.safetensors"), "is a pipe or a device"),
-        (("gap", "p.safetensors", "--out", "study"), "is a pipe or a device"),
-        (
-            ("eval", "torchvision:resnet18", "--images", ".", "--weights", "w.pt"),
-            "is a pipe or a device",
-        ),
-    ],
-)
-def test_what_no_command_takes_is_refused_in_one_line(run, crowded, arguments, words):
-    before = sorted(Path().iterdir())
-    status, _, message = run(*arguments)
-    assert status == 2
-    assert re.match(rf"error: .*{words}", message)
-    assert message.count("\n") == 1
-    assert sorted(Path().iterdir()) == before
-
-
 # ---- what is shown -----------------------------------------------------------------------
-
-HOSTILE = "a\x1b]0;owned\x07\x1b[31m\n[/red][bold]\u202e:smile:"
-"""Sets a terminal's title and colour, starts a line of its own, and is markup."""
-
-
-def test_names_do_nothing_and_are_written_to_a_console_that_knows_no_unicode(run, monkeypatch):
-    status, _, err = run("inspect", HOSTILE + "\udc80/no")
-    assert (status, err.count("\n")) == (2, 1)
-    assert all(c.isprintable() or c == "\n" for c in err)
-    assert r"a\x1b]0;owned\x07\x1b[31m" in err
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
-    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
-        monkeypatch.setattr(sys, name, stream)
-    monkeypatch.setattr("sys.argv", ["osscar", "inspect", "na\u00efve/\u672c/model"])
-    with pytest.raises(SystemExit):
-        main()
-    streams[1].flush()
-    assert rb"na\xefve/\u672c" in streams[1].buffer.getvalue()
-
-
-def test_version_and_help_name_every_command_and_every_choice(run):
-    status, out, _ = run("--version")
-    assert (status, out.split()[:2]) == (0, ["osscar", osscar.__version__])
-    status, out, _ = run("--help")
-    assert status == 0
-    commands = ("prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve")
-    shown = {line.split()[1] for line in out.splitlines() if line.startswith("│ ")}
-    assert shown >= {*commands, "demo", "instances", "backends"}
-    fields = {*PruningRequest.__dataclass_fields__, *RecoveryRequest.__dataclass_fields__}
-    named = {name for name in fields if "_" in name}
-    said = {}
-    for command in commands:
-        status, out, _ = run(command, "--help")
-        said[command] = " ".join(out.replace("│", " ").split())
-        assert not named & set(re.findall(r"\w+", said[command])), "options as Python has them"
-        assert not re.search(r"-ed\b", said[command]), "an ending behind the name of a choice"
-    for words in ("[choices: measured, uniform]", "With --certify: rounds"):
-        assert words in said["prune"]
-    assert "held-out samples, and of --augment" in said["recover"]
-    first = said["prune"].partition("Arguments")[0]
-    assert [first.count(f"--{budget} 0.") for budget in ("sparsity", "neurons", "flops")] == [1] * 3
-    assert re.findall(r"╭─ ([\w ]+) ─", said["prune"]) == [
-        *("Arguments", "First options"),
-    ]
-    advanced = re.findall(r"╭─ Advanced: ([\w ]+) ─", said["prune"])
-    assert advanced == [
-        *("budget", "quality target", "what to keep", "calibration and test data", "images"),
-        *("solver and refit", "training", "model", "output"),
-    ]
 
 
 def asked_of(file, monkeypatch, *more):

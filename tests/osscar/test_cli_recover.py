@@ -238,68 +238,6 @@ def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
 
 # ---- what is refused ---------------------------------------------------------------------
 
-BAD = [
-    (["nothing"], "'nothing' is no directory with a checkpoint"),
-    (["small", "--out", "small/inner"], "lies in small, which stays as it is"),
-    (["small", "--out", "small/.."], "in use"),
-    (["small", "--json", "small/x.json"], "which the command reads"),
-    (["small", "--json", "small/x.json"], "which the command reads"),
-    (["small", "--steps", "0"], "steps is 0"),
-    (["small", "--samples", "2", "--batch-size", "2"], "2 samples are too few"),
-    (["small", "--text", "missing.txt"], "missing.txt"),
-    (["small", "--text", "short.txt"], "fewer than one window"),
-    (["small", "--images", "text.txt"], "reads text, not images"),
-    (["small", "--mean", "0.5", "--std", "1"], "reads text, not images"),
-    (["small", "--dense", "demo"], "pruned from"),
-    (["small", "--dense", "untrained"], "was not pruned from this OPTForCausalLM"),
-    (["small", "--dense", "framed"], "other tokenizers"),
-    (["small", "--dense", "small"], "small holds the same weights as small"),
-    (["unpruned"], "holds the same weights as"),
-]
-BAD_IN_ONE_RUN = [
-    (("--recover-steps", "3"), "--recover-steps is 3 without --recover; give"),
-    (("--recover-text", "text.txt"), "--recover-text is 'text.txt' without --recover"),
-    (("--recover", "--max-memory", "1GB"), "--recover needs the weights in memory"),
-    (("--recover", "--recover-text", "text.txt", "--json", "text.txt"), "would write to text.txt"),
-    (("--recover", "--samples", "1"), "1 sample is too few"),
-    (
-        ("--recover", "--recover-text", "text.txt", "--max-divergence", "0.1"),
-        "--recover-text may hold samples that measure",
-    ),
-]
-
-
-def test_bad_input_is_one_line_and_writes_nothing(run, crowded, tiny, monkeypatch):
-    monkeypatch.chdir(crowded)
-    before = contents(crowded)
-    for command, message in (
-        *(
-            (
-                ("recover", *once(("--dense", tiny, "--text", CALIBRATION, *TRAINING), *arguments)),
-                message,
-            )
-            for arguments, message in BAD
-        ),
-        *(
-            (pruning(tiny, "--neurons", "0.5", "--out", "out", *more), message)
-            for more, message in BAD_IN_ONE_RUN
-        ),
-    ):
-        status, _, err = run(*command)
-        assert (status, message in " ".join(err.split())) == (2, True), (command, err)
-        assert err.startswith("error: ")
-        assert contents(crowded) == before
-    monkeypatch.setattr("osscar.cli.recover.load_model", lambda *_, **__: pytest.fail("read"))
-    status, _, err = run("recover", "small", "--dense", tiny)
-    assert (status, "give --text, --images or --inputs, data like what small" in err) == (2, True)
-
-
-def test_a_report_that_cannot_go_along_is_named(run, small, tiny):
-    for content in ("[]", "{", '{"a": NaN}'):
-        (small / "osscar_report.json").write_text(content)
-        status, _, err = run("recover", "small", "--dense", tiny, *ON_TEXT)
-        assert (status, "osscar_report.json" in err) == (2, True)
-
 
 # ---- that were ended ---------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +11,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import graph
 import osscar
@@ -22,14 +20,13 @@ from osscar.allocation.clocks import InTorch
 from osscar.allocation.onnx_clock import operator_models
 from osscar.allocation.task import PruningTask
 from osscar.allocation.timed import clock_of
-from osscar.base.errors import MissingDependency, RequestError
 from osscar.network.modules import tensors_in
 from osscar.network.onnx_runtime import session_of
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
-from tests.osscar.families import VOCABULARY, tiny, tokens
+from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, small_net
 from tests.zoo import transformers_case
 
@@ -288,40 +285,3 @@ def test_a_network_is_pruned_to_a_speed_in_onnx_runtime(monkeypatch):
 
 
 # ---- what makes no sense -----------------------------------------------------------------
-
-
-def encoder():
-    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 32, "d_kv": 4, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes, num_layers=1)).eval()
-
-
-def states():
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 4}
-    return MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=1)).eval()
-
-
-@pytest.mark.parametrize(
-    ("build", "asked", "message"),
-    [
-        (small_net, DECODE, r"`--timed decode`\) needs the keys.* SmallNet keeps none; omit it"),
-        (encoder, DECODE, r"T5ForConditionalGeneration keeps none; omit it"),
-        (states, DECODE, r"MambaForCausalLM keeps .*; omit it"),
-        (lambda: tiny("opt"), {**DECODE, "context": 65}, r"context .*is 65, .* 64 positions"),
-        (lambda: small_net().bfloat16(), IN_ONNX, r"weights are torch.bfloat16, .*in float32"),
-    ],
-)
-def test_a_model_that_cannot_be_timed_so_is_refused_before_it_is_prepared(
-    build, asked, message, monkeypatch
-):
-    monkeypatch.setattr("osscar.preparation.prepare.prepare", None)
-    data = images(4) if build is small_net else tokens(4, 8)
-    with pytest.raises(RequestError, match=message):
-        osscar.prune(build(), data, speedup=1.5, **asked)
-
-
-@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_package_that_is_missing_is_told_with_the_options(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)
-    words = rf"--timed-in onnxruntime.* package '{name}'; install.*'osscar\[onnx\]'"
-    with pytest.raises(MissingDependency, match=words):
-        Asked(speedup=1.5, timed_in="onnxruntime")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from osscar.base.errors import JournalError, MissingDependency
+from osscar.base.errors import JournalError
 from osscar.cli import main
-from osscar.study.cluster import RayCluster, connected
+from osscar.study.cluster import RayCluster
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.jobs import solve_task
@@ -99,13 +99,6 @@ def test_what_a_task_raises_and_a_lost_worker_end_the_study_and_what_was_solved_
         with pytest.raises(ZeroDivisionError):
             study.run(DESIGN, solve=RayCluster(Ray()).solve)
     assert all(not record.error for record in study.run(DESIGN))
-
-
-def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    refused = pytest.raises(MissingDependency, match=r"pip install 'osscar\[ray\]'")
-    with refused, connected("auto"):
-        pass
 
 
 @pytest.mark.slow

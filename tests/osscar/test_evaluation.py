@@ -319,14 +319,6 @@ def test_what_the_model_is_asked_to_do(build):
     assert found.new_tokens == 3  # half of a short prompt
 
 
-def test_what_cannot_be_timed_is_refused(model):
-    with pytest.raises(OptionError, match="at least 2 tokens, not 1"):
-        measure_speed([model], torch.arange(1), repetitions=1)
-    model.register_forward_hook(lambda _, __, output: type(output)(logits=output.logits))
-    with pytest.raises(ModelError, match="OPTForCausalLM has no key-value cache"):
-        measure_speed([model], torch.arange(9), repetitions=1)
-
-
 # ---- together ----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graph
 import osscar
 from osscar.allocation.costs import Cost, weights
-from osscar.base.errors import EquivalenceError, ModelError, OptionError, RequestError
+from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.preparation.prepare import prepare
 from osscar.proof.equivalence import masked
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -29,8 +29,6 @@ from tests.osscar.expert_lists import (
     SoftmaxThenTopK,
     Sorted,
     TopKThenSoftmax,
-    best_two,
-    experts,
     net,
 )
 
@@ -274,59 +272,6 @@ def test_a_block_that_is_called_twice_is_refused(x):
     block = Masked()
     with pytest.raises(ModelError, match=r"does not fit 'blocks\.0': it is called 2 times"):
         mixtures(Net(block, block).eval(), x)
-
-
-class Undeclared(nn.Module):
-    """Sends tokens to a list, which nobody has said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.experts, self.num_experts = nn.Linear(WIDTH, COUNT), experts(), COUNT
-
-    forward = SoftmaxThenTopK.forward
-
-
-def test_a_list_that_is_not_declared_stays_and_says_how_to_declare_it(x):
-    block, call = Undeclared(), r"osscar\.mixture\('tests.*Undeclared', gate='\.\.\.', experts='exp"
-    (one,) = mixtures(Net(block).eval(), x)
-    assert one.group.frozen
-    with pytest.raises(graph.TraceError, match=call):
-        osscar.prune(Net(block).eval(), x, experts=4)
-    named = f"{Undeclared.__module__}.Undeclared"  # by a call, too
-    osscar.mixture(named, gate="gate", experts="experts", top_k=2, normalize=True)
-    (one,) = mixtures(Net(block).eval(), x)
-    assert not one.group.frozen
-    assert one.last_layer == "down"
-
-
-@pytest.mark.parametrize(
-    ("classes", "gate", "more"),
-    [
-        ((3,), "gate", {}),
-        ((nn.Linear,), "", {}),
-        ((dict,), "g", {}),
-        ((nn.Linear,), "g", {"top_k": 2, "route": best_two}),
-    ],
-)
-def test_what_is_no_declaration_is_refused(classes, gate, more):
-    with pytest.raises(OptionError):
-        osscar.mixture(*classes, gate=gate, experts="experts", **more)
-
-
-class InADict(nn.Module):
-    """As Switch Transformers have them: experts leave from lists alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleDict({f"expert_{i}": one for i, one in enumerate(experts())})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sum(one(x) for one in self.experts.values())
-
-
-def test_experts_that_cannot_be_declared_are_not_advised_to_be(x):
-    (one,) = mixtures(Net(InADict()).eval(), x)
-    assert "osscar.mixture" not in one.group.frozen[0].reason
 
 
 def test_lists_that_are_no_experts_are_no_mixtures(x):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ import osscar
 from osscar.base.errors import (
     DataError,
     EquivalenceError,
-    MissingDependency,
     ModelError,
     OutputError,
 )
@@ -270,31 +268,6 @@ def test_a_disk_that_refuses_is_named_and_nothing_is_left(write, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingDependency, match=r"'onnxscript'; install.*'osscar\[onnx\]'"):
-        osscar.export_onnx(net(), tmp_path / "net.onnx", example_inputs=X)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--format", "tflite"), "--format is 'tflite'; give gguf, onnx or pt2"),
-        (("--format", "onnx", "--dtype", "f16"), "--dtype is for gguf"),
-        (("--format", "gguf", "--inputs", "x.npz"), "--inputs is for onnx and pt2"),
-        (("--format", "gguf", "--dense", "a.py:b"), "--dense is for onnx and pt2"),
-        (("--format", "gguf", "--dtype", "int8"), "give one of f32"),
-        (("--format", "gguf", "--out", "same", "--json", "same"), "which the command writes"),
-        *((("--format", form), "no directory with a checkpoint") for form in ("gguf", "onnx")),
-        (("--format", "onnx", "--dense", "net"), "'net' names no code; give module:name or path"),
-    ],
-)
-def test_options_that_do_not_go_together(run, words, message):
-    for name in ("nowhere", "x" * 300):
-        status, _, err = run("export", name, *words)
-        assert (status, err.count("\n"), message in err) == (2, 1, True), err
 
 
 def test_labels_are_left_out_and_lengths_are_free(tmp_path):

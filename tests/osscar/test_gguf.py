@@ -1,11 +1,9 @@
 """GGUF files: llama.cpp computes what transformers does, and what it cannot is refused."""
 
 import json
-import re
 import shutil
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ import osscar.cli.commands
 from osscar.base import errors
 from osscar.base.errors import ModelError
 from osscar.checkpoint.directory import save
-from osscar.export.gguf import _FAMILIES, Graph, export_gguf
+from osscar.export.gguf import Graph, export_gguf
 from osscar.export.gguf_tokens import _LLAMA_3, vocabulary_fields
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.routing.find import mixtures_in
@@ -419,17 +417,6 @@ def test_a_file_that_does_not_hold_the_model_is_not_put_in_place(
 
 
 # ---- the command -------------------------------------------------------------------------
-
-
-def test_help_and_docs_name_the_families_that_are_written():
-    pages = Path(__file__).parents[2] / "docs" / "howto"
-    docs = "".join((pages / f"{name}.md").read_text() for name in ("formats", "llama-cpp"))
-    lists = re.findall(r"LLaMA,[^.|(`]*?OLMoE", f"{osscar.cli.commands.export.__doc__} {docs}")
-    assert len(lists) == 3
-    written = {name.removesuffix("ForCausalLM").lower() for name in _FAMILIES} | {"smollm2"}
-    for said in lists:
-        names = re.split(r"(?:, | and | or )(?:and mixtures of )?", " ".join(said.split()))
-        assert {name.replace("-", "").lower() for name in names} == written
 
 
 def test_the_command_writes_the_file(uneven, tmp_path, run):

@@ -5,7 +5,6 @@ import torch
 import transformers as hf
 
 import osscar
-from osscar.base.errors import DataError
 from osscar.data.loaders import load_batches
 from tests.osscar.masked import masked
 
@@ -126,15 +125,3 @@ def test_images_go_with_the_tokens_that_stand_for_them(family):
         kept = given["attention_mask"][row].bool()
         found = scores(model, sample)[0]
         torch.testing.assert_close(found, whole[row, kept], rtol=1e-6, atol=1e-6)
-
-
-def test_batches_that_cannot_be_divided_are_refused():
-    model, given = clip()
-    with pytest.raises(DataError, match="of the 3 entries of 'pixel_values' belong to which of"):
-        load_batches({**given, "pixel_values": given["pixel_values"][:3]}, model)
-    model, given = qwen2_vl()
-    given["image_grid_thw"] = given["image_grid_thw"].flip(0)
-    with pytest.raises(
-        DataError, match=r"of 'image_grid_thw' belong .* give batches of one sample"
-    ):
-        load_batches(given, model)

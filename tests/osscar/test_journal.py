@@ -157,24 +157,3 @@ def test_a_removal_that_is_killed_leaves_what_goes_on_or_can_be_removed(
         assert Things(place).begin(ASKED) == ASKED
         Things(place).remove()
     assert names(place) <= {"thesis.tex", LOCK_FILE}
-
-
-def manifest(**change):
-    return json.dumps({"schema": "x", "asked": {}, "dense": None, **change})
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "[]", manifest()[:-1], manifest(more=1), manifest(asked=5)),
-        *(manifest(dense={"weights": 5}), manifest(asked={"large": 10**400})),
-    ],
-)
-def test_a_manifest_that_is_none_is_one_error(text, journal):
-    (journal.directory / "thing.json").write_text(text)
-    expected = r"thing\.json is not the manifest of a thing: .*; give ano"
-    with pytest.raises(JournalError, match=expected):
-        journal.begin(ASKED)
-    (journal.directory / "note").write_text(text)
-    with pytest.raises(JournalError, match=r"note: .*; remove it"):
-        journal.read("note", JournalManifest, otherwise="remove it")

@@ -120,15 +120,6 @@ def test_a_stream_without_end_is_read_as_far_as_asked():
         osscar.evaluate(rows_net(), endless())
 
 
-@pytest.mark.parametrize(
-    "data", [TensorDataset(X, Y), table, lambda: table().to_iterable_dataset(), Stream()]
-)
-def test_samples_without_a_loader_are_refused_with_the_loader_to_give(data):
-    data = data() if callable(data) else data
-    with pytest.raises(DataError, match=r"yields samples, and .*; give torch\.utils\.data\.DataLo"):
-        osscar.prune(rows_net(), data, **MAGNITUDE)
-
-
 def test_a_score_reads_all_of_a_loader():
     loader = DataLoader(TensorDataset(X, Y), 32)
     with pytest.warns(UserWarning, match="300 samples; labels set aside"):
@@ -280,61 +271,6 @@ def test_texts_of_a_data_set_become_windows():
 
 
 # ---- what is refused ---------------------------------------------------------------------
-
-
-def hidden(*places):
-    """Return tokens of which a mask hides some of the second sequence."""
-    mask = torch.ones(2, 6, dtype=torch.int64)
-    mask[1, list(places)] = 0
-    return {"input_ids": tokens(2, 6), "attention_mask": mask}
-
-
-OPT = tiny("opt", layers=1)
-
-
-@pytest.mark.parametrize(
-    ("model", "data", "message"),
-    [
-        (rows_net(), lambda: iter([]), "yields nothing; give one .* not read to its end before"),
-        (rows_net(), lambda: [X, X[:, :5]], r"1 of .* of \[5\], and batch 0 .* of \[6\]"),
-        (rows_net(), lambda: iter([X[:9], X.double()]), "1 .* has input float64 .* input float32"),
-        (rows_net(), lambda: iter([X[:9], by_name(X * torch.nan)]), "batch 1 of the .* have NaN"),
-        (rows_net(), lambda: [(X, Y[:7])], r"batch 0 of the .* labels must be 300 .* of \(7,\)"),
-        (rows_net(), lambda: [*zip(X, Y, strict=True)], "its label is one number .* of a sample"),
-        (rows_net(), lambda: iter(["a"]), "batch 0 of the data: a str is no tensor; give a tensor"),
-        (rows_net(), lambda: [(X, X, Y)], "batch 0 of the data: a tuple of 3 is no pair; give"),
-        (
-            rows_net(),
-            lambda: [{"wave": torch.zeros(1, 1), "text": ["a"]}],
-            "batch 0 of the data: .* takes input, and there are wave, text; name the entries",
-        ),
-        (
-            OPT,
-            lambda: hidden(2),
-            "batch 0 .*: 'attention_mask' of sequence 1 .* leaves gaps in it; give",
-        ),
-        (
-            OPT,
-            lambda: hidden(*range(6)),
-            "batch 0 .*: 'attention_mask' of sequence 1 hides all of it",
-        ),
-        (OPT, lambda: [tokens(2, 6) + 0.5], "batch 0 .*: 'input_ids' is torch.float32; give"),
-        (OPT, lambda: [tokens(2, 6) > 3], "batch 0 .*: 'input_ids' is torch.bool; give the ids"),
-        (
-            OPT,
-            lambda: {**hidden(), "attention_mask": torch.zeros(2, 1, 6, 6)},
-            r"has shape \(2, 1, 6, 6\) for 'input_ids' of \(2, 6\); give",
-        ),
-        (
-            OPT,
-            lambda: {**padded("left", 0), "input_ids": tokens(12, 20) + VOCABULARY},
-            r"sample 0: calibration tokens run from",
-        ),
-    ],
-)
-def test_data_that_cannot_be_read_are_refused_by_place(model, data, message):
-    with pytest.raises(DataError, match=message):
-        osscar.prune(model, data(), neurons=0.5, device="cpu")
 
 
 def test_padded_pixels_are_refused():

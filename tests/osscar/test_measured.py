@@ -22,7 +22,7 @@ from osscar.allocation.measured import (
     widths_to_measure,
 )
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import NonFiniteError, RequestError
+from osscar.base.errors import NonFiniteError
 from osscar.data.batches import ModelInputs
 from osscar.distance.distance import Compared, Distance, Reference
 from osscar.distance.scores import Scores
@@ -443,11 +443,3 @@ def test_a_group_that_has_to_keep_all_its_units_shares_a_budget():
     assert {width.units: width.kept for width in budget.widths.values()} == {16: 12, 7: 7}
     (name,) = (name for name, width in budget.widths.items() if width.units == 16)
     assert budget.curves.keys() == budget.measured.keys() == {name}
-
-
-def test_too_few_samples_to_keep_some_apart_are_refused():
-    with (
-        prepare(Sum().eval(), DATA[:3]) as prepared,
-        pytest.raises(RequestError, match=r"takes 4 calibration samples or more, .* there are 3"),
-    ):
-        allocate(PruningTask(prepared, PruningRequest(sparsity=0.4)))

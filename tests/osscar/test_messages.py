@@ -48,24 +48,6 @@ def test_help_loads_no_numerics_and_a_command_says_what_it_does_before_it_does(w
     assert (ended.returncode, ended.stderr, bool(ended.stdout)) == (status, said, not status)
 
 
-def test_what_arguments_alone_decide_of_a_sweep_is_said_before_anything_is_loaded(
-    run, monkeypatch, tmp_path
-):
-    monkeypatch.setattr("osscar.cli.commands._run", None)
-    for words, message in (
-        (("--sparsity", "0.2,1.5"), "sparsity is 1.5; give less than 1"),
-        (("--sparsity", "a,b"), "is not a list such as"),
-        (("--size", "0.5,0.7", "--memory", "0.5,0.7"), "a sweep goes over one of the budgets"),
-        (("--memory", "0.5,0.7"), "needs the length of the key/value cache"),
-        (("--speedup", "1.5,2", "--form", "exported"), "speedup does not go with form"),
-        (("--params", "0.5,0.7", "--experts", "auto", "--baselines"), "removes no experts"),
-        (("--sparsity", "0.5", "--recover-steps", 4), "--recover-steps is 4 without --recover"),
-    ):
-        status, _, err = run("sweep", "demo", "--out", tmp_path / "out", *words)
-        assert (status, message in " ".join(err.split())) == (2, True), err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_message_is_the_same_on_the_command_line_and_in_python(run):
     """What looks like an option in a name is none, and both forms stand where it advises."""
     name = "my --seed 3/w.npz"
@@ -175,14 +157,3 @@ def test_warnings_are_given_where_what_they_warn_of_fails():
         pytest.raises(ZeroDivisionError),
     ):
         warns_and_fails()
-
-
-def test_a_keyword_that_is_almost_one_is_suggested():
-    for ask, name, meant in (
-        (osscar.prune, "sparcity", "sparsity"),
-        (osscar.recover, "learnin_rate", "learning_rate"),
-    ):
-        with pytest.raises(TypeError, match=f"'{name}'; did you mean '{meant}'"):
-            ask(wide(), wide(), None, **{name: 1})
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'xyz'$"):
-        osscar.prune(wide(), torch.randn(8, 6), xyz=1)

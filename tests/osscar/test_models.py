@@ -25,12 +25,10 @@ from transformers import (
 )
 
 import osscar
-from osscar.base.devices import resolve_device, resolve_dtype
 from osscar.base.errors import (
     CheckpointError,
     ModelError,
     NonFiniteError,
-    OptionError,
 )
 from osscar.base.files import cache_directory
 from osscar.checkpoint.manifest import Manifest
@@ -196,35 +194,6 @@ def test_infinity_is_a_value_of_buffers():
 
 
 # ---- names, devices and formats ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("smolm2-135m", r"hub does not .*Did you mean 'smollm2-135m'\?.*demo"),
-        ("someone/some-model", r"'someone/some-model', and the .*hub does not [^?]*$"),
-        (__file__, "is a file"),
-        *((name, "there is no directory") for name in ("./missing", "a b", "a/b/c", "")),
-        ("~nobody/model", "cannot look for|there is no directory"),
-    ],
-)
-def test_names_that_stand_for_nothing(name, message, monkeypatch):
-    if "hub" not in message:
-        monkeypatch.setattr("osscar.models.names.snapshot_download", lambda _: pytest.fail("asked"))
-    with pytest.raises(ModelError, match=message):
-        load_model(name)
-
-
-def test_devices_and_formats():
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
-    assert resolve_dtype("auto", torch.device("cuda")) is None
-    assert resolve_dtype("bfloat16") is resolve_dtype(torch.bfloat16) is torch.bfloat16
-    for name in ("tpu-v9", f"cuda:{torch.cuda.device_count()}", ""):
-        with pytest.raises(OptionError, match=rf"'{name}'.*'cpu'"):
-            resolve_device(name)
-    with pytest.raises(OptionError, match=r"auto, float32, bfloat16, float16"):
-        resolve_dtype("int8")
 
 
 # ---- packaged models ---------------------------------------------------------------------

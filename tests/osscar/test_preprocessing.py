@@ -11,7 +11,7 @@ from torch import nn
 import osscar
 from osscar.base.errors import DataError, ModelError, OptionError, import_torchvision
 from osscar.data.batches import as_inputs
-from osscar.data.images import ImageSet, load_images
+from osscar.data.images import load_images
 from osscar.data.preprocessing import Preprocessing, Transform
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
@@ -199,25 +199,6 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--mean", "0.5,0.5", "--std", "1"), "mean is (0.5, 0.5); give one number for all"),
-        (("--mean", "0.5"), "mean is given without std; give both"),
-        (("--mean", "0.5", "--std", "0"), "std is (0.0,); give that of pixels / 255, above 0"),
-        (("--mean", "127.5", "--std", "1"), "give that of pixels / 255"),
-        (("--mean", "0", "--std", "1", "--no-normalize"), "give one or the other"),
-        (("--no-normalize", "--image-size", "0"), "--image-size is '0'; give pixels"),
-        (("--no-normalize", "--image-size", "2x8x8"), "channels is 2; give 1 or 3"),
-        (("--no-normalize", "--image-size", "1x8x8"), "float tensors of 1 channels, and the exa"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_any_work(options, message, run, place):
-    status, _, err = run(*prune("build", *options))
-    assert (status, message in err) == (2, True), err
-    assert not (place / "small").exists()
-
-
 def test_what_is_stated_takes_the_place_of_what_is_brought():
     """Three equal numbers are one for all, and a square is its side."""
     stated = Preprocessing(crop=(64, 64), mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -263,37 +244,7 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
     assert (type(own.preprocessing), own.preprocessing.source) == (Transform, "the caller")
 
 
-def test_a_function_that_makes_no_image_for_the_model_is_refused():
-    for function, message in (
-        ("drawing", "makes another tensor of one image each time"),
-        ("untensor", "returns a Image; return a tensor"),
-        ("failing", "fails on an image: AttributeError"),
-    ):
-        loaded = load_model(f"net.py:{function}")
-        with pytest.raises(DataError, match=message):
-            loaded.calibration("train.npz", samples=4)
-    # A model of rows, in which no image is seen, is known to tell classes apart by their labels.
-    rows, net = Transform.of(lambda image: torch.zeros(108), "rows"), nn.Linear(108, 5)
-    for labels in (None, torch.arange(4)):
-        images = ImageSet("pixels", np.zeros((4, 6, 6, 3), np.uint8), rows, labels)
-        assert as_inputs(net, images).predictions == (None if labels is None else ())
-
-
 # ---- followed from the example -----------------------------------------------------------
-
-
-def test_an_example_of_another_layout_is_refused(run, place):
-    for function, message in (
-        ("last", r"torch.float32 \(2, 12, 12, 3\), .*\(n, channels, height, width\)"),
-        ("whole", r"torch.int64 \(2, 3, 12, 12\), and images are one tensor"),
-        ("pair", r"is x torch.float32 .*, y torch.float32 .*, and images are one"),
-    ):
-        with pytest.raises(DataError, match=message):
-            load_model(f"net.py:{function}", preprocessing=PLAIN)
-        with pytest.raises(DataError, match=message):
-            load_model(f"net.py:{function}").images("test.npz")
-    status, _, err = run(*prune("last", "--no-normalize"))
-    assert (status, "let the code return (model, example, transform)" in err) == (2, True), err
 
 
 def test_a_model_of_uint8_gets_pixels_as_they_are():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import osscar
-from osscar.base.errors import RequestError
 from osscar.consumers.layers import LAYERS, Layer, features
 from osscar.consumers.layers import ROWS as ROWS_OF_LINEAR
 from osscar.consumers.observe import reads
@@ -214,20 +213,6 @@ def test_a_layer_with_code_of_its_own_says_where_its_row_is_missing(
         with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
             (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
         assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
-
-
-class ComplexLayers(nn.Sequential):
-    """Two layers over complex numbers, whose squares are those of their absolute values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self[0](torch.complex(x, x))
-        return self[1](torch.complex(hidden.real.relu(), hidden.imag.relu())).abs()
-
-
-def test_complex_weights_are_not_refitted_and_named() -> None:
-    model = ComplexLayers(*(nn.Linear(*n, dtype=torch.complex64) for n in ((3, 8), (8, 5))))
-    with pytest.raises(RequestError, match=r"'1\.weight' of torch\.complex64"):
-        osscar.prune(model.eval(), torch.randn(40, 3), neurons=0.5, **PLAIN)
 
 
 def test_modules_may_be_called_as_products_are() -> None:

@@ -1,28 +1,22 @@
 """The pipeline on every family: what it computes, what it removes, and what it refuses."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-import graph
 import osscar
 import solvers
 from graph.groups import Slot
-from osscar.allocation.allocate import allocate
-from osscar.allocation.task import PruningTask
 from osscar.base.errors import (
     AdapterError,
     DataError,
     EquivalenceError,
     NonFiniteError,
     OsscarError,
-    RequestError,
 )
-from osscar.network.attention import _MultiheadAttention
 from osscar.preparation.prepare import prepare
 from osscar.proof.lineage import lineage_of
 from osscar.request import BudgetKind, PruningRequest
@@ -105,58 +99,9 @@ def test_what_reads_neurons_that_stay_and_were_silent_is_as_before(damp, bias):
     assert (result.model(new) - model(new)).norm() < 1.1 * loss.norm()
 
 
-def widths(prepared, **asked):
-    """Return what groups keep, without a run."""
-    budget = asked.keys() & {"sparsity", "params", "size"}
-    shared = {"allocation": "uniform"} if budget else {}
-    return allocate(PruningTask(prepared, PruningRequest(**asked, **shared))).keep
-
-
 def two_layers():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
-
-
-class Deep(nn.Module):
-    """Two groups of neurons around a residual stream."""
-
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave, self.up = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 24)
-        self.down, self.high, self.low = nn.Linear(24, 8), nn.Linear(8, 20), nn.Linear(20, 8)
-
-    def forward(self, x):
-        x = self.enter(x)
-        x = x + self.down(torch.relu(self.up(x)))
-        return self.leave(x + self.low(torch.relu(self.high(x))))
-
-
-def test_a_budget_that_skipping_leaves_nothing_for_is_refused():
-    torch.manual_seed(0)
-    shared = "params 0.9 has nothing to prune"
-    with prepare(Deep().eval(), torch.randn(64, 6)) as deep:
-        (high,) = (group.name for group in deep.groups if group.name.startswith("high"))
-        for asked, message in (
-            ({"neurons": 0.5, "skip": ["up*"]}, shared),
-            ({"groups": {high: 20}, "skip": ["up*"]}, shared),
-            ({"residual": 0.5, "skip": ["up*", "high*"]}, shared),
-            ({"skip": ["up*", "high*"]}, "every group but the 2 that are skipped .*, or skip less"),
-            ({"skip": ["*"]}, "nothing would be removed.*, or skip less"),
-        ):
-            with pytest.raises(RequestError, match=message):
-                widths(deep, **asked, params=0.9)
-
-
-def test_wrapped_models_are_refused_with_a_way_out():
-    for wrap, message in (
-        (nn.DataParallel, "give that itself, as model.module"),
-        (torch.optim.swa_utils.AveragedModel, "give that itself, as model.module"),
-        (partial(torch.compile, backend="eager"), "give that itself, as model._orig_mod"),
-        (torch.jit.script, "TorchScript model; give the model that it was made of"),
-    ):
-        refused = pytest.raises((OsscarError, graph.GraphError), match=message)
-        with refused, prepare(wrap(two_layers()), torch.randn(64, 6)):
-            pass
 
 
 def alone(*samples):
@@ -240,14 +185,6 @@ def test_widths_are_chosen_alike_where_gradients_are_off():
     with torch.inference_mode():
         inside = osscar.prune(model, x.clone(), sparsity=0.3, device="cpu")
     assert inside.plan == osscar.prune(model, x, sparsity=0.3, device="cpu").plan
-
-
-def test_data_that_say_little_are_named():
-    with pytest.warns(UserWarning, match=r"no unit varies on the calibration data.*\(24 units\)"):
-        osscar.prune(two_layers(), torch.zeros(64, 6), neurons=0.5, device="cpu")
-    with pytest.warns(UserWarning, match="7 calibration positions for 24 inputs"):
-        result = osscar.prune(two_layers(), torch.randn(8, 6), neurons=0.5, device="cpu")
-    assert all(0 <= layer.relative_loss < 1 for layer in result.layers)
 
 
 def test_certified_layers_have_a_bound_and_a_gap():
@@ -423,15 +360,3 @@ def test_two_samples_are_both_fitted_to():
     assert result.held_out == 0
     assert result.layers[0].dead < 24
     assert result.layers[0].damp == DEFAULT_DAMP
-
-
-def test_attention_that_cannot_be_followed_is_named_with_a_way_out(monkeypatch):
-    def double(self, query, *_args, **_kwargs):
-        return 2 * query, None
-
-    monkeypatch.setattr(_MultiheadAttention, "forward", double)
-    model = nn.TransformerEncoderLayer(16, 4, 12, batch_first=True).eval()
-    words = r"forward passes of OSSCAR's output differs.*'self_attn' cannot .* prune neurons or"
-    with pytest.raises(EquivalenceError, match=words):
-        osscar.prune(model, torch.randn(24, 5, 16), heads=0.5, **CHEAP)
-    assert osscar.prune(model, torch.randn(24, 5, 16), neurons=0.5, **CHEAP).layers

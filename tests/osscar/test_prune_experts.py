@@ -35,8 +35,6 @@ from osscar.walk import expert_step
 from osscar.walk.expert_step import ExpertStep
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.targets import correction
-from solvers import BackendError
-from solvers.heuristics.greedy import Greedy
 from tests.osscar.expert_lists import COUNT, WIDTH, Expert, Masked, SoftmaxThenTopK
 from tests.osscar.families import tokens
 from tests.osscar.mixtures import mixture
@@ -53,7 +51,6 @@ ALL = {"damp": 0.3, "correction_weight": 1.0, "device": "cpu"}
 
 NAME = "model.layers.0.mlp.experts"
 AUTO = {"experts": "auto"}
-BOTH = {"experts": 2, "neurons": 0.5}
 
 
 def small(family="mixtral"):
@@ -170,64 +167,6 @@ def test_held_out_samples_serve_experts_whatever_the_target():
 
 
 # ---- what is refused ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"experts": 3, "speedup": 1.5}, "speedup does not go with experts, .* give params"),
-        (
-            {"experts": 3, "certify": True},
-            r"certify \(`--certify`\) does not go with experts alone",
-        ),
-        (
-            {"experts": 3, "round_to": 8},
-            r"round_to \(`--round-to`\) does not go with experts alone",
-        ),
-        ({"experts": 3, "neurons": 0.5, "form": "exported"}, "form 'exported' does not go"),
-        ({"experts": 3, "allocation": "uniform"}, "allocation is uniform, which needs a budget"),
-        (AUTO, "needs a budget; give one, such as params"),
-        ({**AUTO, "heads": 0.5}, "needs a budget; give one, such as params"),
-        ({**AUTO, "flops": 0.7}, "experts save no flops"),
-        ({**AUTO, "max_divergence": 0.1, "smallest": "flops"}, "experts save no flops"),
-        ({**AUTO, "params": 0.5, "form": "exported"}, "removed from modules only"),
-        ({**BOTH, "backend": Greedy()}, "give the name of a backend of both"),
-        ({"experts": 2, "backend": "wanda"}, "choose from enumerate, frequency"),
-        ({"neurons": 2, "backend": "reap"}, "there is no backend 'reap'"),
-        ({**BOTH, "backend": "reap"}, "reap"),
-        ({**BOTH, "backend": "wanda"}, "wanda"),
-        ({"experts": 1}, "would keep 1 of its 4 .* needs 2 at least"),
-        ({"experts": 5}, "would keep 5 of its 4"),
-        ({"experts": 0.9}, "nothing would be removed: .* of the 4 of .* can keep 2 to 4"),
-        ({"experts": 2, "skip": ["none"]}, "no group is called 'none'"),
-        ({"experts": 2, "skip": ["*"]}, "every group but the .* that are skipped keeps all"),
-        (
-            {"params": 0.1, "allocation": "uniform"},
-            r"or prune experts, too \(experts auto, `--experts auto`\)",
-        ),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(asked, message, prepared):
-    with pytest.raises((RequestError, BackendError), match=message):
-        allocate(PruningTask(prepared, PruningRequest(**asked)))
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: small("phimoe"), r"cannot be pruned: the router .* sends tokens"),
-        (
-            lambda: small("deepseek-v2-groups"),
-            "it can keep 4 or 8, as many in each of 4 groups",
-        ),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), "this model has no group of experts"),
-    ],
-)
-def test_models_whose_experts_stay_are_told(build, message):
-    model = build()
-    data = tokens() if hasattr(model, "config") else torch.randn(4, 4)
-    with prepare(model, data) as prepared, pytest.raises(RequestError, match=message):
-        allocate(PruningTask(prepared, PruningRequest(experts=0.75)))
 
 
 def test_baselines_of_sweeps_have_no_experts():

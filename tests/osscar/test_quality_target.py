@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import osscar
 from benchmarks.target_bounds import CASES, FRONTIER, searches
 from osscar.allocation.costs import Cost
-from osscar.base.errors import DataError, NonFiniteError, OptionError, OsscarError, RequestError
+from osscar.base.errors import DataError, NonFiniteError, RequestError
 from osscar.base.printable import share
 from osscar.cli import main
 from osscar.data.parts import in_parts
@@ -442,32 +442,6 @@ def test_the_command_draws_windows_that_do_not_overlap(tmp_path, monkeypatch, ca
     )  # of the 60 asked for
 
 
-def test_what_has_no_bound_is_refused_before_an_attempt(monkeypatch):
-    monkeypatch.setattr(chain, "prune_groups", None)
-    (_, few), (_, known) = labelled(64), labelled(64)
-    few.labels[4:] = IGNORED
-    unlabelled = osscar.TensorSet("images", {"x": images()})
-    for asked, data, advice in (
-        (
-            {"max_divergence": 0.1},
-            images(63),
-            "64 different calibration samples .* there are 63, 1 too few",
-        ),
-        (
-            {"max_divergence": 0.1},
-            images(16).repeat(8, 1, 1, 1),
-            "there are 16 .of 128, with copies",
-        ),
-        ({"max_top1_drop": "1%"}, known, "1196 different calibration samp"),
-        ({"max_top1_drop": "30%"}, unlabelled, "these have no labels"),
-        ({"max_top1_drop": "30%"}, few, "16 different labelled samples in each"),
-        ({"max_top1_drop": "100%"}, known, "a loss of all accuracy"),
-        ({"max_perplexity_increase": "5%"}, images(), "SmallNet is none"),
-    ):
-        with pytest.raises(OsscarError, match=advice):
-            osscar.prune(small_net(), data, **asked)
-
-
 def test_outputs_that_are_nan_are_no_measurement():
     for quality in TargetKind:
         dense, data = text() if quality is TargetKind.PERPLEXITY else labelled(16)
@@ -476,8 +450,3 @@ def test_outputs_that_are_nan_are_no_measurement():
             list(broken.parameters())[-1].fill_(math.nan)
         with pytest.raises(NonFiniteError):
             judge.measure(broken)
-
-
-def test_a_sweep_has_no_target(tmp_path):
-    with pytest.raises(OptionError, match="a sweep has budgets"):
-        osscar.sweep(small_net(), images(), tmp_path / "s", sparsity=[0.5], max_divergence=0.1)

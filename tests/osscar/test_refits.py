@@ -180,14 +180,3 @@ def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkey
 
 
 # ---- what is shown -----------------------------------------------------------------------
-
-
-def test_a_layer_without_its_refit_is_named_on_screen_page_and_in_the_report():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 12)).eval()
-    with pytest.warns(UserWarning, match="1 layer keeps its dense weights.*: 2; give more"):
-        result = osscar.prune(model, torch.randn(6, 8), neurons=0.9)
-    (layer,) = result.layers
-    assert (layer.unrefitted, layer.held) == (("2",), 1)
-    table = layers_table([vars(layer) for layer in result.layers])
-    assert (table.columns[-1], table.rows[0][-1]) == ("unrefitted", "2")

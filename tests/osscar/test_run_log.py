@@ -1,20 +1,15 @@
 """Runs that are killed go on, and end with the same bits; nothing that a log says is believed."""
 
-import copy
 import dataclasses
-import json
-import os
 import shutil
 from importlib.metadata import version
 
 import pytest
-import safetensors.torch
 import torch
 
 from osscar.base.errors import JournalError
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
-from osscar.network.tensor_files import write_record
 from osscar.preparation.journal import JournalManifest
 from osscar.request import PruningRequest
 from osscar.run import groups, run_log
@@ -109,62 +104,6 @@ def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
         assert len(records) == log.committed > 1
     log.remove()
     assert not log.directory.exists()
-
-
-def opened(file):
-    """Return the header and the tensors of a record."""
-    with safetensors.safe_open(file, "pt") as found:
-        return found.metadata(), {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
-
-
-def test_a_record_that_was_damaged_is_refused(log, manifest):
-    first, second = (log.directory / f"0000{index}.safetensors" for index in range(2))
-    good = first.read_bytes()
-    header, tensors = opened(first)
-    changed = {**tensors, "00000": tensors["00000"] + 1}
-    unread = {**header, "words": header["words"].replace('"units"', '"unit"', 1)}
-    damages = (
-        lambda: first.write_bytes(good[:-40]),
-        lambda: first.write_bytes(second.read_bytes()),
-        lambda: safetensors.torch.save_file(changed, first, header),
-        lambda: safetensors.torch.save_file(tensors, first, unread),
-        lambda: safetensors.torch.save_file(tensors, first),
-        lambda: write_record(first, manifest, tensors, "another run"),
-        first.unlink,
-    )
-    for damage in damages:
-        damage()
-        with pytest.raises(JournalError, match=r"00000\.safetensors cannot be read.*--restart"):
-            log.begun(manifest).__enter__()
-        first.write_bytes(good)
-    with log.begun(manifest) as records:
-        assert len(records) == log.committed
-
-
-NEURONS = "model.decoder.layers.0.neurons"
-
-
-def test_what_a_log_says_that_groups_keep_is_not_believed(log, manifest):
-    file = log.directory / "allocation.safetensors"
-    good, (header, _) = file.read_bytes(), opened(file)
-    kept = json.loads(header["words"])
-    for part, key, value in (
-        *(("keep", NEURONS, 10**6), ("keep", "nowhere", 1), ("budget", "limits", [])),
-        *(("budget", "curves", {"nowhere": [1.0, 0.0]}), ("budget", "predicted", 1e-9)),
-    ):
-        content = copy.deepcopy(kept)
-        content[part][key] = value
-        for forged in ({"words": json.dumps(content)}, {"sha256": "0" * 64}):
-            safetensors.torch.save_file({}, file, {**header, **forged})
-            with log.begun(manifest), pytest.raises(JournalError, match=r"was changed.*--restart"):
-                log.allocation()
-    file.write_bytes(good)
-    with log.begun(manifest):
-        assert log.allocation().keep == kept["keep"]
-    file.unlink()
-    os.mkfifo(file)  # reading which would never end
-    with log.begun(manifest), pytest.raises(JournalError, match=r"is a pipe.*--restart"):
-        log.allocation()
 
 
 def test_a_log_of_an_earlier_version_is_removed_as_a_whole(log, manifest):

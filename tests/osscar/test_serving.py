@@ -5,24 +5,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    MambaConfig,
-    MambaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
-import graph
-import osscar
 from osscar.allocation.allocate import allocate
-from osscar.allocation.costs import Cost, weights
-from osscar.allocation.serving import serving_memory
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import RequestError
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
 from osscar.run.prune import prune_as_asked
-from tests.osscar.families import VOCABULARY, gated, tiny, tokens
-from tests.osscar.networks import images, small_net
+from tests.osscar.families import gated, tiny, tokens
 from tests.zoo import transformers_case
 
 PROMPT, NEW, BATCH = 20, 5, 3
@@ -98,32 +88,3 @@ def test_memory_takes_heads_where_sequences_are_long_and_goes_with_other_budgets
     both = kept(memory=0.8, context=64, batch=500, params=0.8)
     assert both["heads"] <= long["heads"]
     assert both["neurons"] < long["neurons"]
-
-
-def test_a_model_that_keeps_no_keys_and_values_is_told_to_ask_for_a_size():
-    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_ff": 32, "d_kv": 4, "num_heads": 4}
-    encoder = T5ForConditionalGeneration(T5Config(**sizes, num_layers=1)).eval()
-    pair = {"input_ids": tokens(), "decoder_input_ids": tokens()}
-    states = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
-    for model, example, message in (
-        (small_net(), {"x": images(8)}, "keeps none; give size"),
-        (encoder, pair, "keeps none; give size"),
-        (MambaForCausalLM(states).eval(), {"input_ids": tokens()}, "give size"),
-    ):
-        nothing = graph.DependencyGraph((), ())
-        size = weights(Cost.BYTES, model, nothing, ())
-        with pytest.raises(RequestError, match=message):
-            serving_memory(size, model, nothing, (), example, 16, 1)
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"memory": 0.8, "context": 65}, "context .*is 65, and the model reads 64 positions at"),
-        ({"memory": 0.01, "context": 64}, "memory 0.01 cannot be met: .* serving bytes"),
-        ({"memory": "1GB", "context": 64}, "memory 1GB removes nothing"),
-    ],
-)
-def test_a_memory_that_makes_no_sense_is_refused(asked, message):
-    with pytest.raises(osscar.OsscarError, match=message):
-        osscar.prune(tiny("llama-gqa"), tokens(8, 24), allocation="uniform", **asked)

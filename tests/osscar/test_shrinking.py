@@ -360,52 +360,7 @@ def test_a_number_of_a_block_is_not_divided_twice() -> None:
     assert_refused(other, plan, [(x,)], AdapterError, "OwnForward")
 
 
-def test_keys_that_attention_adds_are_refused() -> None:
-    model, plain = Cross(add_bias_kv=True).eval(), Cross().eval()
-    x, mask, padding = torch.randn(5, 2, 12), torch.zeros(5, 5), torch.zeros(2, 5)
-    plan = half_of(graph.trace(plain, (x, x, x, mask, padding)).prunable)
-    assert_refused(model, plan, [(x, x, x, mask, padding)], ModelError, "add_bias_kv")
-
-
 # ---- what a refusal says -----------------------------------------------------------------
-
-
-@network(enter=(6, 8), leave=(8, 6))
-def Fine(net: Any, x: Tensor) -> Tensor:
-    return net.leave(net.enter(x).relu())
-
-
-@network(enter=(6, 8), leave=(8, 6))
-def Literal(net: Any, x: Tensor) -> Tensor:
-    """Code that counts on 8 neurons."""
-    return net.leave(net.enter(x).reshape(-1, 8).relu())
-
-
-def test_a_refusal_names_the_groups_to_leave_out() -> None:
-    model = randomized(nn.Sequential(Fine(), Fine(), Fine(), Literal(), Fine()))
-    x = torch.randn(8, 6)
-    plan = half_of(group for group in graph.trace(model, (x,)).prunable if group.units == 8)
-    assert len(plan.groups) == 5
-    said = r"comes from pruning '3\.neurons': leave it out.*--skip '3\.neurons'"
-    error = assert_refused(model, plan, [(x,)], AdapterError, said)
-    assert not any(f"'{fine}.neurons'" in error for fine in (0, 1, 2, 4))
-    # The layer that has the wrong width is not to blame, but who calls it.
-    assert "Literal) fails with fewer units" in error
-    assert "torch.nn" not in error
-
-
-def test_of_groups_that_fail_only_together_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = randomized(nn.Sequential(Fine(), Fine())), torch.randn(8, 6)
-    plan = half_of(group for group in graph.trace(model, (x,)).prunable if group.units == 8)
-
-    def wrong_if_all_left(net: Any, inputs: Any, keeping: bool = False) -> list[Tensor]:
-        factor = 2 if net[0].enter.out_features == net[1].enter.out_features == 4 else 1
-        return [factor * output for output in proof_outputs(net, inputs)]
-
-    monkeypatch.setattr("osscar.proof.equivalence.proof_outputs", wrong_if_all_left)
-    for trials, said in ((64, "from pruning '1"), (0, "from pruning one of '0.neurons', '1")):
-        monkeypatch.setattr("osscar.shrinking.shrink._MOST_TRIALS", trials)
-        assert_refused(model, plan, [(x,)], EquivalenceError, said)
 
 
 def test_layers_of_torch_get_no_adapter() -> None:
@@ -414,12 +369,3 @@ def test_layers_of_torch_get_no_adapter() -> None:
     plan = PruningPlan((GroupPlan("n", group.kind, 8, (0, 1), group.slots[:2]),))
     error = assert_refused(model, plan, [(torch.randn(2, 4),)], AdapterError, "mat1 and mat2")
     assert "osscar.adapter" not in error
-
-
-def test_widths_that_experts_cannot_have_are_explained() -> None:
-    case = transformers_case("mixtral", num_hidden_layers=1)
-    model, inputs = case.build(), case.make_inputs()
-    (group,) = (g for g in graph.trace(model, inputs[0]).prunable if g.kind == "neurons")
-    plan = PruningPlan((GroupPlan.of(group, tuple(range(18))),))
-    match = r"multiple of 4 units.*--round-to"
-    assert_refused(model, plan, inputs, AdapterError, match)

@@ -1,29 +1,24 @@
 """The fastest model within a quality target: sizes are times of operators, by a pretended clock."""
 
-import dataclasses
 import itertools
 import math
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import osscar
-from osscar.allocation import times
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
 from osscar.base import timing
-from osscar.base.errors import JournalError, RequestError
+from osscar.base.errors import RequestError
 from osscar.evaluation.confidence import Bounded, Judge
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import attempts_table, run_facts
-from osscar.run.run_log import RunLog
 from tests.osscar.families import tiny, tokens
 from tests.osscar.pretended_clock import PretendedClock
-from tests.osscar.test_run_log import Killed
 
 
 def seconds(model):
@@ -124,43 +119,6 @@ def test_what_takes_longer_leaves_first(pretend, first_is_within):
         model = osscar.prune(dense, data, **ASKED).model
         found.append(sum(p.numel() for n, p in model.named_parameters() if "attn" in n))
     assert found[1] < found[0]
-
-
-@pytest.mark.parametrize("beside", [{}, {"params": 0.9}], ids=["alone", "with params"])
-def test_a_search_that_was_killed_times_no_operators_again(
-    beside, pretend, first_is_within, tmp_path, monkeypatch
-):
-    pretend()
-    monkeypatch.setattr("osscar.run.target._SIZES", 4)
-    tables = mock.Mock(side_effect=times.tabled)
-    monkeypatch.setattr(times, "tabled", tables)
-    dense, data, request = tiny("opt"), tokens(64, 24), PruningRequest(**ASKED, **beside)
-    whole = prune_as_asked(dense, data, request)
-    log, appended, original = RunLog(tmp_path / "log"), [], RunLog.append
-
-    def append(self, index, record):
-        original(self, index, record)
-        appended.append(self.directory.name)
-        if appended[-1] == "attempt-2":
-            raise Killed
-
-    monkeypatch.setattr(RunLog, "append", append)
-    with pytest.raises(Killed):
-        prune_as_asked(dense, data, request, log)
-    monkeypatch.setattr(RunLog, "append", original)
-    pretend(of_operator=lambda operator, size: 3 * of_operator(operator, size, 5e-9))  # on this day
-    again = prune_as_asked(dense, data, request, log)
-    assert tables.call_count == 2  # of the run that was not killed, and of the one that was
-    one, other = (dataclasses.replace(each.target, timed=None) for each in (whole, again))
-    assert other == one
-    assert again.target.timed.speedup == pytest.approx(whole.target.timed.speedup)
-    assert again.plan == whole.plan
-    if beside:
-        assert again.parameters_after <= 0.9 * again.parameters_before
-    written = log.directory / "times.safetensors"
-    written.write_bytes(written.read_bytes().replace(b"pretended", b"otherwise"))
-    with pytest.raises(JournalError, match="was changed"):
-        log.times()
 
 
 def test_a_device_too_noisy_to_time_does_not_lose_the_model(pretend, first_is_within):

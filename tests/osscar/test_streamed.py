@@ -23,7 +23,6 @@ from osscar.base.errors import (
     FileError,
     NonFiniteError,
     OptionError,
-    RequestError,
 )
 from osscar.base.inputs import parse_size
 from osscar.base.memory import DeviceMemory, available_memory
@@ -39,7 +38,6 @@ from osscar.offload.places import Chain, Source, as_bytes
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import BudgetKind, PruningRequest
-from osscar.run import chain
 from osscar.run.jobs import SweepJob
 from osscar.run.memory import MemoryNeeds
 from osscar.run.points import prune_points
@@ -341,18 +339,6 @@ def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
 # ---- what cannot be done -----------------------------------------------------------------
 
 
-def test_what_needs_the_whole_model_is_refused(tmp_path):
-    model = opened(written(tmp_path / "dense", "opt", layers=1))
-    fastest = {"max_divergence": 0.1, "smallest": "time"}
-    for asked, named in (
-        ({"speedup": 1.5}, "speedup"),
-        (fastest, "smallest time"),
-        ({"form": "exported"}, "form exported"),
-    ):
-        with pytest.raises(RequestError, match=named):
-            osscar.prune(model, windows(64), **{"neurons": 0.5, **asked})
-
-
 JOBS = tuple(SweepJob(m, BudgetKind.SPARSITY, s) for m, s in (("uniform", 0.2), ("wanda", 0.4)))
 BASE = PruningRequest(sparsity=0.2, allocation="uniform", backend="greedy", device="cpu")
 
@@ -363,27 +349,6 @@ def test_a_streamed_model_is_swept_to_the_same_points(tmp_path):
         points = prune_points(opened(dense, limit), windows(), BASE, JOBS)
         found.append([(result.plan, result.divergence) for _, result in points])
     assert found[0] == found[1]
-
-
-def test_a_sweep_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(chain, "feasible_groups", None)
-    model = opened(written(tmp_path / "dense", "opt", layers=1), "100MB")
-    with pytest.raises(RequestError, match="out_proj"):
-        next(prune_points(model, windows(), BASE, JOBS))
-
-
-def test_a_limit_that_cannot_hold_one_layer_says_what_would_do(tmp_path):
-    dense = written(tmp_path / "dense", "opt", layers=1)
-    message = (
-        r"max_memory .* of 10B cannot hold .*B are the activations of all .* at least [\d.]+GB"
-    )
-    with pytest.raises(RequestError, match=message):
-        pruned(dense, "10", neurons=0.5)
-    with pytest.raises(RequestError, match="fc2") as refused:
-        pruned(dense, "100MB", neurons=0.5)
-    least = str(refused.value).partition("at least ")[2].split()[0]
-    # The program may have grown meanwhile.
-    assert pruned(dense, parse_size(least) + (1 << 28), neurons=0.5).loss > 0
 
 
 def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import solvers
-from osscar.base.errors import FileError, JournalError, OptionError, OutputError
+from osscar.base.errors import FileError, OutputError
 from osscar.cli import main
 from osscar.study import jobs as workers
 from osscar.study.answers import load_certificate
@@ -23,7 +23,6 @@ from osscar.study.page import scores_table, summarize, write_report
 from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
 from osscar.study.store import Store
-from solvers.exact.highs import Highs
 from tests.osscar.families import tiny
 
 CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
@@ -351,26 +350,6 @@ def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch):
     assert [record.error for record in study.run(QUICK) if record.instance == "a"] == ["", ""]
 
 
-def test_what_is_no_study_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    study = Study(tmp_path / "study", {})
-    one, other = problem(1, name="one"), problem(1, name="other")
-    for problems, words in (
-        ((problem(4, name="same"), problem(5, name="same")), "two problems are called 'same'"),
-        ((one, other), "nothing to choose in one, other: a problem of one unit"),
-        ((), "there is no problem to study; give one"),
-    ):
-        with pytest.raises(JournalError, match=words):
-            study.capture(("heads", one) for one in problems)
-    with pytest.raises(JournalError, match="holds no problem yet"):
-        study.run(QUICK)
-    with pytest.raises(OptionError, match="jobs is"):
-        study.run(QUICK, jobs=0)
-    assert not study.directory.exists()
-    monkeypatch.setattr(Highs, "available", classmethod(lambda cls: "not installed; install it"))
-    with pytest.raises(solvers.BackendError, match="'highs' is not available: not installed; inst"):
-        StudyDesign(backends=("greedy", "highs"))
-
-
 @pytest.mark.parametrize("names", [("x y", "x/y"), ("a" * 300, "a" * 299), ("", "problem")])
 def test_problems_never_share_a_file_nor_what_is_known_of_it(tmp_path, names):
     for round_ in range(2):  # in one process, under the same names
@@ -381,15 +360,3 @@ def test_problems_never_share_a_file_nor_what_is_known_of_it(tmp_path, names):
             (proved,) = (r for r in records if r.instance == one.name and r.backend == "enumerate")
             assert proved.loss == pytest.approx(optimum(one.with_keep(3)), rel=1e-9)
         shutil.rmtree(tmp_path / "study")
-
-
-def test_what_is_none_of_a_study_is_refused_by_name(study):
-    study.run(QUICK)
-    (study.directory / "study.sqlite").write_bytes(b"no table" * 999)
-    with pytest.raises(JournalError, match=r"study\.sqlite is not the table of a study"):
-        study.run(QUICK)
-    (study.directory / "study.json").write_text("{}")
-    with pytest.raises(JournalError, match=r"study\.json is not the manifest of a study"):
-        Study(study.directory, study.source)
-    with pytest.raises(JournalError, match="File name too long"):
-        Study(study.directory / ("x" * 300), {})

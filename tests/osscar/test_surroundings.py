@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.base.errors import OptionError
 from osscar.models.load import load_model
 
 
@@ -138,26 +137,6 @@ def test_a_model_and_data_of_inference_mode_are_pruned(expected):
         model, data = blocks(), X.clone()
     found = osscar.prune(model, data, **ASKED).model.state_dict()
     assert all(value.equal(found[name]) for name, value in expected.items())
-
-
-def test_a_run_inside_of_a_transform_is_refused():
-    model = blocks()
-
-    def grown(scale):
-        return scale * osscar.prune(model, X, **ASKED).parameters_after
-
-    for transform in (torch.func.vmap, torch.func.grad):
-        with pytest.raises(OptionError, match=r"torch\.func.*call it outside"):
-            transform(grown)(torch.ones(2) if transform is torch.func.vmap else torch.tensor(1.0))
-
-
-def test_what_is_given_by_position_too_many_is_named():
-    for call, message in (
-        (lambda: osscar.prune(blocks(), X, 0.5), r"prune.*\(model, calibration\) but 3.*=0\.5$"),
-        (lambda: osscar.recover(1, 2, X, 64), r"recover.*\(smaller, dense, data\) but 4.*=64$"),
-    ):
-        with pytest.raises(TypeError, match=message):
-            call()
 
 
 # ---- language models of one's own --------------------------------------------------------

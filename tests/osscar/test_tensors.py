@@ -16,7 +16,6 @@ from osscar.base.errors import (
     DataError,
     FileError,
     ModelError,
-    OptionError,
 )
 from osscar.data.batches import as_inputs
 from osscar.data.sample_files import holds_images
@@ -182,29 +181,6 @@ def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path
     assert "nothing is known of its quality" in out
 
 
-def test_nothing_is_written_where_data_do_not_fit(run, code, tmp_path):
-    data = pairs(8, 0)
-    np.savez("swapped.npz", tokens=data["features"], features=data["tokens"])
-    asked = ("--calibration", "swapped.npz", "--neurons", "0.5", "--out", "small")
-    status, _, err = run("prune", code("two"), *asked)
-    assert status == 2
-    assert "'tokens' is float32 of (8, 4), and in the example inputs int64 of (2, 6)" in err
-    assert not (tmp_path / "small").exists()
-    loaded, stated = load_model(code("two")), osscar.Preprocessing(mean=0, std=1)
-    for call, error, message in (
-        (lambda: loaded.calibration(None, samples=None, seqlen=None, seed=0), DataError,
-         "tensors for tokens, features"),
-        (lambda: loaded.held_out(images="x.npz", inputs="swapped.npz"), OptionError,
-         "give one of them"),
-        (lambda: load_model(code("alone")), ModelError,
-         "its model reads tokens, features; return the model, and"),
-        (lambda: load_model(code("two"), preprocessing=stated), DataError,
-         r"is tokens .*, features .*, and images are one tensor"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=message):
-            call()
-
-
 # ---- files -------------------------------------------------------------------------------
 
 
@@ -219,35 +195,6 @@ class Mixed(nn.Module):
 
 EXAMPLE = {"tokens": torch.zeros(2, 6, dtype=torch.int64), "features": torch.zeros(2, 4)}
 GOOD = pairs(8, 0)
-TOKENS, FEATURES = GOOD["tokens"], GOOD["features"]
-SPOILT = np.where(np.arange(32).reshape(8, 4) == 5, np.nan, FEATURES)
-REFUSED = (
-    ({"tokens": FEATURES, "features": TOKENS}, "'tokens' is float32 of .8, 4"),
-    ({"tokens": TOKENS}, "takes tokens, features, scale, and there is no 'features'"),
-    ({**GOOD, "feature": FEATURES}, "takes no 'feature'; it takes tokens, features"),
-    ({**GOOD, "features": FEATURES.T[:, :4].T[..., None]}, r"float32 of \(4, 4, 1\)"),
-    ({**GOOD, "features": FEATURES.astype(np.uint8)}, "'features' is uint8"),
-    ({**GOOD, "tokens": TOKENS > 3}, "'tokens' is bool"),
-    ({**GOOD, "features": SPOILT}, "'features' have NaN or infinite entries, 1 of 32"),
-    ({**GOOD, "features": FEATURES[:7]}, "disagree on the number of samples"),
-    ({**GOOD, "features": np.zeros((0, 4), np.float32)}, r"the shape .0, 4., .* no samples; give"),
-    ({**GOOD, "features": np.array([{}])}, "an entry holds objects; store arrays"),
-    ({**GOOD, "features": np.array(["a"] * 8)}, "read as .npz: can.t convert .*str_"),
-    ({**GOOD, "labels": np.zeros(8)}, "labels must be 8 whole numbers, .* not torch.float64"),
-    ({**GOOD, "labels": np.zeros(3, int)}, r"not torch.int64 of \(3,\)"),
-)
-
-
-def test_files_that_do_not_fit_the_model_are_refused(tmp_path):
-    for arrays, message in REFUSED:
-        np.savez(tmp_path / "x.npz", **arrays)
-        with pytest.raises(FileError, match=message):
-            osscar.load_tensors(tmp_path / "x.npz", Mixed(), EXAMPLE)
-    for name in ("x.npz", "x.safetensors", "none.npz", "none.safetensors", "x.pt"):
-        if name.startswith("x"):
-            (tmp_path / name).write_bytes(b"PK\3\4" + bytes(60))
-        with pytest.raises(FileError):
-            osscar.load_tensors(tmp_path / name, Mixed(), EXAMPLE)
 
 
 def test_whole_numbers_take_the_width_of_the_example_and_fractions_any(tmp_path):
@@ -315,38 +262,6 @@ def test_what_calibrated_a_model_is_known_and_its_evaluation_is_of_python_too():
     alone = osscar.evaluate(pruned, labelled, batch_size=7, repetitions=1)
     assert alone.quality.top1 == found.model.quality.top1
     assert alone.sample == "sample"
-
-
-USELESS = (
-    (None, torch.arange(48) % 5, DataError, "from 0 to 4 and the model 4 cl"),
-    ({"x": torch.zeros(48, 5)}, None, DataError, "takes no 'x'; it tak"),
-    ({"input": torch.zeros(48, 3)}, None, DataError, r"input .*\(32, 3\)"),
-    (None, torch.zeros(48, 2, dtype=int), ModelError, r"the labels are \(32, 2\)"),
-    (None, torch.eye(4, dtype=int).repeat(12, 1), ModelError, "one-hot, .*argmax.1"),
-)
-
-
-def test_data_and_labels_that_a_model_has_no_use_for_are_refused():
-    for tensors, labels, error, message in USELESS:
-        data = osscar.TensorSet("x", tensors or samples().tensors, labels)
-        with pytest.raises(error, match=message):
-            osscar.evaluate(network(), data)
-    for tensors, message in (
-        ({"wave": GOOD["features"]}, "'wave' are a ndarray; give a tensor, such as torch.as_ten"),
-        (torch.zeros(2, 3), "the data are a Tensor; give a mapping of tensors by the names"),
-    ):
-        with pytest.raises(DataError, match=message):
-            osscar.TensorSet("x", tensors)
-    with pytest.raises(DataError, match="the data are a dict; give what osscar"):
-        osscar.evaluate(network(), {"input": torch.zeros(2, 5)})
-    with pytest.raises(
-        OptionError, match=r"of samples .samples, `--samples`. is 0; give 1 or more"
-    ):
-        samples().sample(0, seed=0)
-    with pytest.raises(OptionError, match="batch size"):
-        osscar.evaluate(network(), samples(), batch_size=0)
-    with pytest.raises(ModelError, match="cannot be compared"):
-        osscar.compare(network(), nn.Sequential(nn.Linear(5, 3)).eval(), samples())
 
 
 def test_labels_are_whole_numbers_of_any_width_and_those_of_minus_100_are_not_scored():

@@ -96,15 +96,6 @@ def test_inspect_shows_the_table_by_which_speed_ups_are_found(run, opt, tmp_path
             np.testing.assert_allclose(group["seconds"], seconds, atol=1e-11)
 
 
-def test_what_makes_no_sense_is_refused_before_anything_is_timed(run, opt):
-    for asked, message in (
-        (("--batch-size", "3"), "--batch-size is 3 without --times"),
-        (("--times", "--svg", "times.gif"), "--svg is 'times.gif'"),
-    ):
-        status, _, err = run("inspect", opt, *asked)
-        assert (status, message in err) == (2, True), err
-
-
 @pytest.mark.usefixtures("drawn")
 def test_a_model_without_stairs_has_rows_and_an_empty_figure():
     straight = GroupTimes("a", ("a",), "neurons", (1, 16), (1.0, 2.0))

@@ -8,12 +8,10 @@ from torch import nn
 
 import osscar
 import solvers
-from osscar.base.errors import ModelError
 from osscar.base.json_files import validated
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
 from osscar.models.load import load_model
-from osscar.preparation.failures import failures_named
 
 NET = """
 import torch
@@ -88,28 +86,6 @@ def test_code_finds_what_lies_around_it(place):
     assert sys.path == before
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (".mine:build", r"for a file give mine\.py:build$"),
-        ("a/mine:build", r"for a file give a/mine\.py:build$"),
-        # Importing it fails: the user's error and line.
-        ("broken_syntax:build", r"SyntaxError: .*broken_syntax\.py, line 1"),
-        ("broken_name.py:build", r"NameError: .*\(line 2 of .*name\.py: x = undefined_name\)"),
-        ("broken_import:build", r"ModuleNotFoundError: No module named 'no_such_package' \(line 1"),
-        # It cannot be used.
-        ("osscar_test_mine:side", r"what does not fit: 224 \(int\) are no example inputs; give a"),
-        ("osscar_test_mine:nested", "are no example inputs; give a tensor"),
-        ("osscar_test_mine:leaves", r"SystemExit: 3 \(line \d+ of .*sys\.exit\(3\)"),
-        ("osscar_test_mine:raises", r"AttributeError: .*no_such_thing"),
-        ("osscar_test_mine:meta", r"'0\.weight' of Sequential is on the device 'meta'"),
-    ],
-)
-def test_code_that_cannot_be_used_is_refused(name, message, place):
-    with pytest.raises(ModelError, match=message):
-        load_model(name)
-
-
 def test_the_example_is_cast_as_the_model_is_and_images_get_its_size(place):
     for dtype in ("float32", "float16"):
         loaded = load_model("osscar_test_mine.py:half", dtype=dtype, device="cpu")
@@ -152,18 +128,6 @@ class Keeping(nn.Module):
         return self.last((self.edges @ x.reshape(4, -1)).reshape(x.shape))
 
 
-class Branching(nn.Module):
-    """A network in which torch.cond, not the data, is what cannot be measured."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        hidden = self.first(x).relu()
-        return torch.cond(hidden.sum() > 0, self.last, lambda h: self.last(-h), (hidden,))
-
-
 def test_what_a_buffer_reads_is_frozen():
     result = osscar.prune(Buffered(), torch.randn(32, 4), sparsity=0.5, **PLAIN)
     assert [layer.name for layer in result.layers] == ["neurons"]
@@ -178,28 +142,6 @@ def test_activations_that_are_kept_and_sparse_matrices_are_no_obstacle():
     result = osscar.prune(model, torch.randn(32, 4, 5), flops=0.8, **PLAIN)
     assert result.parameters_after < result.parameters_before
     assert model.all[0] is kept
-
-
-def test_models_and_data_that_do_not_go_together_are_refused():
-    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(32, 4)
-    uncopied, lazy = nn.Sequential(nn.Linear(4, 8)), nn.Sequential(nn.LazyLinear(3))
-    uncopied.stream = sys.stdout
-    for model, data, message in (
-        (net, torch.randint(5, (32, 4)), "fails on the data .*int64"),
-        (Branching(), x, "^(?!.*calibration data).*no group of neurons"),
-        (uncopied, x, "Sequential cannot be copied"),
-        (nn.ReLU(), x, "ReLU has no parameters"),
-        (nn.Linear(4, 8, device="meta"), x, "device 'meta'"),
-        (lambda x: x, x, "the model is a function"),
-        (lazy, x, r"'0\.weight' of Sequential has no shape yet"),
-    ):
-        with pytest.raises(osscar.OsscarError, match=message):
-            osscar.prune(model, data, neurons=0.5, **PLAIN)
-    watched = Branching()
-    watched.last.register_forward_hook(lambda *_: torch._dynamo.graph_break())
-    message = r"cannot be measured: (?!.*calibration data).*torch\.cond"
-    with pytest.raises(osscar.OsscarError, match=message), failures_named(watched, 0):
-        watched(x)
 
 
 # ---- a backend of one's own --------------------------------------------------------------

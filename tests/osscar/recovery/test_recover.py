@@ -261,19 +261,6 @@ def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, f
     assert all(window in training for window in apart)
 
 
-def test_too_few_samples_are_refused_in_numbers():
-    dense = net()
-    for count, asked, message in (
-        (1, {}, "1 sample is too few: 1 is held out, 0 do not overlap with those"),
-        (4, {"held_out": 9}, "4 samples are too few: 9 are held out"),
-        (8, {"held_out": 2, "batch_size": 7}, "6 do not overlap with those, and a step takes 7"),
-    ):
-        with pytest.raises(DataError, match=message):
-            osscar.recover(perturbed(dense), dense, numbers(count), device="cpu", **asked)
-    recovery = osscar.recover(perturbed(dense), dense, numbers(2), steps=1, device="cpu")
-    assert (recovery.samples, recovery.held_out) == (1, 1)
-
-
 def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (24, 12, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels)
@@ -363,25 +350,6 @@ def test_what_cannot_be_trained_is_refused_and_stays_as_it_was():
         with pytest.raises(error, match=message):
             osscar.recover(smaller, dense, numbers(), **OFTEN)
         assert [(held(one), bytes_of(one)) for one in models] == before
-
-
-def test_a_distance_that_is_no_number_and_weights_on_disk_are_refused(monkeypatch):
-    def log(outputs, dense, batch):
-        return (1 - 1e9 * (outputs - dense).abs().sum(1)).log()
-
-    asked = {**OFTEN, "distance": log}
-    with pytest.raises(NonFiniteError, match="the distance of the two models is not finite on the"):
-        osscar.recover(perturbed(net()), net(), numbers(), **asked)
-    monkeypatch.setattr("osscar.recovery.recover.is_on_disk", lambda model: True)
-    with pytest.raises(ModelError, match=r"stay on disk.*without max_memory"):
-        osscar.recover(perturbed(net()), net(), numbers(), **OFTEN)
-
-
-def test_a_dense_model_of_another_vocabulary_is_refused():
-    smaller = tiny("opt", layers=1)
-    smaller.resize_token_embeddings(90)
-    with pytest.raises(DataError, match="the model knows 0 to 89"):
-        osscar.recover(smaller, tiny("opt", layers=1), tokens(8), **OFTEN)
 
 
 def test_a_module_with_a_model_in_it_is_the_model_itself():
