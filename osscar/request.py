@@ -264,9 +264,8 @@ class PruningRequest:
     Parameters
     ----------
     sparsity
-        Fraction to remove, such as 0.3 or ``30%``, of the parameters of heads, neurons and
-        channels, those of residual channels left out; the other parameters of the model do not
-        count.
+        Fraction to remove: 0.3, or ``30%``, removes 30% of the parameters of heads, neurons and
+        channels.  Parameters of residual channels and of all other tensors do not count.
     params
         Parameters to keep, of all that the model has: a fraction such as 0.7, or a count.
     size

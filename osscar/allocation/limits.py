@@ -159,8 +159,12 @@ def goal(task: PruningTask) -> str:
         cost = count(Cost.PARAMETERS, prepared, task.counted)
         dense, kept = cost.dense, cost.of(keep)
         if budget is BudgetKind.SPARSITY:
-            kept -= asked * (kept - cost.of({**keep, **left}))
-        elif budget is BudgetKind.PARAMS:
+            gone = asked * (kept - cost.of({**keep, **left}))
+            return (
+                f"removes {share(asked)} of the parameters of heads, neurons and channels: "
+                f"{engineering(gone)} of the {engineering(dense)} of the model"
+            )
+        if budget is BudgetKind.PARAMS:
             wanted = parse_keep(asked)
             kept = float(wanted if isinstance(wanted, int) else wanted * Fraction(int(dense)))
         return (

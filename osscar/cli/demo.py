@@ -57,8 +57,8 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
         content = {**report, "evaluation": evaluation}
         write_text(saved.path / PAGE_FILE, prune_page(content, saved.path.name))
     out.print(
-        f"pruned the embedded OPT model to {_SPARSITY:.0%} of the parameters of its heads and "
-        f"neurons, with {backend} and {_SAMPLES} x {_SEQLEN} calibration tokens"
+        f"pruned the embedded OPT model, with {backend} and {_SAMPLES} x {_SEQLEN} calibration "
+        f"tokens"
     )
     show(layers_table(report["layers"]), facts("", run_facts(report)))
     out.print(saved_line(saved, where))

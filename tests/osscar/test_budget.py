@@ -211,11 +211,16 @@ def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):
     for kept, asked in (
         (0.3 * dense, {"params": 0.3}),
         (dense - 7, {"params": dense - 7}),
-        (dense - 0.3 * owned, {"sparsity": 0.3}),
         (cost.of(allocate(PruningTask(opt, Asked(**halves))).keep), halves),
     ):
         kept, of, gone = map(engineering, (kept, dense, dense - kept))
         assert told(**asked) == f"keeps {kept} of {of} parameters, removes {gone}"
+    assert told(sparsity=0.3) == (
+        "removes 30% of the parameters of heads, neurons and channels: "
+        f"{engineering(0.3 * owned)} of the {engineering(dense)} of the model"
+    )
+    in_help = " ".join(str(Asked.__doc__).split())
+    assert told(sparsity=0.3).partition(":")[0] in in_help
     assert told(flops=0.3) == "keeps 30% of the operations, removes 70%"
     assert told(flops=0.5, size=0.8) == (
         "keeps 0.8 of the bytes that the weights take on disk; keeps 50% of the operations, "

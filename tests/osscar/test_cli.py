@@ -77,13 +77,14 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @pytest.mark.slow
-def test_the_readme_shows_what_the_demo_prints(run, tmp_path):
-    _, _, shown = (Path(__file__).parents[2] / "README.md").read_text().partition("```\npruned the")
+def test_its_page_shows_what_the_demo_prints(run, tmp_path):
+    page = Path(__file__).parents[2] / "docs/howto/demo.md"
+    _, _, shown = page.read_text().partition("```\npruned the")
     shown = f"pruned the{shown.partition(chr(10) + '...')[0]}".splitlines()
     status, out, err = run("demo", "--out", tmp_path / "smaller")
     assert status == 0, err
     printed = [line.rstrip() for line in out.splitlines()][: len(shown)]
-    # Tests prove for inputs of one size alone, and README.md shows a proof for any.
+    # Tests prove for inputs of one size alone, and the page shows a proof for any.
     of_this_machine = ("prefill", "decode", "peak memory", "proved:", "saved:", "time:")
     for line, ours in zip(shown, printed, strict=True):
         if line.strip().startswith(of_this_machine):
@@ -92,10 +93,10 @@ def test_the_readme_shows_what_the_demo_prints(run, tmp_path):
         line, ours = (re.sub(r"(optimal +)\d+\.\d\d", r"\1", one) for one in (line, ours))
         assert NUMBER.sub("#", line).split() == NUMBER.sub("#", ours).split()
         numbers = ([float(n.replace(",", "")) for n in NUMBER.findall(x)] for x in (line, ours))
-        of_readme = next(numbers)
+        of_page = next(numbers)
         # The last of two digits may be rounded up on one processor, and down on another.
         last = [10.0 ** -len(n.partition(".")[2]) for n in NUMBER.findall(line)]
-        for due, found, step in zip(of_readme, next(numbers), last, strict=True):
+        for due, found, step in zip(of_page, next(numbers), last, strict=True):
             assert found == pytest.approx(due, rel=0.02, abs=1.01 * step if step < 1e-3 else 0)
 
 
