@@ -7,12 +7,12 @@ from the dense model.
 
 from __future__ import annotations
 
-import math
+import itertools
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from osscar.allocation.costs import ROUNDING, Cost, CountedCost
 from osscar.allocation.limits import Allowance, allowances
 from osscar.allocation.measured import Curve, curves_for_all, measured_curves
 from osscar.allocation.search import Chosen, Search, equal_shares
-from osscar.allocation.speedup import Kept, Proposal, WholeModels, as_fast_as
+from osscar.allocation.speedup import Aim, Kept, Proposal, WholeModels
 from osscar.allocation.task import PruningTask
 from osscar.allocation.times import time_operators
 from osscar.allocation.whole import whole_distance
@@ -32,8 +32,9 @@ from osscar.base.printable import listed, pluralize
 from osscar.distance.distance import Measure
 from osscar.request import AUTO, BudgetKind
 
-_WEIGHTS = 1.0, 2.0, 4.0, math.inf
-"""Of the losses of residual streams, that are tried."""
+_PATIENCE = 2
+"""Shares of residual channels in a row that may bring no model closer than others, before fewer
+are tried no more."""
 
 _SHARES = 128
 """Steps of the share of operations in which a time is looked for."""
@@ -46,8 +47,6 @@ class Sharing:
     task: PruningTask
     curves: Mapping[str, Curve] | None = None
     measure: Measure = "nats"
-    stream_weight: float = 1.0
-    """How many times the losses of residual streams count; infinite where these stay whole."""
     widths: Mapping[str, NDArray[np.int64]] | None = None
     """The widths that they may have, if not those of the task."""
 
@@ -56,27 +55,13 @@ class Sharing:
         """The widths that each may have, ascending."""
         return self.task.options if self.widths is None else self.widths
 
-    @property
-    def streams(self) -> frozenset[str]:
-        """The residual streams among them."""
-        return self.task.prepared.residual & self.task.options.keys()
-
     def choose(self, allowed: Sequence[Allowance]) -> Chosen:
-        """Return what groups keep so that the model costs at most what is allowed, or the least.
-
-        Equal shares leave residual streams whole, if the others can meet the budgets.
-        """
+        """Return what groups keep so that the model costs at most what is allowed, or the least."""
         limits = [one.most for one in allowed]
         if self.curves is not None:
             return self._search(self.curves, allowed).choose(limits)
-        costs, options = [one.cost for one in allowed], self.options
-        for whole in (self.streams, frozenset[str]()) if self.streams else (self.streams,):
-            kept = {name: int(options[name][-1]) for name in whole}
-            others = {name: some for name, some in options.items() if name not in whole}
-            kept |= equal_shares(others, {**self.task.keep, **kept}, costs, limits)
-            if _within({**self.task.keep, **kept}, allowed):
-                break
-        return Chosen({name: kept[name] for name in options})
+        costs = [one.cost for one in allowed]
+        return Chosen(equal_shares(self.options, self.task.keep, costs, limits))
 
     def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
         """Report on a choice, with a prediction and prices where there are curves."""
@@ -98,11 +83,10 @@ class Sharing:
         if self.curves is not None:
             search = self._search(self.curves, allowed)
             own = {name: self.curves[name] for name in search.options}
-            parts = {n: self._times(n) * float(c.losses[found[n]]) for n, c in own.items()}
+            parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
             told = {
                 "predicted": search.loss(found),
                 "lower_bound": chosen.bound,
-                "stream_weight": self.stream_weight if self.stream_weight < math.inf else None,
                 "measure": self.measure,
                 "curves": {
                     name: tuple(curve.losses.tolist())
@@ -117,8 +101,9 @@ class Sharing:
                 "frontier": () if prices is None else search.frontier(found, order[0]),
             }
         widths = {
-            g.name: Width(str(g.kind), g.units, found[g.name], parts.get(g.name))
-            for g in self.task.shared
+            g.name: Width(str(g.kind), g.units, kept.get(g.name, g.units), parts.get(g.name))
+            for g in self.task.groups
+            if g in self.task.shared or g in self.task.streams
         }
         return Budget(tuple(limits[i] for i in order), widths=widths, **told)
 
@@ -126,18 +111,9 @@ class Sharing:
         """Return the predicted distance from the dense model; 0 without curves."""
         return 0.0 if self.curves is None else self._search(self.curves, allowed).loss(kept)
 
-    def _times(self, name: str) -> float:
-        """Return how many times the losses of a group count; of one that stays whole they are 0."""
-        weighed = name in self.streams and self.stream_weight < math.inf
-        return self.stream_weight if weighed else 1.0
-
     def _search(self, curves: Mapping[str, Curve], allowed: Sequence[Allowance]) -> Search:
-        whole = self.streams if self.stream_weight == math.inf else frozenset[str]()
-        options = {
-            name: some[-1:] if name in whole else some for name, some in self.options.items()
-        }
-        losses = {n: self._times(n) * curves[n].losses[some] for n, some in options.items()}
-        return Search(options, losses, self.task.keep, [one.cost for one in allowed])
+        losses = {name: curves[name].losses[some] for name, some in self.options.items()}
+        return Search(self.options, losses, self.task.keep, [one.cost for one in allowed])
 
 
 def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
@@ -165,7 +141,7 @@ def allocate(
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
     """
     request, keep, budget = task.request, task.keep, None
-    if request.has_budget and not task.shared:
+    if request.has_budget and not (task.shared or task.streams):
         if keep or not (request.skip or task.skipped):
             raise RequestError(_why_out_of_reach(task))
     elif request.has_budget:
@@ -189,10 +165,12 @@ def measured_once(tasks: Sequence[PruningTask]) -> Measuring | None:
     if len(every) < 2:
         return None
     ranks = every[0].prepared.ranks
-    choices = [
-        ranks.broadcast("widths", partial(_chosen, Sharing(task), allowances(task)))
-        for task in every
-    ]
+
+    def equal(task: PruningTask) -> dict[str, int]:
+        allowed = allowances(task)
+        return Sharing(_within_reach(task, allowed)[0]).choose(allowed).kept
+
+    choices = [ranks.broadcast("widths", partial(equal, task)) for task in every]
     found = curves_for_all(every[0], choices)
     return lambda task, choose: found
 
@@ -203,12 +181,9 @@ def _shared_out(
     """Choose the widths of the groups that share a budget, and say what that comes to."""
     request, ranks = task.request, task.prepared.ranks
     allowed = ranks.broadcast("budgets", lambda: allowances(task))
-
-    def choose(curves: Mapping[str, Curve] | None) -> Mapping[str, int]:
-        return ranks.broadcast("widths", lambda: Sharing(task, curves).choose(allowed).kept)
-
+    tasks, least = task.with_streams, {**task.with_streams[-1].keep, **task.least}
     for one in allowed:
-        reached = one.cost.of({**task.keep, **task.least})
+        reached = one.cost.of(least)
         if reached > one.most * (1 + ROUNDING):
             program = "" if one.dense == one.cost.dense else ", as an exported program,"
             raise RequestError(
@@ -218,52 +193,86 @@ def _shared_out(
                 f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
     within_reach()
-    models, wanted = WholeModels.shared(task), request.speedup if task.times is None else None
+    wanted, models = request.speedup if task.times is None else None, WholeModels.shared(tasks[-1])
     if wanted is not None:
         ranks.broadcast("the fastest model", partial(models.check_reach, wanted))
+    else:
+        tasks = _within_reach(task, allowed)
+
+    def choose(curves: Mapping[str, Curve] | None) -> Mapping[str, int]:
+        one = Sharing(tasks[0], curves)
+        return ranks.broadcast("widths", lambda: one.choose(allowed).kept)
+
     sharing = Sharing(task)
-    if request.allocation != "uniform":
+    if request.allocation != "uniform" and task.shared:
         sharing = Sharing(task, *(measuring or measured_curves)(task, choose))
+    sharings = [replace(sharing, task=one) for one in tasks]
     if wanted is not None:
-        return _timed(sharing, models, wanted, allowed)
-    sharing = _weighed(sharing, allowed)
-    return ranks.broadcast(
-        "budgets that are shared out", lambda: sharing.budget(allowed, sharing.choose(allowed))
-    )
+        return _timed(sharings, models, wanted, allowed)
+    choices = ((s, ranks.broadcast("widths", partial(s.choose, allowed))) for s in sharings)
+    best = _closest(choices, _on_trial if task.streams else lambda *_: 0.0)
+    assert best is not None  # the least widths are within
+    return _told(best, allowed)
 
 
-def _weighed(sharing: Sharing, allowed: Sequence[Allowance]) -> Sharing:
-    """Choose how many times the losses of residual streams count, if these are to lose channels.
+def _within_reach(task: PruningTask, allowed: Sequence[Allowance]) -> list[PruningTask]:
+    """Return the task for each share of residual channels with which the budgets can be met."""
+    tasks = task.with_streams
+    found = [one for one in tasks if _within({**one.keep, **one.least}, allowed)]
+    return found or tasks[-1:]
 
-    For each weight the best widths are pruned on trial (`osscar.allocation.whole`); the weight of
-    the model that is closest to the dense one is taken.
+
+class _Candidate(NamedTuple):
+    """Widths, and how far a model of them is from the dense one."""
+
+    sharing: Sharing
+    chosen: Chosen
+    distance: float
+
+
+def _closest(
+    candidates: Iterable[tuple[Sharing, Chosen]],
+    distance: Callable[[Sharing, Chosen], float],
+    best: _Candidate | None = None,
+) -> _Candidate | None:
+    """Return the candidate of least distance, or the `best` before if none is closer.
+
+    What follows several in a row that are no closer is not looked at.
     """
-    task, best, before = sharing.task, (math.inf, sharing), dict[str, int]()
-    for weight in _WEIGHTS if sharing.streams and sharing.curves is not None else ():
-        one = replace(sharing, stream_weight=weight)
-        kept = task.prepared.ranks.broadcast("widths", partial(_chosen, one, allowed))
-        every = {**task.keep, **kept}
-        if kept == before or not _within(every, allowed):
-            continue
-        whole = all(kept[name] == task.options[name][-1] for name in sharing.streams)
-        if whole and not before:
-            return one
-        best = min(best, (whole_distance(task, every), one), key=lambda pair: pair[0])
-        if whole:
+    worse = 0
+    for sharing, chosen in candidates:
+        found = _Candidate(sharing, chosen, distance(sharing, chosen))
+        worse += 1
+        if best is None or found.distance < best.distance:
+            best, worse = found, 0
+        if worse == _PATIENCE:
             break
-        before = kept
-    return best[1]
+    return best
 
 
-def _chosen(sharing: Sharing, allowed: Sequence[Allowance]) -> dict[str, int]:
-    return sharing.choose(allowed).kept
+def _on_trial(sharing: Sharing, chosen: Chosen) -> float:
+    """Return the distance of the model that is pruned on trial."""
+    return whole_distance(sharing.task, {**sharing.task.keep, **chosen.kept})
+
+
+def _told(best: _Candidate, allowed: Sequence[Allowance]) -> Budget:
+    """Report on a candidate, on the first rank for all."""
+    ranks, on_trial = best.sharing.task.prepared.ranks, best.sharing.task.streams
+    told = partial(best.sharing.budget, allowed, best.chosen)
+    budget = ranks.broadcast("budgets that are shared out", told)
+    return replace(budget, on_trial=best.distance if on_trial else None)
 
 
 def _timed(
-    sharing: Sharing, models: WholeModels, wanted: float, allowed: Sequence[Allowance]
+    sharings: Sequence[Sharing], models: WholeModels, wanted: float, allowed: Sequence[Allowance]
 ) -> Budget:
-    """Choose widths whose model was timed to be as fast as wanted, within all other limits."""
-    task, ranks, curves = sharing.task, sharing.task.prepared.ranks, sharing.curves
+    """Choose widths whose model was timed to be as fast as wanted, within all other limits.
+
+    The table of times proposes widths for each share of residual channels; the operations do for
+    the best of these.
+    """
+    task, curves = sharings[0].task, sharings[0].curves
+    ranks = task.prepared.ranks
     (operations,) = (one for one in allowed if one.budget is BudgetKind.SPEEDUP)
     table = ranks.broadcast("times of operators", lambda: time_operators(task, models.clock))
 
@@ -271,46 +280,56 @@ def _timed(
         limit = replace(operations, cost=cost, most=share * cost.dense)
         return [limit if one is operations else one for one in allowed]
 
-    def expected(kept: Mapping[str, int]) -> float:
-        return table.of({**task.keep, **kept}) / table.dense
+    def expected(kept: Kept) -> float:
+        return table.of(kept) / table.dense
 
     def by_table(sharing: Sharing, share: float) -> Kept:
-        return sharing.choose(allowing(table, share)).kept
+        return {**sharing.task.keep, **sharing.choose(allowing(table, share)).kept}
 
     def by_operations(sharing: Sharing) -> Callable[[float], Kept]:
         @cache
         def at(step: int) -> Kept:
-            return sharing.choose(allowing(operations.cost, step / _SHARES)).kept
+            kept = sharing.choose(allowing(operations.cost, step / _SHARES)).kept
+            return {**sharing.task.keep, **kept}
 
         return lambda share: at(
             bisect(range(1, _SHARES + 1), share, key=lambda n: expected(at(n))) or 1
         )
 
-    start = ranks.broadcast("a limit", partial(models.limit, wanted, expected))
+    aim = Aim(models, wanted, expected)
+
+    def fitting(proposals: Iterable[tuple[Sharing, Proposal]]) -> Iterator[tuple[Sharing, Chosen]]:
+        for sharing, proposal in proposals:
+            kept = ranks.broadcast("a model that is fast enough", partial(aim.fitted, proposal))
+            if kept is not None:
+                yield sharing, Chosen({name: kept[name] for name in sharing.options})
+
+    def distance(sharing: Sharing, chosen: Chosen) -> float:
+        # Of residual streams, sums of curves say little.
+        return _on_trial(sharing, chosen) if task.streams else sharing.loss(chosen.kept, allowed)
+
     stairs = replace(task, times=table).options
-    sharing = _weighed(replace(sharing, widths=stairs), allowing(table, start))
-    proposals = {Proposal(partial(by_table, sharing), 4): sharing}
+    tables = [replace(sharing, widths=stairs) for sharing in sharings]
+    by_times = [(one, Proposal(partial(by_table, one), 4)) for one in tables]
+    best = _closest(fitting(by_times), distance)
     if curves is not None:
+        first = sharings[0] if best is None else replace(best.sharing, widths=None)
         anyhow = {g.name: possible_widths(g, replace(task.widths, round_to=1)) for g in task.shared}
-        for widths in (anyhow, None) if task.widths.round_to == AUTO else (None,):
-            one = replace(sharing, widths=widths)
-            proposals[Proposal(by_operations(one), 2)] = one
-    fitting = partial(as_fast_as, models, wanted, expected, [*proposals], start)
-    found = ranks.broadcast("models that are fast enough", fitting)
-
-    def distance(place: int) -> float:
-        proposed = [*proposals.values()][place]
-        if proposed.streams:  # of which sums of curves say little
-            return whole_distance(task, {**task.keep, **found[place].kept})
-        return proposed.loss(found[place].kept, allowed)
-
-    place = min(found, key=distance) if len(found) > 1 else next(iter(found))
+        auto = task.widths.round_to == AUTO
+        others = [replace(first, widths=anyhow), first] if auto else [first]
+        by_counts = ((one, Proposal(by_operations(one), 2)) for one in others)
+        best = _closest(fitting(by_counts), distance, best)
+    if best is None:  # the tables go on between what was timed
+        best = _closest(itertools.islice(fitting(by_times), 1), distance)
+    if best is None:
+        ranks.broadcast("no model is fast enough", aim.refuse)
+    assert best is not None
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
-    budget = [*proposals.values()][place].budget(allowed, Chosen(found[place].kept))
-    reached = 1 / found[place].speedup
+    budget, kept = _told(best, allowed), {**best.sharing.task.keep, **best.chosen.kept}
+    reached = ranks.broadcast("its time", lambda: 1 / models.speedup(kept))
     timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, reached, assumed=table.assumed)
-    others = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
-    return replace(budget, limits=(timed, *others))
+    rest = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
+    return replace(budget, limits=(timed, *rest))
 
 
 # ---- why not -----------------------------------------------------------------------------

@@ -68,16 +68,18 @@ class Budget:
     limits: tuple[Limit, ...]
     """One for each budget, all of which hold; the one that binds most comes first."""
     predicted: float | None = None
-    """The predicted distance of the pruned model from the dense one; None with equal shares."""
+    """The distance of the pruned model from the dense one that the curves of the groups add up to,
+    which know nothing of residual streams; None with equal shares."""
     lower_bound: float | None = None
-    """No choice of widths within all limits has a smaller prediction; None where nothing is
-    predicted, or costs of too many groups multiply for a proof."""
+    """No choice of widths within all limits, beside these residual channels, has a smaller
+    prediction; None where nothing is predicted, or costs of too many groups multiply for a proof.
+    """
     measure: Measure = "nats"
     """What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
     error of outputs over the squares of the dense ones, where these are no scores of classes."""
-    stream_weight: float | None = 1.0
-    """How many times what residual streams lose alone counts in all predictions, as models that
-    were pruned on trial showed; None where they keep all channels."""
+    on_trial: float | None = None
+    """The distance of the model that was pruned on trial to these widths; None where residual
+    streams had no choice."""
     curves: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
     """The distance that each group that had a choice causes alone, over the units kept."""
     widths: dict[str, Width] = field(default_factory=dict, repr=False)

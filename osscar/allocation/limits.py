@@ -79,8 +79,9 @@ def allowances(task: PruningTask) -> list[Allowance]:
         cost = counted(kind, form if kind is Cost.BYTES else Form.EAGER)
         match budget:
             case BudgetKind.SPARSITY:  # of the parameters that the shared groups own, not streams
-                own = least.keys() - prepared.residual or least.keys()
-                all_gone = cost.of({**others, **dict.fromkeys(own, 0)})
+                all_gone = cost.of(
+                    {**others, **dict.fromkeys(least or [g.name for g in task.streams], 0)}
+                )
                 most = all_gone + (1 - asked) * (cost.of(others) - all_gone)
             case BudgetKind.FLOPS:
                 most = asked * dense

@@ -9,7 +9,7 @@ fits.  Of the models that are fast enough, the one of least predicted distance i
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from timeit import Timer
@@ -45,6 +45,7 @@ _FINEST = 1e-3
 """Of the dense model's time, by which limits differ at least."""
 
 Kept = dict[str, int]
+"""What every group keeps of which a request or a budget says so."""
 
 Point = tuple[float, float]
 """A limit, and the seconds of the model that came of it, relative to the dense one."""
@@ -61,25 +62,18 @@ class Ratio(NamedTuple):
         return max(CLOSE / 2, (abs(self.speedup / wanted - 1) - CLOSE) / _CLEARLY)
 
 
-class Timed(NamedTuple):
-    """Widths, and how fast their model was."""
-
-    kept: Kept
-    speedup: float
-
-
 class Ends(NamedTuple):
     """Limits between which widths are looked for: the model of one is too fast, the other's slow.
 
-    `quick` are the widths of the first, if a proposal came to them.
+    `quick` are the widths of the first, if the proposal came to them.
     """
 
     fast: Point
     slow: Point
-    quick: Timed | None = None
+    quick: Kept | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Proposal:
     """A way to come to widths."""
 
@@ -87,6 +81,8 @@ class Proposal:
     """Returns the best widths of which a share of the dense model's time is expected."""
     models: int
     """How many are built and timed at most."""
+    ends: Ends | None = None
+    """What is known of it."""
 
 
 @dataclass(eq=False)
@@ -95,15 +91,25 @@ class WholeModels:
 
     task: PruningTask
     ratios: dict[tuple[int, ...], Ratio] = field(default_factory=dict)
-    """How fast they were, by their widths in the order of the groups that share budgets."""
+    """How fast they were, by their widths in the order of `names`."""
 
     @classmethod
     def shared(cls, task: PruningTask) -> WholeModels:
         """Return those of a task, with what others of the same model have timed."""
-        request = task.request
+        request, found = task.request, cls(task)
         timed = request.timed, request.timed_in, request.context, request.batch
-        key = "models", *timed, *task.options, *sorted(task.keep.items())
-        return cls(task, task.prepared.timed.setdefault(key, {}))
+        found.ratios = task.prepared.timed.setdefault(("models", *timed, *found.names), {})
+        return found
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The groups of which widths are told."""
+        return *self.task.options, *self.task.keep
+
+    @cached_property
+    def least(self) -> Kept:
+        """The least widths."""
+        return {**self.task.keep, **self.task.least}
 
     @cached_property
     def clock(self) -> Clock:
@@ -128,8 +134,8 @@ class WholeModels:
         return max(unsure, default=0.0)
 
     def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
-        """Return what stands for widths."""
-        return tuple(kept[name] for name in self.task.options)
+        """Return what stands for widths; 0 is for groups that keep all."""
+        return tuple(kept.get(name, 0) for name in self.names)
 
     def speedup(self, kept: Mapping[str, int]) -> float:
         """Return how many times as fast as the dense model it is.
@@ -141,23 +147,14 @@ class WholeModels:
         key = self.key(kept)
         found = self.ratios.get(key)
         if found is None or found.error > max(CLOSE, found.told(self.wanted)):
-            smaller = _built(self.task.prepared, {**self.task.keep, **kept})
+            smaller = _built(self.task.prepared, kept)
             found = time_against(self.clock.dense, self.clock.timer(smaller), self.wanted)
             self.ratios[key] = found
         return found.speedup
 
-    def ends(self, expected: Callable[[Kept], float]) -> tuple[Point, Point]:
-        """Return what is expected of the least widths and all, and what they took."""
-        least = self.task.least
-        return (expected(least), 1 / self.speedup(least)), (1.0, 1.0)
-
-    def limit(self, wanted: float, expected: Callable[[Kept], float]) -> float:
-        """Return the limit at which widths are as fast as wanted, on a line between the ends."""
-        return _between(*self.ends(expected), 1 / wanted)
-
     def check_reach(self, wanted: float) -> None:
         """Time the model of the least widths: a `RequestError` says that no model is so fast."""
-        fastest = self.speedup(self.task.least)
+        fastest = self.speedup(self.least)
         if fastest < wanted * (1 - CLOSE):
             raise RequestError(
                 f"speedup {wanted:g} cannot be met: the smallest possible model is "
@@ -166,77 +163,73 @@ class WholeModels:
             )
 
 
-def as_fast_as(
-    models: WholeModels,
-    wanted: float,
-    expected: Callable[[Kept], float],
-    proposals: Sequence[Proposal],
-    start: float,
-) -> dict[int, Timed]:
-    """Return widths whose model was timed to be as fast as wanted, by the place of the proposal.
+class Aim:
+    """Finds widths whose model was timed to be as fast as wanted.
 
-    It is faster where other limits of the request, or the widths that there are, allow nothing
-    between.  Where no proposal fits, the first goes on once more between what was timed.  A
-    `RequestError` says that none was found, and whether the device or the widths are why.
+    Each proposal begins at the limit where the one before has ended.
 
     Parameters
     ----------
     expected
         Returns what share of the dense model's time widths take, by the table.
-    proposals
-        The first begins at the limit `start`, the others where it ended.
     """
-    found, ends = dict[int, Timed](), [Ends(*models.ends(expected))] * len(proposals)
-    for some in (proposals, proposals[:1]):
-        for place, proposal in enumerate(some):
-            timed, ends[place], limit = _fitted(models, wanted, proposal, ends[place], start)
-            if place == 0:
-                start = limit
-            if timed is not None:
-                found[place] = timed
-        if found:
-            break
-    if not found:
-        told = sorted(models.speedups.values())
-        near = min(told, key=lambda speedup: abs(speedup / wanted - 1))
+
+    def __init__(
+        self, models: WholeModels, wanted: float, expected: Callable[[Kept], float]
+    ) -> None:
+        self.models, self.wanted, self.expected = models, wanted, expected
+        self._limit: float | None = None
+
+    def fitted(self, proposal: Proposal) -> Kept | None:
+        """Return widths that a proposal comes to within what is `CLOSE`.
+
+        They are faster if other limits of the request, or the widths that there are, allow nothing
+        between; None where neither is found with so many models: then the next call goes on.
+        """
+        timed = set[tuple[int, ...]]()
+        limit, ends = self._begin(proposal)
+        for _ in range(_PROPOSED):
+            kept = proposal.within(limit)
+            key = self.models.key(kept)
+            if key not in timed and len(timed) == proposal.models:
+                return None
+            timed.add(key)
+            speedup = self.models.speedup(kept)
+            if abs(speedup / self.wanted - 1) <= CLOSE:
+                self._limit = limit
+                return kept
+            at = limit, 1 / speedup
+            fast = speedup > self.wanted
+            ends = ends._replace(fast=at, quick=kept) if fast else ends._replace(slow=at)
+            proposal.ends = ends
+            if ends.slow[0] - ends.fast[0] <= _FINEST:
+                break
+            limit = _between(ends.fast, ends.slow, 1 / self.wanted)
+        self._limit = ends.fast[0] if ends.quick else self._limit
+        return ends.quick
+
+    def _begin(self, proposal: Proposal) -> tuple[float, Ends]:
+        """Return the limit at which a proposal begins, or goes on, and what is known of it."""
+        least = self.models.least
+        every = Ends((self.expected(least), 1 / self.models.speedup(least)), (1.0, 1.0))
+        fast, slow, _ = known = proposal.ends or every
+        between = _between(fast, slow, 1 / self.wanted)
+        return between if self._limit is None or proposal.ends else self._limit, known
+
+    def refuse(self) -> None:
+        """Raise a `RequestError` that says that none was found, and why."""
+        told = sorted(self.models.speedups.values())
+        near = min(told, key=lambda speedup: abs(speedup / self.wanted - 1))
         noise = (
-            f"this device is too noisy to aim at a time, which is known to {models.error:.1%} "
+            f"this device is too noisy to aim at a time, which is known to {self.models.error:.1%} "
             "only; end what else runs on it, or give flops (`--flops`)"
         )
         tries = f"no more are tried; ask for {near:.2f}, or give flops (`--flops`)"
         raise RequestError(
-            f"speedup {wanted:g} cannot be met within {CLOSE:.0%}: of {len(told)} models that "
+            f"speedup {self.wanted:g} cannot be met within {CLOSE:.0%}: of {len(told)} models that "
             f"were timed the closest is {near:.2f} times as fast as the dense one, and "
-            f"{noise if models.error else tries}"
+            f"{noise if self.models.error else tries}"
         )
-    return found
-
-
-def _fitted(
-    models: WholeModels, wanted: float, proposal: Proposal, ends: Ends, start: float
-) -> tuple[Timed | None, Ends, float]:
-    """Return widths that a proposal comes to within what is `CLOSE`, their limit, and its ends.
-
-    They are faster if nothing lies between these and what is too slow; None where neither is found.
-    Then the limit is the next one to try.
-    """
-    limit, timed = start, set[tuple[int, ...]]()
-    for _ in range(_PROPOSED):
-        kept = proposal.within(limit)
-        key = models.key(kept)
-        if key not in timed and len(timed) == proposal.models:
-            return None, ends, limit
-        timed.add(key)
-        found = Timed(kept, models.speedup(kept))
-        if abs(found.speedup / wanted - 1) <= CLOSE:
-            return found, ends, limit
-        at = limit, 1 / found.speedup
-        fast = found.speedup > wanted
-        ends = ends._replace(fast=at, quick=found) if fast else ends._replace(slow=at)
-        if ends.slow[0] - ends.fast[0] <= _FINEST:
-            break
-        limit = _between(ends.fast, ends.slow, 1 / wanted)
-    return ends.quick, ends, ends.fast[0]
 
 
 def _between(fast: Point, slow: Point, seconds: float) -> float:

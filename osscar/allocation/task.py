@@ -31,6 +31,12 @@ from osscar.proof.plan import Form
 from osscar.request import AUTO, Keep, PruningRequest, Widths, parse_keep
 from osscar.walk.targets import Target
 
+_STREAM_SHARES = [Fraction(eighths, 8) for eighths in range(7, 1, -1)]
+"""Of the channels of residual streams that are tried, below all."""
+
+_TRIED_SHARE = Fraction(3, 4)
+"""Of these channels in the trial of what can follow."""
+
 
 @with_config(STRICT)
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class PruningTask:
     times: CountedCost | None = None
     """Shares of the dense model's time, a limit of which is what a speed-up stands for; without,
     whole models are timed."""
+    stream_share: Fraction | None = None
+    """The channels that residual streams keep of which the request says nothing; all, if None."""
 
     @property
     def measures_curves(self) -> bool:
@@ -134,7 +142,9 @@ class PruningTask:
     @cached_property
     def keep(self) -> dict[str, int]:
         """What groups keep of which the request says so, by name or kind."""
-        requested = ((group, self._requested(group)) for group in self._prunable)
+        requested = [(group, self._requested(group)) for group in self._prunable]
+        if self.stream_share is not None:
+            requested += ((group, self.stream_share) for group in self.streams)
         return {
             group.name: count_kept(group, kept, self.request.round_to)
             for group, kept in requested
@@ -143,15 +153,32 @@ class PruningTask:
 
     @cached_property
     def shared(self) -> list[CouplingGroup]:
-        """The groups that share a budget; residual streams do if curves say what they lose."""
-        streams = () if self.measures_curves else self.prepared.residual
-        return [
-            group
-            for group in self._prunable
-            if self._requested(group) is None
-            and group.kind in self.request.shared_kinds
-            and group.name not in streams
-        ]
+        """The groups that share a budget, by whose widths this is met."""
+        return [group for group in self._unnamed if group.name not in self.prepared.residual]
+
+    @cached_property
+    def streams(self) -> list[CouplingGroup]:
+        """The residual streams of which a budget may take the same share of channels."""
+        if not self.measures_curves or self.request.residual is not None:
+            return []
+        return [group for group in self._unnamed if group.name in self.prepared.residual]
+
+    @cached_property
+    def with_streams(self) -> list[PruningTask]:
+        """The same task for each share of their channels that streams may keep, all first.
+
+        What streams lose is not seen by one group alone, as for others (`osscar.allocation.whole`).
+        """
+        fewest = {group.name: self.widths.least(group.units) for group in self.streams}
+        found = [self]
+        for share in _STREAM_SHARES if fewest else ():
+            one = replace(self, stream_share=share)
+            if (
+                all(fewest[name] <= one.keep[name] for name in fewest)
+                and one.keep != found[-1].keep
+            ):
+                found.append(one)
+        return found
 
     @property
     def widths(self) -> Widths:
@@ -194,7 +221,15 @@ class PruningTask:
         for group in self.shared if self.request.has_budget else ():
             keep[group.name] = about_half(group, self.widths, before[group.units] % 2)
             before[group.units] += 1
+        for group in self.streams:
+            keep[group.name] = count_kept(group, _TRIED_SHARE, 1)
         return keep
+
+    @property
+    def _unnamed(self) -> list[CouplingGroup]:
+        """The groups of the kinds that a budget prunes of which the request says nothing."""
+        kinds = self.request.shared_kinds
+        return [g for g in self._prunable if self._requested(g) is None and g.kind in kinds]
 
     @property
     def _prunable(self) -> list[CouplingGroup]:

@@ -90,6 +90,7 @@ def _around(width: Any, grid: NDArray[np.int64]) -> tuple[tuple[Any, Any], tuple
 
 def time_operators(task: PruningTask, clock: Clock) -> CountedCost:
     """Time the operators over the widths that the groups of a task may have, once."""
+    task = task.with_streams[-1]
     ranges = {name: (int(some[0]), int(some[-1])) for name, some in task.options.items()}
     units = {group.name: group.units for group in clock.traced.groups}
     ranges |= {name: (kept, units[name]) for name, kept in task.keep.items() if name in units}

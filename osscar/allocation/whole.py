@@ -1,10 +1,10 @@
 """How far a whole model is from the dense one at some widths, before it is pruned to these.
 
 Curves add up what groups lose alone, and later refits make up for what earlier groups lose.  They
-cannot for channels of a residual stream, since nobody makes these any more, so that the sum does
-not say whether a stream should lose channels.  So all groups are pruned in turn, as a run does, on
-all samples but those on which outputs are compared, and put back.  On a quarter of the samples, as
-for a curve, models with whole streams come out too far: they have more weights to fit.
+cannot for channels of residual streams, since nobody makes these any more.  So for each share of
+these channels that all streams may keep, all groups are pruned in turn, as a run does, on all
+samples but those on which outputs are compared, and put back.  On a quarter of the samples, as for
+a curve, models with whole streams come out too far: they have more weights to fit.
 """
 
 from __future__ import annotations

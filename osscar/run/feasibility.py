@@ -186,7 +186,11 @@ def _suffices(task: PruningTask, reasons: Mapping[str, str]) -> bool:
     without = replace(task, form=Form.EAGER, skipped=_skipped(task.groups, reasons))
     cannot = [group for group in task.groups if group.name in reasons]
     named = any(task.keep.get(group.name, group.units) < group.units for group in cannot)
-    if task.request.strict or named or (task.request.has_budget and not without.shared):
+    if (
+        task.request.strict
+        or named
+        or (task.request.has_budget and not (without.shared or without.streams))
+    ):
         return False
     if not task.request.budgets:
         return True

@@ -231,9 +231,10 @@ class _Search:
         if measured is None:
             costs, losses = zip(*self._frontier(budget), strict=True)
             return None, Attempt(limit, limit, float(np.interp(limit, costs, losses)), None)
-        assert found.predicted is not None
+        predicted = found.predicted if found.on_trial is None else found.on_trial
+        assert predicted is not None
         reached = found.of(self._kind).reached
-        return made, Attempt(limit, reached, found.predicted, measured, tested)
+        return made, Attempt(limit, reached, predicted, measured, tested)
 
     @timed(Stage.PRUNED)
     def _measured(self, model: nn.Module) -> tuple[Bounded | None, Bounded | None]:

@@ -137,7 +137,7 @@ class ModelTimes:
 def _by_group(task: PruningTask, cost: CountedCost) -> Iterator[GroupTimes]:
     """Yield what the groups that share a budget take by a table of times, those alike once."""
     alike: dict[Any, list[str]] = defaultdict(list)
-    for group in task.shared:
+    for group in (*task.shared, *task.streams):
         grids = [
             grid
             for one in cost.terms

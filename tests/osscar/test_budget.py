@@ -3,7 +3,6 @@
 import math
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from osscar.allocation.allocate import allocate
 from osscar.allocation.budget import Budget
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.limits import goal
-from osscar.allocation.measured import Curve
 from osscar.allocation.task import PruningTask
 from osscar.allocation.whole import whole_distance
 from osscar.base.errors import RequestError
@@ -145,44 +143,46 @@ def test_equal_shares_leave_residual_channels_whole_and_say_so(shortcut):
     assert 2 in found.keep.values()
 
 
-def test_residual_channels_share_a_budget_that_others_cannot_meet(shortcut):
+def test_residual_channels_leave_where_others_cannot_meet_a_budget(shortcut):
     (stream,) = shortcut.residual
     before = [tensor.clone() for tensor in shortcut.model.state_dict().values()]
     budget = allocate(PruningTask(shortcut, Asked(flops=0.5))).budget
     assert budget.widths[stream].kept < 8
     assert budget.tightest.reached <= budget.tightest.limit
-    assert len(budget.measured) == 2
+    assert budget.on_trial > 0
     assert all(map(torch.equal, before, shortcut.model.state_dict().values()))
     with pytest.raises(RequestError, match="cannot be met"):
         allocate(PruningTask(shortcut, Asked(flops=0.5, residual=1.0)))
+    with pytest.raises(RequestError, match="cannot be met"):
+        allocate(PruningTask(shortcut, Asked(flops=0.5, at_least=0.95)))
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_residual_channels_leave_where_the_whole_model_is_closer_without_them(shortcut, pays):
-    (stream,) = shortcut.residual
-    tried = []
+@pytest.mark.parametrize("best", [8, 6, 3])
+def test_as_many_residual_channels_leave_as_bring_the_whole_model_closest(shortcut, best):
+    """Two shares in a row that are no closer end it."""
+    (stream,), tried = shortcut.residual, []
 
     def distance(task, keep):
-        tried.append(keep[stream] < 8)
-        return float(tried[-1] != pays)
+        tried.append(keep.get(stream, 8))
+        return abs(tried[-1] - best)
 
-    curves = {
-        g.name: np.linspace(1 + 9 * (g.name != stream), 0, g.units + 1) for g in shortcut.groups
-    }
-    known = {name: Curve(name, losses) for name, losses in curves.items()}, "nats"
-    with (
-        mock.patch("osscar.allocation.allocate.whole_distance", distance),
-        mock.patch("osscar.allocation.allocate.measured_curves", return_value=known),
-    ):
+    with mock.patch("osscar.allocation.allocate.whole_distance", distance):
         found = allocate(PruningTask(shortcut, Asked(flops=0.97)))
-    assert tried == [True, False]
-    assert (found.budget.stream_weight is None) != pays
-    assert (found.keep.get(stream, 8) < 8) == pays
+    assert tried == [*range(8, max(best - 3, 1), -1)]
+    assert (found.keep.get(stream, 8), found.budget.on_trial) == (best, 0)
+    assert found.budget.widths[stream].kept == best
+
+
+def test_a_stream_alone_meets_a_budget(shortcut):
+    (stream,) = shortcut.residual
+    inner = [g.name for g in shortcut.groups if g.prunable and g.name != stream]
+    found = allocate(PruningTask(shortcut, Asked(flops=0.6, skip=inner)))
+    assert [*found.keep] == [stream]
 
 
 def test_a_whole_model_is_pruned_on_trial_and_put_back(shortcut):
     task = PruningTask(shortcut, Asked(flops=0.9))
-    names = [group.name for group in task.shared]
+    names = [group.name for group in (*task.shared, *task.streams)]
     before = [tensor.clone() for tensor in shortcut.model.state_dict().values()]
     none, some, more = (whole_distance(task, dict.fromkeys(names, k)) for k in (8, 3, 1))
     assert none == pytest.approx(0, abs=1e-6)

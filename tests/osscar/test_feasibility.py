@@ -204,8 +204,8 @@ def test_a_request_that_cannot_be_met_is_refused_with_all_reasons_before_anythin
 def test_one_trial_is_enough_where_all_can_follow(tries):
     assert not tried(small_net, images(), sparsity=0.5).skipped
     with prepare(small_net(), images()) as prepared:
-        shared = PruningTask(prepared, PruningRequest(sparsity=0.5)).shared
-    assert [set(names) for names in tries] == [set(names_of(shared))]
+        task = PruningTask(prepared, PruningRequest(sparsity=0.5))
+    assert [set(names) for names in tries] == [set(names_of([*task.shared, *task.streams]))]
 
 
 def test_a_form_that_fails_is_not_looked_into_where_another_does(tries, monkeypatch):

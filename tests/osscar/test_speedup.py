@@ -9,7 +9,7 @@ import pytest
 
 import osscar
 from osscar.allocation import speedup, times
-from osscar.allocation.speedup import Proposal, as_fast_as
+from osscar.allocation.speedup import Aim, Proposal
 from osscar.base import timing
 from osscar.base.errors import RequestError
 from osscar.request import BudgetKind, PruningRequest
@@ -116,15 +116,13 @@ class Models:
 
     def __init__(self, seconds, error=0.0):
         self.seconds, self.speedups, self.error = seconds, {}, error
+        self.least = {"a": 0}
 
     def key(self, kept):
         return (kept["a"],)
 
     def speedup(self, kept):
         return self.speedups.setdefault(self.key(kept), 1 / self.seconds(kept["a"]))
-
-    def ends(self, expected):
-        return (0.0, self.seconds(0)), (1.0, 1.0)
 
 
 def by(*widths):
@@ -138,26 +136,27 @@ def expected(kept):
 
 def test_the_limit_is_moved_until_the_whole_model_fits():
     models = Models(lambda width: 0.3 + 0.7 * (width / 1000) ** 2)
-    found = as_fast_as(models, 1.6, expected, [Proposal(by(*range(1001)), 4)], 0.5)
-    assert found[0].speedup == pytest.approx(1.6, rel=speedup.CLOSE)
-    assert len(models.speedups) <= 4
+    kept = Aim(models, 1.6, expected).fitted(Proposal(by(*range(1001)), 4))
+    assert models.speedup(kept) == pytest.approx(1.6, rel=speedup.CLOSE)
+    assert len(models.speedups) <= 5  # and the least
 
 
 def test_a_model_is_faster_where_no_widths_lie_between():
     """A width of 600 takes too long, and 400 less than it may: more than once nothing is timed."""
-    models = Models(lambda width: width / 1000)
-    proposals = [Proposal(by(0, 400, 600, 1000), 4), Proposal(by(*range(0, 1001, 7)), 2)]
-    found = as_fast_as(models, 2.0, expected, proposals, 0.55)
-    assert found[0].kept == {"a": 400}
-    assert found[1].speedup == pytest.approx(2.0, rel=speedup.CLOSE)
+    models = Models(lambda width: max(width, 1) / 1000)
+    aim = Aim(models, 2.0, expected)
+    assert aim.fitted(Proposal(by(0, 400, 600, 1000), 4)) == {"a": 400}
+    kept = aim.fitted(Proposal(by(*range(0, 1001, 7)), 2))
+    assert models.speedup(kept) == pytest.approx(2.0, rel=speedup.CLOSE)
 
 
-def test_where_no_proposal_fits_the_first_goes_on_once_more():
+def test_a_proposal_that_does_not_fit_goes_on():
     """Times rise all at once, where straight lines lead only slowly."""
     models = Models(lambda width: 0.2 + 0.75 / (1 + math.exp((800 - width) / 10)))
-    found = as_fast_as(models, 2.0, expected, [Proposal(by(*range(1001)), 4)], 0.5)
-    assert found[0].speedup == pytest.approx(2.0, rel=speedup.CLOSE)
-    assert 4 < len(models.speedups) <= 8
+    aim, proposal = Aim(models, 2.0, expected), Proposal(by(*range(1001)), 4)
+    assert aim.fitted(proposal) is None
+    assert models.speedup(aim.fitted(proposal)) == pytest.approx(2.0, rel=speedup.CLOSE)
+    assert 5 < len(models.speedups) <= 9
 
 
 @pytest.mark.parametrize(
@@ -166,9 +165,12 @@ def test_where_no_proposal_fits_the_first_goes_on_once_more():
 def test_what_the_device_makes_of_it_is_no_other_speed_in_silence(error, why):
     """Times are 0.8 or 0.4, whatever the width is near: no width takes 0.5."""
     models = Models(lambda width: 0.8 if width % 2 else 0.4, error)
-    closest = r"1.7 cannot be met within 2%: of \d models.* 1.25 times"
-    with pytest.raises(RequestError, match=closest) as refused:
-        as_fast_as(models, 1.7, expected, [Proposal(by(*range(1001)), 4)], 0.5)
+    aim, proposal = Aim(models, 1.7, expected), Proposal(by(*range(1001)), 4)
+    assert aim.fitted(proposal) is None
+    with pytest.raises(
+        RequestError, match=r"1.7 cannot be met within 2%: of \d models.* 1.25 times"
+    ) as refused:
+        aim.refuse()
     assert why in str(refused.value)
 
 

@@ -90,8 +90,8 @@ def test_all_points_share_curves_that_are_measured_once_at_their_widths(monkeypa
     assert walks.count(True) == 1
     budgets = [found[job].budget for job in points[:3]]
     assert budgets[0].measured == budgets[1].measured == budgets[2].measured
-    for name, width in budgets[0].widths.items():
-        known = [point.kept for point in budgets[0].measured[name]]
+    for name, known in budgets[0].measured.items():
+        known, width = [point.kept for point in known], budgets[0].widths[name]
         for share in (0.8, 0.75, 0.3):  # one of 0.8 and 0.75 is near the other
             assert min(abs(kept - share * width.units) for kept in known) <= 0.3 * width.units
     assert any(len(known) == 2 for known in budgets[0].measured.values())

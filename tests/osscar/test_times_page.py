@@ -22,7 +22,7 @@ def grouped(terms):
     names = dict.fromkeys(name for one in terms for name in one.names)
     cost = CountedCost(0.5, tuple(terms), dict.fromkeys(names, 16))
     shared = [SimpleNamespace(name=name, kind="neurons") for name in names]
-    return list(_by_group(SimpleNamespace(shared=shared), cost))
+    return list(_by_group(SimpleNamespace(streams=[], shared=shared), cost))
 
 
 def test_groups_of_equal_blocks_are_one():
