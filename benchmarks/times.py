@@ -58,9 +58,8 @@ def compared(model: nn.Module, data: Any) -> Iterator[Compared]:
         for share in SHARES:
             kept = {}
             for group in task.shared:
-                part = 1.0 if group.name in prepared.residual else share
                 some = task.options[group.name].tolist()
-                kept[group.name] = min(some, key=lambda n: abs(n - part * group.units))
+                kept[group.name] = min(some, key=lambda n: abs(n - share * group.units))
             predicted = table.dense / table.of(kept)
             near = dataclasses.replace(
                 task, request=dataclasses.replace(request, speedup=predicted)
