@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -11,9 +10,7 @@ import pytest
 import torch
 
 import graph
-from graph import CouplingGroup, Role, UnitKind
-from graph.draw import coupling_graph
-from graph.groups import Slot
+from graph import Role, UnitKind
 from tests.zoo import transformers_case
 
 
@@ -64,15 +61,6 @@ def test_networkx_joins_slots_groups_and_operators(llama):
     assert nx.is_directed_acyclic_graph(operators)
 
 
-def test_drawing_is_svg_with_every_group(llama, tmp_path):
-    root = ET.parse(llama.draw(tmp_path / "groups.svg")).getroot()
-    text = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {re.sub(r"\.\d+\.", ".N.", group.name, count=1) for group in llama.groups} <= set(text)
-    assert any(line and line.startswith("frozen: ") for line in text)
-    with pytest.raises(graph.GraphError, match="cannot write"):
-        llama.draw(tmp_path / "nowhere" / "groups.svg")
-
-
 def layers():
     return torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
 
@@ -89,31 +77,6 @@ def test_a_drawing_is_xml_whatever_names_hold(tmp_path):
     assert {f"{name}.neurons" for name in shown} <= text
     assert {f"{name}.N.weight [0] x1" for name in shown} <= text
     assert all(c.isprintable() or c in "\n\t" for c in file.read_text())
-
-
-def test_a_drawing_draws_layers_alike_once():
-    def group(layer, units):
-        roles = {"up.weight": Role.PRODUCER, "up.bias": Role.PASS_THROUGH}
-        roles["down.weight"] = Role.CONSUMER
-        slots = tuple(
-            Slot(f"layers.{layer}.{tensor}", 0, role, f"layers.{layer}.{tensor[:-7]}", units)
-            for tensor, role in roles.items()
-        )
-        return CouplingGroup(f"layers.{layer}.neurons", UnitKind.NEURONS, units, slots, 7)
-
-    network = coupling_graph(
-        [group(layer, 6 if layer == 4 else 8) for layer in (0, 1, 2, 4, 5, 11)]
-    )
-    labels = nx.get_node_attributes(network, "label")
-    assert len(network) == 8
-    assert all(labels[name].startswith("layers.N.neurons\n") for name in ("0", "1"))
-    assert [labels[name].splitlines()[-1] for name in ("0", "1")] == [
-        "N = 0 to 2, 5, 11",
-        "6 neurons, 7 parameters each",
-    ]
-    assert labels["0 consumer"] == labels["1 consumer"] == "layers.N.down.weight [0] x1"
-    assert set(network.edges("0")) == {("0", "0 consumer")}
-    assert set(network.predecessors("0")) == {"0 producer", "0 pass-through"}
 
 
 def _without_order(groups):

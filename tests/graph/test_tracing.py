@@ -99,21 +99,6 @@ def test_what_cannot_be_exported_is_explained(build, inputs, said, module):
     assert module in (None, caught.value.module)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "said"),
-    [
-        ((), r"Linear\.forward"),
-        ((1, 2), r"Linear\.forward"),
-        ({"y": 1}, r"Linear\.forward"),
-        (torch.ones(3), "a tuple"),
-    ],
-    ids=str,
-)
-def test_inputs_that_do_not_fit_the_signature_are_refused(inputs, said):
-    with pytest.raises(graph.ExampleInputError, match=said):
-        graph.trace(nn.Linear(4, 5), inputs)
-
-
 # ---- what is left as it was ----------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import osscar
 from osscar.base.errors import DataError, EquivalenceError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import read_back
-from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE
+from osscar.checkpoint.card import CARD_FILE
 from osscar.checkpoint.formats import cast
 from osscar.checkpoint.hf_config import any_shape_config
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
@@ -374,20 +374,3 @@ def test_the_code_of_a_card_reads_its_checkpoint(name, blocks, library, runs, tm
         mine = dict(result.model.named_parameters())
         for key, tensor in names["model"].named_parameters():
             assert torch.equal(tensor, mine[key])
-
-
-def test_a_card_tells_what_was_removed_over_all_runs_and_shows_it(runs, tmp_path, drawn):
-    once, few = runs["opt"].result, {"backend": "magnitude", "device": "cpu"}
-    twice = osscar.prune(once.model, tokens(), neurons=4, **few)
-    twice.save(tmp_path / "small", report=twice.document(once.model, tokens()))
-    card = (tmp_path / "small" / CARD_FILE).read_text()
-    heads, neurons = (
-        [group for group in once.plan.groups if group.kind == kind] for kind in ("heads", "neurons")
-    )
-    left = sum(len(group.kept) for group in heads)
-    assert f"| heads | {len(heads)} | {sum(one.units for one in heads)} | {left} |" in card
-    dense = sum(one.units for one in neurons)
-    assert f"| neurons | {len(neurons)} | {dense} | {4 * len(neurons)} |" in card
-    assert f"| parameters | | {twice.parameters_before:,} | {twice.parameters_after:,} |" in card
-    assert f"({PICTURE_FILE})" in card
-    assert (tmp_path / "small" / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")

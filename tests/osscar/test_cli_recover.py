@@ -5,7 +5,6 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -19,16 +18,9 @@ from osscar.recovery.page import recovery_facts
 from tests.docs.json_schema import missing, undescribed
 from tests.osscar.families import CALIBRATION, framing_tokenizer
 from tests.osscar.interrupted_cases import pruning
-from tests.osscar.networks import images
 
 TEXT = builtin_text(Split.TRAINING)[:1500]
 TRAINING = ("--steps", 4, "--batch-size", 2, "--learning-rate", "1e-3", "--device", "cpu")
-
-
-def once(usual, *own):
-    """Return options with their values, the usual ones only where no own ones take their place."""
-    pairs = zip(usual[::2], usual[1::2], strict=True)
-    return (*(word for pair in pairs if pair[0] not in own for word in pair), *own)
 
 
 ON_TEXT = ("--text", CALIBRATION, "--samples", 6, *TRAINING)
@@ -139,27 +131,6 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
         assert "is not the dense model" not in err
 
 
-def test_the_pruned_model_is_replaced_where_that_is_asked_for(run, small, tiny):
-    (small / "osscar_report.json").unlink()
-    recover = ("recover", "small", "--dense", tiny, *ON_TEXT, "--out", "small")
-    before, known = contents(small), weights(small)
-    status, _, err = run(*recover)
-    assert status == 2
-    assert "a checkpoint is there; give another directory, or replace it (`--overwrite`" in err
-    assert contents(small) == before
-    # Where nothing is better the model is as it came.
-    status, out, err = run(
-        *("recover", "small", "--dense", tiny, "--overwrite"),
-        *once((*ON_TEXT, "--out", "small"), "--steps", 2, "--learning-rate", 1),
-    )
-    assert status == 0, err
-    assert "on 1 held-out sample; kept: the weights that it came with" in out
-    document = report("small")
-    assert (document["recovery"]["kept"], document["before"]) == (0, None)
-    assert all(torch.equal(x, weights(small)[name]) for name, x in known.items())
-    assert sorted(p.name for p in Path().iterdir()) == ["small", "text.txt"]
-
-
 def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT)
@@ -180,60 +151,6 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
     assert [one["source"][:8] for one in calibration] == ["calibrat", "text.txt"]
     parameters = sum(p.numel() for p in osscar.load("out").parameters())
     assert parameters == document["parameters_after"]
-
-
-NET = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 16, 3, bias=False), nn.ReLU(),
-        nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 5, bias=False),
-    )
-    return net.eval(), torch.zeros(1, 3, 12, 12)
-"""
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("kind", ["images", "inputs"])
-def test_a_network_of_ones_own_is_recovered_on_samples_that_it_knows_again(
-    run, kind, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    Path("net.py").write_text(NET)
-    pixels = (40 * images(40) + 128).clamp(0, 255).numpy().astype(np.uint8)
-    if kind == "images":
-        np.savez("data.npz", images=pixels.transpose(0, 2, 3, 1), labels=np.arange(40) % 5)
-    else:
-        np.savez("data.npz", input=pixels.astype(np.float32) / 255)
-    stated = ("--no-normalize",) if kind == "images" else ()
-    calibrate = ("--calibration", "data.npz", "--samples", 8, *stated, "--device", "cpu")
-    status, _, err = run("prune", "net.py:build", "--channels", 0.25, *calibrate, "--out", "small")
-    assert status == 0, err
-    on_data = ("--learning-rate", 1e-4, "--device", "cpu", f"--{kind}", "data.npz")
-    train = ("recover", "small", "--dense", "net.py:build", "--steps", 4, *on_data)
-    status, out, err = run(*train)
-    assert status == 0, err
-    assert f"recovery: 40 {'image' if kind == 'images' else 'sample'}s of data.npz" in out
-    recovery = report("small-recovered")["recovery"]
-    assert recovery["after"] < recovery["before"]
-    assert (recovery["samples"], recovery["held_out"]) == (35, 5)
-    for command, message in (
-        (
-            ("eval", "small-recovered", *train[2:4], *on_data[-2:]),
-            "was used to calibrate or recover this",
-        ),
-        (("recover", "small", "--dense", "demo", *on_data, "--out", "b"), "(`--dense module:func"),
-        ((*train[:-2], "--out", "other"), "nothing to train on: give --text, --images or --inputs"),
-        (
-            (*train, "--text", "net.py", "--out", "b"),
-            "reads no text: omit text (`--text`) and seqlen (`--seqlen`)",
-        ),
-    ):
-        status, _, err = run(*command)
-        assert (status, message in " ".join(err.split())) == (2, True), err
 
 
 # ---- what is refused ---------------------------------------------------------------------

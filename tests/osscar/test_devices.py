@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from pathlib import Path
 from timeit import Timer
 
 import numpy
@@ -10,20 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import osscar
 import solvers
-from benchmarks import card, gpu
 from benchmarks.scale import layer
 from osscar.allocation.clocks import InTorch
-from osscar.base.errors import OptionError, RequestError
+from osscar.base.errors import RequestError
 from osscar.base.memory import memory_of
 from osscar.checkpoint.streamed import read_streamed
 from osscar.models import load as loading
 from osscar.network.modules import device_of
-from osscar.offload import on_disk
 from osscar.offload.on_disk import OnDisk, weight_cache
 from osscar.offload.weight_cache import WeightCache
 from osscar.request import PruningRequest
@@ -169,20 +165,6 @@ def test_a_streamed_model_is_pruned_on_a_card(tmp_path):
     assert (tmp_path / "streamed" / same).read_bytes() == (tmp_path / "plain" / same).read_bytes()
 
 
-def test_what_is_done_to_values_on_disk_is_done_on_the_card(tmp_path):
-    dense, index = written(tmp_path / "dense", "opt", layers=1), torch.tensor([0, 2])
-    with pretended(), torch.no_grad():
-        model = osscar.load_model(dense, device="cuda", max_memory="64GB").model
-        weight = model.model.decoder.layers[0].fc1.weight
-        assert weight.index_select(0, index).double().values().device == CARD
-        filled = weight.like(weight.place.zeroed(1, index))
-        assert filled.values().device == CARD
-        weight.data = weight.values() * 2  # by way of a file
-        assert weight.values().device == (weight + 1).device == CARD
-        with on_disk.written(model.model.decoder.layers[0].fc1, "weight") as values:
-            assert values.device == CARD
-
-
 # ---- a streamed model and the names of devices -------------------------------------------
 
 
@@ -191,46 +173,6 @@ def streamed(tmp_path):
     """A model that runs on a card that is not there: shapes can be computed, and no values."""
     dense = written(tmp_path / "dense", "opt", layers=1)
     return read_streamed(dense, WeightCache(1 << 40, CARD), torch.float32)
-
-
-def test_parameters_on_disk_are_on_the_device_of_their_cache(streamed):
-    weight = streamed.lm_head.weight
-    assert (weight.device, weight.get_device()) == (CARD, 0)
-    assert weight.is_cuda
-    assert not weight.is_cpu
-    assert device_of(copy.deepcopy(streamed)) == streamed.device == CARD
-    moved = weight.double().cpu()
-    assert (moved.device, moved.is_cpu, moved.get_device()) == (torch.device("cpu"), True, -1)
-    assert moved.cuda(0).cache is weight.cache
-    assert moved.cache is weight.cache.on(torch.device("cpu"))
-    with pytest.raises(OptionError, match=r"device cpu or cuda \(`--device`\)"):
-        weight.to("meta")
-
-
-def test_shapes_are_computed_on_the_device_of_the_cache(streamed):
-    decoder = streamed.model.decoder
-    with FakeTensorMode(), torch.no_grad():
-        batch = torch.zeros(2, 8, dtype=torch.int64, device=CARD)
-        found = decoder.embed_tokens(batch)
-        assert decoder.layers[0].fc1(found).device == CARD
-        with pytest.raises(RuntimeError, match="device"):
-            decoder.layers[0].fc1(found.cpu())
-
-
-def test_a_streamed_model_moves_whole_and_to_be_traced(streamed, tmp_path):
-    with FakeTensorMode():
-        example = {"input_ids": torch.zeros(2, 8, dtype=torch.int64, device=CARD)}
-    with on_disk.shapes_only(streamed, example) as small:  # which take no memory on a card
-        assert {p.device.type for p in streamed.parameters()} == {"cpu"}
-        assert small["input_ids"].device.type == "cpu"
-    assert device_of(streamed) == CARD
-    model, batch = streamed.to("cpu"), tokens(2)
-    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
-    dense = osscar.load_model(tmp_path / "dense", device="cpu").model
-    with torch.no_grad():
-        assert torch.equal(model(batch).logits, dense(batch).logits)
-    assert device_of(model.to(CARD)) == CARD
 
 
 # ---- memory of a card --------------------------------------------------------------------
@@ -374,40 +316,3 @@ class Work(TorchDispatchMode):
 
 
 # ---- the benchmark -----------------------------------------------------------------------
-
-
-def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
-    task = gpu.Task(lambda: (net, torch.ones(24, 6).cumsum(0).sin()), {"neurons": 0.5})
-    monkeypatch.setattr(gpu, "TASKS", {"tiny": task})
-
-    def page(*more):
-        asked = ["--device", "cpu", "--sizes", "48", "96", "--tasks", "tiny"]
-        gpu.main([str(tmp_path), *asked, *more])
-        assert (tmp_path / "page.md").read_text() == capsys.readouterr().out
-        lines = (tmp_path / "page.md").read_text().splitlines()
-        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
-        return rows[2:4], rows[6:], lines
-
-    solved, pruned, lines = page("--minutes", "0")
-    assert {row[2] for row in solved} == {"not yet"}
-    assert lines[-1].startswith("6 rows are not measured yet")
-    first = solved, pruned, lines = page()
-    assert [row[0] for row in solved] == ["48", "96"]
-    assert {row[5] for row in solved} == {"the same"}
-    assert [pruned[-1][column] for column in (1, 6)] == ["all", "the same"]
-    assert sum("GB hold p" in line for line in lines) == 2
-    monkeypatch.delattr(gpu, "measured")  # nothing is measured anew
-    assert page()[:2] == first[:2]
-    (tmp_path / "prune tiny device.json").unlink()
-    with pytest.raises(NameError):
-        page()
-
-
-def test_the_page_has_what_is_counted_now():
-    page = (Path(card.__file__).parents[1] / "docs/tried.md").read_text()
-    lines = card.tables("llama-2-7b", 128, 2048)
-    rows = {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in lines)}
-    seconds, gigabytes = rows["all"][-2:], rows["walk and solver"][1]
-    assert "It comes to {} s on an H100 SXM and {} s on an RTX 4090".format(*seconds) in page
-    assert f"The run needs {gigabytes} GB" in page

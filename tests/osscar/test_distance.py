@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 
 import pytest
@@ -17,9 +14,7 @@ from osscar.base.distances import read_distance
 from osscar.base.errors import NonFiniteError
 from osscar.data.batches import as_inputs
 from osscar.distance.distance import Distance, Reference, summed_divergence
-from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import in_batches
-from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 from tests.osscar.recovery.perturbed import perturbed
 
@@ -175,27 +170,6 @@ def test_a_distance_of_the_callers_own_takes_what_the_models_put_out_and_read():
     for _ in range(2):
         assert held.divergence(smaller) == pytest.approx(expected, rel=1e-5)
     assert held.distance.measure == "own"
-
-
-def test_a_distance_is_called_by_its_file_and_what_is_in_it(tmp_path):
-    """So that a report and a log tell which function it was."""
-    file = tmp_path / "far.py"
-    sources = []
-    for factor in (1.0, 2.0):
-        file.write_text(f"def far(a, b, batch):\n    return {factor} * (a - b).abs().sum(1)\n")
-        request = PruningRequest(sparsity=0.5, distance=f"{file}:far")
-        again = dataclasses.replace(request, seed=1)
-        assert again.distance is request.distance
-        assert request.distance.function(torch.ones(1, 2), torch.zeros(1, 2), {}) == 2 * factor
-        sources.append(request.to_json()["distance"])
-    assert sources[0] != sources[1]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    assert sources[1] == f"far.py:far (sha256 {digest})"
-    own = RecoveryRequest(distance=apart).to_json()["distance"]
-    assert own.startswith("test_distance.py:apart (sha256 ")
-    typed = eval("lambda a, b, batch: a")  # such as in a prompt
-    assert PruningRequest(sparsity=0.5, distance=typed).to_json()["distance"] == "<lambda>"
-    assert json.loads(json.dumps(RecoveryRequest(distance="nats").to_json()))["distance"] == "nats"
 
 
 @pytest.mark.parametrize("data", ["logits", "numbers"])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import osscar
 from graph import UnitKind
-from osscar.base.errors import EquivalenceError, ModelError, RequestError
+from osscar.base.errors import ModelError
 from osscar.checkpoint.directory import save
 from osscar.network.hooks import InDouble
 from osscar.preparation.prepare import prepare
@@ -103,58 +103,6 @@ def test_a_router_that_is_not_trained_is_known_by_its_code():
     assert {one.routing.rule for one in found(model)} == {PLAIN}
 
 
-def llama4():
-    config = hf.Llama4TextConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=97,
-        num_key_value_heads=2, head_dim=8, intermediate_size=40, num_local_experts=4,
-        intermediate_size_mlp=40, interleave_moe_layer_step=1, num_experts_per_tok=1,
-    )  # fmt: skip
-    return hf.Llama4ForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (lambda: mixture("phimoe"), "PhimoeTopKRouter) sends tokens with other weights"),
-        (llama4, "Llama4TextExperts) is not called with tokens, the experts of each"),
-        (lambda: mixture("mixtral", num_experts_per_tok=4), "every token is sent to all 4 experts"),
-    ],
-)
-def test_experts_that_cannot_leave_say_why(build, reason):
-    groups = [one.group for one in found(build())]
-    assert groups
-    assert all(reason in group.frozen[0].reason for group in groups)
-
-
-def counting(self, hidden):
-    """Route as a router whose code counts all experts."""
-    logits = nn.functional.linear(hidden, self.weight)
-    weights, chosen = logits.softmax(1).topk(2)
-    return logits, weights, chosen.clamp(min=4 - len(self.weight))
-
-
-def no_sum(self, hidden, experts, weights):
-    """Return what is no sum over experts."""
-    down, up = self.down_proj[experts], self.gate_up_proj[experts].chunk(2, 2)[0]
-    h = torch.einsum("td,tkfd->tkf", hidden, up).relu()
-    return torch.einsum("tkf,tkdf,tk->td", h, down, weights).tanh()
-
-
-@pytest.mark.parametrize(
-    ("module", "forward", "error", "words"),
-    [
-        ("gate", counting, EquivalenceError, "none of 1 group can be pruned"),
-        ("experts", no_sum, RequestError, "the output matrices of its experts are not found"),
-    ],
-)
-def test_code_that_cannot_do_with_fewer_experts_is_refused(module, forward, error, words):
-    model = mixture("mixtral", num_hidden_layers=1)
-    own = getattr(model.model.layers[0].mlp, module)
-    own.forward = forward.__get__(own)
-    with pytest.raises(error, match=words):
-        osscar.prune(model, tokens(), experts=2)
-
-
 # ---- mixtures of one's own ---------------------------------------------------------------
 
 
@@ -192,23 +140,6 @@ class Block(nn.Module):
         return x + self.experts(x, experts, weights)
 
 
-class Unrouted(Block):
-    """Routes by its own code."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(WIDTH, 6))
-
-    def forward(self, x):
-        weights, experts = self.router(x).softmax(1).topk(2)
-        return x + self.experts(x, experts, weights)
-
-
-class ShyRouter(Router):
-    def forward(self, x):
-        assert x.abs().max() < 1e-3
-        return super().forward(x)
-
-
 class Capacity(Block):
     """Drops what an expert has no room for: only where there are many tokens."""
 
@@ -239,19 +170,6 @@ class ListWithCapacity(SoftmaxThenTopK):
             token, place = (some[:12] for some in torch.where(chosen == number))
             y.index_add_(0, token, expert(x[token]) * weights[token, place, None])
         return y
-
-
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (Unrouted, "code of the module around it routes"),
-        (lambda: Block(ShyRouter()), "fails on drawn tokens"),
-    ],
-)
-def test_routing_that_cannot_be_tried_is_told(build, reason):
-    with torch.no_grad():
-        (one,) = mixtures_in(build().eval(), {"x": 1e-5 * torch.randn(40, WIDTH)})
-    assert reason in one.group.frozen[0].reason
 
 
 def test_a_mixture_of_ones_own_loses_experts_and_is_saved(tmp_path):

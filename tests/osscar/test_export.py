@@ -116,16 +116,6 @@ def test_images_of_the_size_that_a_config_or_a_pruning_says(tmp_path, runs):
         assert torch.allclose(program(pixel_values=images).logits, expected, atol=1e-5)
 
 
-def test_images_of_the_size_that_is_given(tmp_path, runs):
-    model = runs["resnet"].dense
-    with pytest.raises(DataError, match=r"it is not known what this ResNetFor.* takes.*inputs"):
-        osscar.export_pt2(model, tmp_path / "dense.pt2")
-    np.savez(tmp_path / "x.npz", pixel_values=np.ones((1, 3, 20, 28), "f"))
-    found = osscar.export_pt2(model, tmp_path / "dense.pt2", example_inputs=str(tmp_path / "x.npz"))
-    x, program = torch.randn(3, 3, 20, 28), torch.export.load(found.path).module()
-    assert torch.allclose(program(pixel_values=x).logits, model(x).logits, atol=1e-5)
-
-
 @pytest.mark.slow
 def test_a_mask_beside_the_tokens(tmp_path):
     """Nothing in the program relies on as many rows in both."""

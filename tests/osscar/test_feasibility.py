@@ -1,9 +1,7 @@
 """What cannot follow is found before anything is solved, skipped, and named."""
 
 import copy
-import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,14 +10,10 @@ from osscar.allocation.task import PruningTask
 from osscar.base.errors import AdapterError, EquivalenceError
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import Form
-from osscar.request import BudgetKind, PruningRequest
+from osscar.request import PruningRequest
 from osscar.run import chain
 from osscar.run import feasibility as feasibility_room
 from osscar.run.feasibility import feasible_groups
-from osscar.run.jobs import SweepJob, jobs
-from osscar.run.points import prune_points
-from osscar.run.prune import prune_as_asked
-from osscar.run.run_log import RunLog
 from tests.graph.topologies import network
 from tests.osscar.masked import masked
 from tests.osscar.networks import images, small_net
@@ -267,70 +261,3 @@ def test_the_widths_that_are_tried():
 
 
 # ---- runs that go on, sweeps, and the command --------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:skipped")
-def test_a_run_that_goes_on_skips_the_same(tmp_path, monkeypatch):
-    request, log = PruningRequest(neurons="1/2", device="cpu"), RunLog(tmp_path / "log")
-    whole = prune_as_asked(built(Gated), rows(), request)
-    original = RunLog.append
-
-    def append(self, index, record):
-        original(self, index, record)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "append", append)
-        with pytest.raises(KeyboardInterrupt):
-            prune_as_asked(built(Gated), rows(), request, log)
-    assert log.committed == 1
-    again = prune_as_asked(built(Gated), rows(), request, log)
-    assert names_of(again.skipped) == ["enter.neurons"]
-    assert (again.skipped, again.plan) == (whole.skipped, whole.plan)
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
-
-
-@pytest.mark.filterwarnings("ignore:skipped")
-def test_a_sweep_tries_once(tries):
-    base = PruningRequest(sparsity=0.3, device="cpu")
-    points = (
-        *jobs(BudgetKind.SPARSITY, (0.3, 0.6), allocation="uniform"),
-        SweepJob("wanda", BudgetKind.SPARSITY, 0.5),
-    )
-    found = dict(prune_points(built(Gated), rows(), base, points))
-    swept = tries.copy()
-    tries.clear()
-    alone = prune_as_asked(built(Gated), rows(), points[1].request(base))
-    assert tries == swept
-    assert tuple(found) == points
-    assert {tuple(names_of(result.skipped)) for result in found.values()} == {("enter.neurons",)}
-    assert found[points[1]].plan == alone.plan
-
-
-CODE = """
-import torch
-from tests.osscar.programs import Gated
-
-def build():
-    torch.manual_seed(0)
-    return Gated(), torch.zeros(2, 8)
-"""
-
-
-def test_the_command_says_what_is_skipped_and_why(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "gated.py").write_text(CODE)
-    np.savez("data.npz", x=rows().numpy())
-    asked = ("--neurons", "1/2", "--backend", "magnitude", "--device", "cpu")
-    given = ("gated.py:build", "--calibration", "data.npz", *asked, "--out", "small")
-    status, out, err = run("prune", *given, "--json", "run.json")
-    assert status == 0, err
-    document = json.loads((tmp_path / "run.json").read_text())
-    page = (tmp_path / "small" / "report.html").read_text()
-    (group,) = document["skipped"]
-    assert (group["name"], group["kind"], group["units"]) == ("enter.neurons", "neurons", 32)
-    assert "net.enter(x).split(32, -1)" in group["reason"]
-    for table in (out.partition("Skipped groups")[2], page.partition("<h2>Skipped groups")[2]):
-        assert "enter.neurons" in table
-        assert "split(32, -1)" in table

@@ -6,12 +6,9 @@ import pickle
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
-from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
 from typing import ClassVar
 from unittest.mock import Mock
@@ -31,7 +28,7 @@ from osscar.base.files import (
     write_text,
 )
 from osscar.base.json_files import STRICT, read_json, read_object
-from osscar.base.process import handling, uninterrupted, unwinds
+from osscar.base.process import uninterrupted
 from tests.osscar.forked import PATIENCE, forked
 
 # ---- JSON --------------------------------------------------------------------------------
@@ -220,43 +217,3 @@ def test_signals_wait_for_short_blocks():
     thread.start()
     thread.join()
     assert done == [True, True]
-
-
-def test_an_interrupt_waits_for_a_library_in_c_that_is_being_imported():
-    class Library(ExtensionFileLoader):
-        def exec_module(self, module):
-            signal.raise_signal(signal.SIGTERM)
-            done.append("imported")
-
-    def imported():
-        Library("library", "library.so").exec_module(None)
-        time.sleep(PATIENCE)
-
-    done: list[str] = []
-    with handling(unwinds), pytest.raises(KeyboardInterrupt) as ended:
-        imported()
-    assert done == ["imported"]
-    assert ended.value.args == (signal.SIGTERM,)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(
-    ("number", "delay"),
-    [
-        (signal.SIGINT, 0.3),
-        *(pytest.param(signal.SIGTERM, d, marks=pytest.mark.slow) for d in (0, 1, 3)),
-    ],
-)
-def test_a_command_that_is_ended_while_it_imports_says_so_in_one_line(number, delay):
-    command = [sys.executable, "-m", "osscar", "demo"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    status, caught = Path(f"/proc/{process.pid}/status"), 0
-    while not caught >> (signal.SIGTERM - 1) & 1:  # the interpreter itself is starting
-        time.sleep(0.002)
-        caught = int(status.read_text().partition("SigCgt:")[2].split()[0], 16)
-    time.sleep(delay)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 128 + number, err
-    (line,) = (line for line in err.splitlines() if not line.startswith("progress: "))
-    assert line.startswith("interrupted: ")

@@ -199,19 +199,6 @@ def test_a_program_takes_the_sizes_that_torch_leaves_open():
         result.model(torch.randn(2, 9, 5), graphs(9)["adjacency"])
 
 
-def test_a_program_says_what_torch_found_that_it_relies_on():
-    class Longer(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x if x.shape[1] > 5 else x * 2)
-
-    torch.manual_seed(0)
-    net, x = Longer(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(3, 7, 4)
-    model = smaller_program(net, x).model
-    assert model(torch.randn(3, 6, 4)).shape == (3, 6, 3)
-    with pytest.raises(ModelError, match=r"does not hold for x of \(3, 4, 4\), but where x"):
-        model(torch.randn(3, 4, 4))
-
-
 class LazyMask(nn.Module):
     """Keeps a mask for the next call, as wide as its heads are many."""
 
@@ -269,16 +256,3 @@ def test_a_program_of_transformers_is_read_without_its_dense_model_unless_of_own
     assert "a OPTForCausalLM of your own code" in (path / "README.md").read_text()
     again = osscar.load(path, dense=tiny("opt", seed=3, layers=1))
     assert_close(again(input_ids=windows).logits, expected)
-
-
-def test_no_command_scores_or_prunes_a_program_of_transformers(
-    of_transformers, tmp_path, monkeypatch, run
-):
-    monkeypatch.chdir(tmp_path)
-    path = osscar.save(of_transformers, tmp_path / "small").path
-    for name, *rest in (["eval"], ["inspect"], ["prune", "--sparsity", "0.2", "--out", "other"]):
-        status, _, err = run(name, path, *rest)
-        assert status
-        assert "the exported program of a model of transformers" in " ".join(err.split())
-        assert "run it in Python (osscar.load)" in " ".join(err.split())
-    assert not (tmp_path / "other").exists()

@@ -7,7 +7,6 @@ are allocated.  A config that asks for more layers than memory holds is transfor
 import contextlib
 import copy
 import io
-import itertools
 import json
 import shutil
 import struct
@@ -91,8 +90,7 @@ def picture(kind, file):
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int64)}
 WRITERS = {
-    **{f"a.{kind}": lambda file, kind=kind: picture(kind, file) for kind in ("png", "gif", "tiff")},
-    "a.jpg": lambda file: picture("jpeg", file),
+    "a.png": lambda file: picture("png", file),
     "a.npz": lambda file: np.savez(file, images=np.zeros((2, 4, 4, 3), np.uint8)),
     "a.pt": lambda file: torch.save(STATE, file),
     "a.safetensors": lambda file: file.write(safetensors.torch.save(STATE)),
@@ -153,15 +151,11 @@ def refused(path, error, match=None):
 
 
 REFUSED = [
-    *(({name: value}, None) for name, value in itertools.product(
-        ("vocab_size", "hidden_size", "num_attention_heads", "ffn_dim"), (0, -1, 10**9)
-    )),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
     ({"transformers_weights": "../other.bin"}, "another file of weights"),
     ({"text_config": {"_attn_implementation": "somebody/kernel"}}, "code that would be fetched"),
-    ({"_attn_implementation": {"text_config": "somebody/kernel"}}, "code that would be fetched"),
-]  # fmt: skip
-"""Configs of no model, of one that cannot be pruned, or of one that would have code fetched."""
+]
+"""Configs of a model that cannot be pruned, or that would have code fetched."""
 
 
 def test_a_config_is_refused_by_the_name_of_what_is_wrong(checkpoint):
@@ -171,10 +165,6 @@ def test_a_config_is_refused_by_the_name_of_what_is_wrong(checkpoint):
         edit(checkpoint, **changes)
         refused(checkpoint, (CheckpointError, ModelError), reason)
         file.write_text(whole)
-    for layers, reason in ((1, "are too many"), (3, "are missing")):
-        edit(checkpoint, num_hidden_layers=layers)
-        with pytest.raises(CheckpointError, match=f"do not fit its config: .* {reason}"):
-            osscar.load(checkpoint)
     (checkpoint / "adapter_config.json").write_text("{}")
     refused(checkpoint, CheckpointError, "holds an adapter")
 
@@ -209,16 +199,9 @@ EIGHT = b"\0" * 8
 def test_headers_that_make_no_sense(tmp_path):
     for data in (
         safetensors_file({}, length=2**63),
-        safetensors_file(b"[" * 10_000),
-        safetensors_file([]),
-        safetensors_file({"a": entry(0, 8, shape=[-1, -2])}, EIGHT),
-        safetensors_file({"a": entry(0, 8, shape=[2**62, 8])}, EIGHT),
         safetensors_file({"a": entry(0, 16, shape=[4])}, EIGHT),
-        safetensors_file({"a": entry(0, 8), "b": entry(0, 8)}, EIGHT),
         safetensors_file({"a": entry(0, 8)}, EIGHT + b"more"),
         safetensors_file({"a": entry(4, 12)}, EIGHT + b"more"),
-        safetensors_file({"a": {"x": "y"}}),
-        safetensors_file({"__metadata__": {"a": 3}}),
     ):
         (tmp_path / "model.safetensors").write_bytes(data)
         with pytest.raises(FileError):
@@ -248,22 +231,3 @@ def test_an_index_of_several_files(checkpoint, weights):
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     again = osscar.load(checkpoint).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items())
-
-
-# ---- models of strange habits ------------------------------------------------------------
-
-
-class Trains(torch.nn.BatchNorm2d):
-    """A normalization that keeps to training mode."""
-
-    def train(self, mode=True):
-        return super().train(True)
-
-
-def test_a_model_that_does_not_leave_training_mode():
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 12), Trains(8), torch.nn.Flatten())
-    images, reason = torch.rand(8, 3, 12, 12), r"module '1' \(Trains\) stays in training mode"
-    with pytest.raises(ModelError, match=reason):
-        osscar.prune(net, images, channels=0.5)
-    with pytest.raises(ModelError, match=reason):
-        osscar.shrink(net, osscar.PruningPlan(()), [(images[:1],)])

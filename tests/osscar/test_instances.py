@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.official import in_blocks, official
 from osscar.base.errors import OptionError, OutputError
 from osscar.base.files import file_digest
 from osscar.cli.commands import app
@@ -86,46 +81,3 @@ def test_instances_are_listed_and_written_for_any_solver(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot write "):
         app(["instances", "make", EASY, "--out", str(tmp_path / "file")])
-
-
-def test_a_study_of_instances_tells_of_what_improves(run, tmp_path, monkeypatch):
-    worse = dataclasses.replace(BEST, loss=2 * BEST.loss, bound=0.0, proved=False)
-    mine = dataclasses.replace(KNOWN.instances[EASY], best=worse)
-    changed = dataclasses.replace(KNOWN, instances={EASY: mine, OTHER: KNOWN.instances[OTHER]})
-    monkeypatch.setattr("osscar.cli.instances.library", lambda: changed)
-    command = ("gap", "demo-heads-k[46]", "--backends", "greedy,enumerate", "--jobs", 1)
-    place = tmp_path / "study"
-    status, out, err = run(*command, "--out", place, "--json", tmp_path / "gap.json")
-    assert status == 0, err
-    said = " ".join(out.split())
-    assert f"{EASY}: greedy improves the best known value by 50.0000%" in said
-    assert f"{EASY}: enumerate proves 0.1116" in said
-    assert f"{OTHER}: greedy is as good as the best known, which is proved optimal" in said
-    sent = json.loads((place / f"{EASY}.json").read_text())
-    assert (sent["support"], sent["by"]) == (list(BEST.support), "greedy and enumerate")
-    assert sent["lower_bound"] == pytest.approx(BEST.loss)
-    assert not (place / f"{OTHER}.json").exists()
-    records = json.loads((tmp_path / "gap.json").read_text())["records"]
-    assert {(one["instance"], one["keep"]) for one in records} == {(EASY, 4), (OTHER, 6)}
-    assert run(*command, "--out", place)[0] == 0  # it goes on with the solution lying there
-    status, _, err = run("gap", OTHER, "--out", place)
-    assert (status, "other problems" in err) == (2, True), err
-
-
-def test_public_code_is_given_blocks_of_rows_and_its_support_is_read_back():
-    problem = KNOWN.problem("resnet20-c16-k8")
-    (one,) = problem.consumers
-    flipped = dataclasses.replace(one, rows=one.rows.flip(0))
-    kept = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9])  # 5 and 11 have no weights, in either order
-
-    def pruned(W, H, G, *asked):
-        assert asked == (16, 8, 2)
-        assert torch.allclose(H @ W, G)
-        found = torch.zeros_like(W).reshape(16, -1)
-        found[kept] = W.reshape(16, -1)[kept]
-        # Columns first, as what torch solves for may be.
-        return found.view(W.shape).T.contiguous().T, 0.0
-
-    code: Any = SimpleNamespace(OSSCAR_fastprune=pruned)
-    for posed in (problem, dataclasses.replace(problem, consumers=(flipped,))):
-        assert torch.equal(official(code, 2, 0, posed, *in_blocks(posed)), kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import sys
@@ -12,11 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 
 import osscar
-from osscar.run.run_log import RunLog
-from osscar.study.directory import Study
 from tests.osscar.families import tokens
-from tests.osscar.interrupted_cases import CASES, outputs
-from tests.osscar.interruptions import Ended, Plan, hidden, run
+from tests.osscar.interrupted_cases import CASES
+from tests.osscar.interruptions import Ended, Plan, hidden
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
@@ -88,29 +85,6 @@ def last_word(ended: Ended) -> str:
 
 
 # ---- two at once -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("command", "place", "held"),
-    [
-        (
-            ("prune", "none", "--sparsity", "0.5", "--restart"),
-            "out.run",
-            lambda x: RunLog(x).locked(),
-        ),
-        (("gap", "none"), "out", lambda x: Study(x, {}).locked()),
-    ],
-)
-def test_a_second_run_to_one_output_is_refused_before_it_reads_its_model(
-    command, place, held, tmp_path
-):
-    root = tmp_path / "root"
-    root.mkdir()
-    with held(root / place):
-        ended = run(root, [*command, *outputs(root)])
-        assert ended.status == 2
-        assert f"{place} (process {os.getpid()} on " in ended.err
-    assert list(root.iterdir()) == []
 
 
 # ---- a full disk -------------------------------------------------------------------------

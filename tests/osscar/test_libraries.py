@@ -93,32 +93,6 @@ def test_a_detector_is_loaded_with_what_it_does_to_images(ssd, tmp_path):
     assert float((mine - theirs.tensors).abs().mean()) < 0.02
 
 
-@pytest.mark.slow
-def test_a_detector_is_pruned_and_compared_on_the_command_line(ssd, run, tmp_path):
-    for number, part in enumerate(("train", "test") * 4):
-        (tmp_path / part / "all").mkdir(parents=True, exist_ok=True)
-        picture(seed=number).save(tmp_path / part / "all" / f"{number}.png")
-    dense, small = (f"torchvision:{SSD}", "--weights", ssd[1]), tmp_path / "smaller"
-    status, _, err = run(
-        *("prune", *dense, "--sparsity", "0.3", "--calibration", tmp_path / "train"),
-        *("--image-size", "96", "--mean", "0.5", "--std", "0.5", "--backend", "magnitude"),
-        *("--allocation", "uniform", "--target", "weights", "--device", "cpu", "--out", small),
-    )
-    assert status == 0, err
-    assert set(osscar.load(small).detector()([torch.rand(3, 80, 100)])[0]) == {
-        "boxes",
-        "scores",
-        "labels",
-    }
-    status, out, err = run(
-        *("eval", small, "--images", tmp_path / "test", "--dense", *dense, "--device", "cpu")
-    )
-    assert status == 0, err
-    assert "squared error of cls_logits" in out
-    assert "4 images without labels scored" in out
-    assert "labels of images are left out" in err
-
-
 # ---- timm --------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, DetrConfig
 from transformers import DetrForObjectDetection as Detr
 
 import osscar
-from osscar.base.errors import DataError, OptionError
+from osscar.base.errors import DataError
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import load_batches, read_once
 from osscar.models.loaded import LoadedModel
@@ -258,16 +258,6 @@ def test_images_of_data_sets_are_decoded_as_those_of_files_are(tmp_path):
     assert (drawn.source, len(drawn), len(drawn.fingerprints())) == ("Dataset, 12 images", 5, 5)
     with pytest.raises(DataError, match=r"yields samples, .* or images to osscar.load_images"):
         osscar.prune(loaded.model, table, channels=0.5)
-
-
-def test_texts_of_a_data_set_become_windows():
-    loaded, asked = osscar.load_model("demo"), {"samples": 3, "seqlen": 32, "seed": 1}
-    table = hub().Dataset.from_dict({"text": ["Some words of a text. " * 20] * 30})
-    expected = osscar.load_calibration(table["text"][:4], loaded.tokenizer, **asked)
-    for texts in (table, table["text"]):
-        assert torch.equal(loaded.calibration(texts, **asked).tokens, expected.tokens)
-    with pytest.raises(OptionError, match=r"seqlen.* is 32, and the data are no text; omit it"):
-        loaded.calibration([tokens(2, 8)], seqlen=32)
 
 
 # ---- what is refused ---------------------------------------------------------------------

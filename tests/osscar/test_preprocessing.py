@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import osscar
-from osscar.base.errors import DataError, ModelError, OptionError, import_torchvision
+from osscar.base.errors import DataError, OptionError, import_torchvision
 from osscar.data.batches import as_inputs
 from osscar.data.images import load_images
 from osscar.data.preprocessing import Preprocessing, Transform
@@ -41,9 +40,6 @@ class Bytes(nn.Module):
     def forward(self, x):
         return self.net(x.float() / 255)
 
-class Pair(Bytes):
-    def forward(self, x, y):
-        return self.net(x + y)
 
 def pixels_of(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -55,20 +51,12 @@ IMAGES, SCALED = torch.zeros(2, 3, 12, 12), osscar.Preprocessing(mean=0.5, std=0
 PRESET = ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=10)
 
 alone = net
-alone_gray = lambda: net(1)
 build = lambda: (net(), IMAGES)
 stating = lambda: (net(), IMAGES, SCALED)
 preset = lambda: (net(), None, PRESET)
 gray = lambda: (net(1), torch.zeros(2, 1, 12, 12))
 bytes_ = lambda: (Bytes(), IMAGES.to(torch.uint8), pixels_of)
-last = lambda: (net(), torch.zeros(2, 12, 12, 3))
-whole = lambda: (net(), IMAGES.long())
-pair = lambda: (Pair(), (IMAGES, IMAGES))
 own = lambda: (net(), IMAGES, function)
-drawing = lambda: (net(), IMAGES, lambda image: function(image) + torch.rand(1))
-untensor = lambda: (net(), IMAGES, lambda image: image)
-failing = lambda: (net(), IMAGES, lambda image: image.no_such_thing)
-nothing = lambda: (net(), IMAGES, 3)
 """
 SPARSITY = {"sparsity": 0.5, "backend": "magnitude", "device": "cpu"}
 PLAIN = Preprocessing(mean=0, std=1)
@@ -140,43 +128,6 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
         load_images("train.npz", Preprocessing(crop=10, channels=3))
 
 
-@pytest.mark.parametrize(
-    ("shape", "build"), [((10, 8, 3), "alone"), ((9, 9), "alone_gray"), ((9, 9, 1), "alone_gray")]
-)
-def test_a_size_that_nothing_states_is_that_of_an_archive(shape, build, run, place):
-    pixels = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
-    np.savez(place / "sized.npz", images=pixels)
-    calibration = ("--calibration", "sized.npz", "--no-normalize", "--samples", 16)
-    code = ("prune", f"net.py:{build}", "--sparsity", 0.5, "--backend", "magnitude")
-    status, out, err = run(*code, *calibration, "--device", "cpu", "--out", "sized")
-    assert status == 0, err
-    kind = "RGB" if shape[2:] == (3,) else "grayscale"
-    assert f"images: {kind}, " in out
-    assert f"{shape[0]} x {shape[1]} cut from the centre" in out
-    recorded = json.loads((place / "sized" / "osscar.json").read_text())["lineage"]["inputs"]
-    assert recorded["input"]["shape"] == [3 if kind == "RGB" else 1, *shape[:2]]
-    given = ("--image-size", "6x6") if kind == "RGB" else ("--image-size", "1x6x6")
-    assert "6 x 6 cut" in run(*code, *calibration, *given, "--device", "cpu", "--out", "six")[1]
-
-
-def test_images_of_several_sizes_take_a_size_and_are_files(run, place):
-    images = [Image.new("RGB", (8, height), "red") for height in (8, 12)]
-    several = np.empty(2, dtype=object)
-    several[:] = [np.asarray(image) for image in images]
-    np.savez(place / "several.npz", images=several)
-    (place / "several").mkdir()
-    for index, image in enumerate(images):
-        image.save(place / "several" / f"{index}.png")
-    read = ("eval", "net.py:alone", "--no-normalize", "--images")
-    for given, status, message in (
-        (("several.npz", "--image-size", "3x8x8"), 2, "and images of several sizes as files"),
-        (("several",), 2, "nothing states the size and channels"),
-        (("several", "--image-size", "3x8x8"), 0, ""),
-    ):
-        found, _, err = run(*read, *given)
-        assert (found, message in err) == (status, True), err
-
-
 def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     status, out, err = run(*prune("build", "--mean", "0.5,0.4,0.3", "--std", "0.25"))
     assert status == 0, err
@@ -197,20 +148,6 @@ def test_what_is_stated_is_printed_recorded_and_used_again(run, place):
     assert loaded.preprocessing.sentence() == (
         "RGB, resized to 8 x 10 (bilinear); 8 x 10 cut from the centre; pixels / 255, mean 0, std 1"
     )
-
-
-def test_what_is_stated_takes_the_place_of_what_is_brought():
-    """Three equal numbers are one for all, and a square is its side."""
-    stated = Preprocessing(crop=(64, 64), mean=(0.5,) * 3, std=(0.25,) * 3)
-    assert stated == Preprocessing(crop=64, resize=64, mean=0.5, std=0.25, channels=3)
-    for name in ("torchvision:squeezenet1_1", "net.py:stating"):
-        loaded = load_model(name, preprocessing=stated, pretrained=False, device="cpu")
-        assert loaded.preprocessing == stated
-        assert [tuple(x.shape) for x in loaded.example.values()] == [(2, 3, 64, 64)]
-    with pytest.raises(ModelError, match=r"gives 3 \(int\) as what is done to an image"):
-        load_model("net.py:nothing")
-    with pytest.raises(OptionError, match=r"the caller gives 'x' \(str\) as what is done"):
-        load_model("net.py:build", preprocessing="x")
 
 
 # ---- brought by code ---------------------------------------------------------------------
@@ -275,17 +212,3 @@ def test_a_model_of_one_channel_gets_grayscale_images():
 
 
 # ---- pruned from Python with tensors -----------------------------------------------------
-
-
-def test_a_model_is_scored_in_the_shape_that_it_was_pruned_with(run, place):
-    """Of a plain tensor its shape is known, and how it was normalized is not."""
-    net = nn.Sequential(*load_model("net.py:build").model)  # of which nothing is noted
-    osscar.prune(net, torch.rand(12, 3, 16, 18), **SPARSITY).save("small")
-    assert lineage(place)["inputs"] == {"input": {"shape": [3, 16, 18], "dtype": "float32"}}
-    status, _, err = run(*evaluate("alone"))
-    assert (status, "nothing states the transform" in err) == (2, True), err
-    status, out, err = run(*evaluate("stating"))
-    size = "RGB, resized to 16 x 18 (bilinear); 16 x 18 cut from the centre"
-    assert (status, size in out) == (0, True), err
-    flops = json.loads((place / "eval.json").read_text())["dense"]["footprint"]["flops"]
-    assert flops == 2 * (16 * 18 * (27 * 8 + 8 * 6) + 6 * 5)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from osscar.base import progress
 from osscar.base.timing import Profile, Stage, profiled, timed
@@ -49,34 +47,6 @@ def test_one_rank_writes_for_all(capsys, clock, monkeypatch):
         clock.now += 100
         bar.advance()
     assert capsys.readouterr() == ("", "")
-
-
-def test_bars_of_nested_stages_share_one_display(monkeypatch):
-    screen = io.StringIO()
-    terminal = {"file": screen, "force_terminal": True, "width": 100}
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, **terminal))
-    with progress.progress_bar("outer", 1) as outer:
-        shared = progress._display
-        with progress.progress_bar("Scoring", 3) as inner:
-            assert progress._display is shared
-            assert [task.description for task in shared.tasks] == ["outer", "Scoring"]
-            inner.advance(3)
-        outer.describe("later")
-        outer.advance()
-        assert [(task.description, task.completed) for task in shared.tasks] == [("later", 1)]
-    assert progress._display is None
-    assert "Scoring" in screen.getvalue()
-    assert "/3" in screen.getvalue()
-
-
-def test_an_error_clears_the_display():
-    with (
-        pytest.raises(ZeroDivisionError),
-        progress.progress_bar("outer"),
-        progress.progress_bar("inner", 3),
-    ):
-        _ = 1 // 0
-    assert progress._display is None
 
 
 def test_stages_within_others_are_counted_once():

@@ -429,19 +429,6 @@ def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     assert found["target"]["reported"]["value"] == pytest.approx(due, rel=1e-3)
 
 
-def test_the_command_draws_windows_that_do_not_overlap(tmp_path, monkeypatch, capsys):
-    (tmp_path / "text.txt").write_text(" ".join(f"word {n} of many," for n in range(200)))
-    monkeypatch.chdir(tmp_path)
-    words = "prune demo --calibration text.txt --samples 60 --seqlen 64 --max-divergence 0.1"
-    monkeypatch.setattr(sys, "argv", ["osscar", *words.split(), "--out", "smaller"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    assert (
-        "takes 64 different calibration samples at least" in capsys.readouterr().err
-    )  # of the 60 asked for
-
-
 def test_outputs_that_are_nan_are_no_measurement():
     for quality in TargetKind:
         dense, data = text() if quality is TargetKind.PERPLEXITY else labelled(16)

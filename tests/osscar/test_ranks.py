@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -281,32 +280,6 @@ def test_the_first_rank_says_what_another_failed_of(run, size, message, tmp_path
     processes = ended([guarded(run)] * size, tmp_path)
     assert all(process.status for process in processes)
     assert message in processes[0].stderr
-
-
-def test_all_end_where_the_first_rank_fails(tmp_path):
-    """While rank 1 still asks the store who is there."""
-    failed, made = tmp_path / "failed", dist.new_group
-
-    def slowly(**options):
-        group = made(**options)
-        store = dist.distributed_c10d._get_default_store()
-        for _ in range(100):
-            time.sleep(0.01)
-            while failed.exists():
-                store.set("rank 1", "is there")  # until there is no store any more
-        return group
-
-    def run() -> None:
-        if os.environ["RANK"] == "1":
-            dist.new_group = slowly
-        with guard(), together() as ranks:
-            failed.touch()
-            ranks.broadcast("what to do", lambda: [][0])
-
-    first, second = ended([run] * 2, tmp_path)
-    assert "IndexError" in first.stderr
-    assert second.status == 2
-    assert "rank 0 has ended without a word" in second.stderr
 
 
 @pytest.mark.slow

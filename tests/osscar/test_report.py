@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from osscar.base.printable import decimals, engineering
 from osscar.cli.common import _PlainConsole
@@ -21,91 +20,8 @@ from osscar.report.shown import Column, columns, notes
 from osscar.report.terminal import print_section
 from osscar.request import PruningRequest
 from osscar.run import prune_page
-from osscar.study.cases import Case
-from osscar.study.figures import gaps_figure
-from osscar.study.records import Record
-
-FINE = (0.025, 0.05, 0.075, 0.1, 0.125)
-
-
-def case(name, sparsity, loss, bound):
-    row = Record(
-        instance=name, kind="heads", file="x", units=40, width=1, keep=round(40 * (1 - sparsity)),
-        backend="perspective", options={}, status="FEASIBLE", loss=loss,
-        relative_loss=loss, lower_bound=bound, seconds=1.0, sparsities=(sparsity,),
-    )  # fmt: skip
-    return Case((row,))
-
-
-def drawn(figure):
-    FigureCanvasAgg(figure).draw()
-    return figure
-
 
 # ---- figures -----------------------------------------------------------------------------
-
-
-def test_axes_tell_shares_apart_and_legends_lie_within_their_figures():
-    cases = [case(f"layer{i}", s, 0.9, 0.9 * (1 - s / 100)) for i in range(3) for s in FINE]
-    figure = drawn(gaps_figure(cases))
-    labels = [label.get_text() for label in figure.axes[0].yaxis.get_ticklabels()]
-    assert len(set(labels)) == len(labels) > 2
-    assert all(label.endswith("%") for label in labels)
-    (legend,) = figure.legends
-    assert len(legend.get_texts()) == len(FINE)
-    assert legend.get_window_extent().x1 <= figure.bbox.x1
-
-
-def assert_markers_are_whole(axes):
-    """Check that the axes cut off no marker, but the lower half of one that sits on the floor."""
-    frame = axes.get_window_extent()
-    for line in axes.get_lines():
-        radius = line.get_markersize() / 2 * axes.figure.dpi / 72
-        for x, y in line.get_xydata():
-            across, up = axes.transData.transform((x, y))
-            assert frame.x0 <= across - radius < across + radius <= frame.x1
-            assert frame.y0 - 1e-6 <= up < up + radius <= frame.y1
-
-
-def layer(name, loss, bound=None):
-    return {
-        **{"name": name, "kind": name.rpartition(".")[2], "kept": 5, "units": 10},
-        **{"relative_loss": loss, "relative_bound": bound, "lower_bound": bound},
-    }
-
-
-def depth_figure(layers):
-    return drawn(prune_page.depth_figure({one["name"]: one for one in layers}, layers)).axes
-
-
-@pytest.mark.parametrize("losses", [(0.9, 0.9, 0.9), (0.0, 0.0), (1.0,), (1e-9, 1e-3)])
-def test_losses_lie_within_their_plots(losses):
-    layers = [layer(f"layers.{i}.heads", loss, 0.9 * loss) for i, loss in enumerate(losses)]
-    axes = depth_figure(layers)[1]
-    low, high = axes.get_ylim()
-    assert low == 0 < high
-    assert high >= 1.05 * max(losses)
-    assert_markers_are_whole(axes)
-
-
-def test_what_groups_keep_and_lose_is_drawn_over_their_places():
-    kept = (("layers.2.heads", 8), ("layers.2.neurons", 4), ("layers.5.heads", 2))
-    groups = {
-        name: {"kind": name.rpartition(".")[2], "kept": count, "units": 8} for name, count in kept
-    }
-    layers = [layer("layers.2.neurons", 0.3), layer("layers.5.heads", 0.2)]  # heads of 2 stay
-    above, below = drawn(prune_page.depth_figure(groups, layers)).axes
-    found = {line.get_label(): line.get_xydata().tolist() for line in above.get_lines()}
-    assert found == {"heads": [[1, 1.0], [2, 0.25]], "neurons": [[1, 0.5]]}
-    assert [line.get_xydata().tolist() for line in below.get_lines()] == [[[2, 0.2]], [[1, 0.3]]]
-    assert above.get_xlim() == below.get_xlim()
-    assert_markers_are_whole(above)
-    for count in (1, 3, 60):  # groups are counted in whole numbers
-        _, axes = depth_figure([layer(f"layers.{i}.neurons", 0.3) for i in range(count)])
-        low, high = axes.get_xlim()
-        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
-        assert ticks
-        assert all(tick == round(tick) for tick in ticks)
 
 
 # ---- tables of evaluations ---------------------------------------------------------------

@@ -3,9 +3,7 @@
 import dataclasses
 import inspect
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -194,33 +192,6 @@ def test_fields_are_keywords_and_models_may_be():
     assert result.request.damp == 1e9  # the greatest, which leaves the dense weights
     kept = list(result.plan.groups[0].kept)
     torch.testing.assert_close(result.model[2].weight, model[2].weight[:, kept])
-
-
-RIGHT = (
-    'nn.Linear(2, 2), None, sparsity=0.3, target="weights", heads="2/3", skip=["a"]',
-    'model=nn.Linear(2, 2), calibration=None, speedup=2, form="exported"',
-)
-WRONG = tuple(
-    f"nn.Linear(2, 2), None, {asked}"
-    for asked in ("sparsty=0.3", 'sparsity="a lot"', 'target="residuals"', "0.3")
-)
-
-
-@pytest.mark.slow  # they read all of torch
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_type_checkers_see_the_keywords(tmp_path, checker):
-    if not shutil.which(checker):
-        pytest.skip(f"needs {checker}")
-    calls = [f"osscar.prune({given})" for given in RIGHT + WRONG]
-    (tmp_path / "calls.py").write_text("\n".join(["import osscar; from torch import nn", *calls]))
-    paths = {"MYPYPATH": os.getcwd(), "PYTHONPATH": os.getcwd()}
-    ran = subprocess.run(
-        [checker, "calls.py"], cwd=tmp_path, env={**os.environ, **paths}, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    refused = {int(line) for line in re.findall(r"calls\.py:(\d+):.*error", ran.stdout)}
-    wrong = {n for n, call in enumerate(calls, 2) if call.partition("(")[2][:-1] in WRONG}
-    assert refused == wrong, ran.stdout
 
 
 def test_help_and_signature_name_every_field():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +19,7 @@ import osscar
 from osscar.base.distances import read_distance
 from osscar.base.errors import OptionError
 from osscar.data.batches import as_inputs
-from osscar.data.samples import TensorSet, named_generator
+from osscar.data.samples import TensorSet
 from osscar.distance.distance import Distance, Reference
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
@@ -253,31 +250,6 @@ def test_the_mask_of_a_decoder_tells_of_its_outputs_and_that_of_an_encoder_of_th
 # ---- runs ------------------------------------------------------------------------------------
 
 
-def pooled(outputs, dense, batch):
-    """Return one minus the cosine of means over real positions, as sentence encoders are used."""
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).unsqueeze(-1)
-    a, b = ((one.last_hidden_state * mask).sum(1) / mask.sum(1) for one in (outputs, dense))
-    return 1 - torch.cosine_similarity(a, b)
-
-
-def test_a_sentence_encoder_is_pruned_by_its_pooled_states():
-    torch.manual_seed(0)
-    model = BertModel(BertConfig(**{**_SMALL, "intermediate_size": 48})).eval()
-    data = {"input_ids": torch.randint(1, 50, (24, 6))}
-    result = osscar.prune(model, data, sparsity=0.4, distance=pooled, device="cpu")
-    assert result.budget.measure == "own"
-    assert result.divergence is result.agreement is None
-    assert 0 < result.distance.value < 0.5
-    assert result.distance.over == result.settings["distance"]
-    assert result.record()["distance"]["measure"] == "own"
-    assert f"{result.distance.value:.4g} by the given distance on" in result.summary()
-    with torch.no_grad():
-        order = torch.randperm(24, generator=named_generator("order", 0)).argsort()
-        last = {"input_ids": data["input_ids"][order[-result.held_out :]]}
-        found = pooled(result.model(**last), model(**last), last).mean()
-    assert result.distance.value == pytest.approx(float(found), rel=1e-3)
-
-
 def angle(outputs, dense, batch):
     return 1 - torch.cosine_similarity(outputs, dense)
 
@@ -308,36 +280,3 @@ def test_what_is_measured_is_told_before_it_is():
         == ("distance: squared error over the square, of output, since it is given")
     )
     assert f"{result.distance.value:.4g} of the squared outputs on 4" in result.summary()
-
-
-def test_commands_take_a_distance(tmp_path, run):
-    (tmp_path / "net.py").write_text(
-        "import torch\nfrom torch import nn\ndef build():\n    torch.manual_seed(0)\n"
-        "    net = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 5))\n"
-        "    return net, torch.ones(2, 6)\n"
-        "def far(a, b, batch):\n    return (a - b).abs().mean(1)\n"
-    )
-    np.savez(tmp_path / "data.npz", input=torch.randn(64, 6).numpy())
-    own, data, out = (str(tmp_path / name) for name in ("net.py", "data.npz", "out"))
-    common = "--distance", f"{own}:far", "--device", "cpu"
-    code, said, progress = run(
-        *("prune", f"{own}:build", "--calibration", data, "--sparsity", "0.5", "--out", out),
-        *common,
-    )
-    assert code == 0, progress
-    told = said + progress
-    assert "distance: that of net.py:far (sha256 " in told
-    assert "by the given distance" in told
-    report = json.loads((tmp_path / "out/osscar_report.json").read_text())
-    assert report["settings"]["distance"] == report["distance"]["over"]
-    code, said, progress = run(
-        *("recover", out, "--dense", f"{own}:build", "--inputs", data, "--steps", "4"), *common
-    )
-    assert code == 0, progress
-    assert "by the given distance from the dense model became" in said + progress
-    code, _, progress = run(
-        *("prune", f"{own}:build", "--calibration", data, "--sparsity", "0.5", "--out", f"{out}2"),
-        *("--distance", f"{own}:nowhere"),
-    )
-    assert code != 0
-    assert "distance is" in progress

@@ -1,7 +1,6 @@
 """A device without memory left: what there was none for, and which option helps."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -9,14 +8,10 @@ import torch
 import osscar
 from osscar.base.errors import ModelError, NoMemoryError
 from osscar.base.memory import attempt, is_shortage
-from osscar.cli import main
-from osscar.models import pretrained
-from osscar.offload.places import StoredTensor
 from osscar.run import chain
 from osscar.walk import walk
 from solvers.heuristics import greedy
 from tests.osscar.families import tiny, tokens
-from tests.osscar.test_streamed import opened, written
 
 OF_CUDA = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 6.13 GiB. GPU 0 has a total capacity of 23.5 GiB"
@@ -93,45 +88,3 @@ def test_a_batch_is_named_with_the_module(model):
 def test_what_there_was_no_memory_for_is_named(owner, name, words, model, monkeypatch):
     monkeypatch.setattr(owner, name, failing)
     assert re.search(words, refusal(model))
-
-
-def test_a_weight_that_lies_on_disk_is_named(monkeypatch, tmp_path):
-    model = opened(written(tmp_path, "opt", layers=1))
-    monkeypatch.setattr(StoredTensor, "read", failing)
-    said = refusal(model)
-    assert re.search(r"'[\w.]+\.weight' on cpu \([\d.]+K?B, read from disk\)", said)
-    assert "a smaller max_memory (`--max-memory`)" in said
-
-
-ROOM_FOR = """
-from pathlib import Path
-import torch
-
-def build():
-    built = Path(__file__ + ".built")
-    if built.exists() or {none}:
-        raise MemoryError
-    built.touch()
-    return torch.nn.Linear(2, 2), torch.zeros(2, 2)
-"""
-
-
-def test_a_model_of_ones_own_is_named(tmp_path):
-    for name, none in (("none", True), ("one", False)):
-        (tmp_path / f"{name}.py").write_text(ROOM_FOR.format(none=none))
-    with pytest.raises(NoMemoryError, match=r"no memory for the weights of .*none.py:build"):
-        osscar.load_model(f"{tmp_path / 'none.py'}:build")
-    # It is called twice, to tell whether it draws its weights.
-    with pytest.warns(UserWarning, match="cannot be told, since it cannot be called again"):
-        osscar.load_model(f"{tmp_path / 'one.py'}:build", device="cpu")
-
-
-def test_the_command_ends_in_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pretrained.transformers.AutoModelForCausalLM, "from_pretrained", failing)
-    command = ["osscar", "prune", "demo", "--neurons", "0.5", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert "there is no memory for the weights of demo" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

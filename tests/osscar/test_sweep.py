@@ -13,25 +13,20 @@ import osscar
 import osscar.run.points as points_room
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
-from osscar.data.images import ImageSet
 from osscar.distance.distance import Compared
-from osscar.evaluation.quality import score
 from osscar.evaluation.speed import measure_forward
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
 from osscar.preparation.journal import JournalManifest
 from osscar.proof.plan import Form
-from osscar.recovery.recover import recover_as_asked
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.chain import prepare
 from osscar.run.jobs import SweepJob, jobs
 from osscar.run.points import Recovered, SweepDirectory, SweepPoint, prune_points
 from osscar.run.prune import prune_as_asked
-from osscar.run.sweep_page import sweep_verdict
 from osscar.walk.walk import Walk
-from tests.docs.json_schema import missing, undescribed
 from tests.osscar.families import tiny as tiny_of
 from tests.osscar.families import tokens
-from tests.osscar.networks import images, plain, small_net
+from tests.osscar.networks import images, small_net
 from tests.osscar.test_costs import allocated_by_random_curves, random_curves
 
 SPARSITY, FLOPS = BudgetKind.SPARSITY, BudgetKind.FLOPS
@@ -273,66 +268,4 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
             osscar.sweep(model, data, place, **wrong)
 
 
-def test_each_point_is_scored_in_one_shot_and_recovered(tmp_path):
-    model, data, out = small_net(), images(32), tmp_path / "sweep"
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 12, 12, 3), dtype=np.uint8)
-    labelled = ImageSet("pixels", pixels, plain(12), torch.arange(20) % 5)
-    asked = {"sparsity": [0.6], "allocation": "uniform", "backend": "magnitude"}
-    asked |= {"device": "cpu", "seed": 3}
-    few = osscar.RecoveryRequest(steps=4, learning_rate=1e-3, device="cpu")
-    document = osscar.sweep(model, data, out, recover=few, score=labelled, **asked)
-    assert undescribed(document) == missing(document) == set()
-    assert document["recover"] == few.to_json()
-    dense, point = document["points"]
-    assert dense["recovered"] is None
-    pruned = osscar.prune(model, data, **{**asked, "sparsity": 0.6})
-    alone = recover_as_asked(pruned, model, data, few)
-    untimed = {"seconds": alone.seconds, "quality": {}}
-    assert Recovered(**{**point["recovered"], **untimed}) == Recovered.from_recovery(alone, {})
-    assert alone.after < alone.before
-    found = score([pruned.model, alone.model], labelled, dense=model)
-    for measured, one in zip((point, point["recovered"]), found, strict=True):
-        assert measured["quality"]["kl"] == pytest.approx(one.kl, rel=1e-3)
-    page = (out / "report.html").read_text()
-    for shown in (f"{point['quality']['top1']:.2%}", "agreement with dense, recovered"):
-        assert shown in page
-
-    assert osscar.sweep(model, data, out, recover=few, score=labelled, **asked) == document
-    for other, words in (
-        ({}, "recover was True and is None"),
-        ({"recover": dataclasses.replace(few, steps=3)}, "recover-steps was 4 and is 3"),
-    ):
-        with pytest.raises(JournalError, match=f"another sweep: {words}"):
-            osscar.sweep(model, data, out, score=labelled, **other, **asked)
-
-
 # ---- as a person runs it -----------------------------------------------------------------
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.filterwarnings("ignore:.*rank-deficient")
-@pytest.mark.parametrize(("budget", "measured"), [("flops", "flops"), ("size", "parameter_bytes")])
-def test_a_sweep_over_costs_says_what_each_point_came_to(run, tmp_path, budget, measured):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog before night falls. " * 60)
-    asked = ("sweep", "demo", f"--{budget}", "0.8", "--out", tmp_path / "sweep", "--text", text)
-    more = ("--samples", 4, "--seqlen", 32, "--backend", "greedy", "--device", "cpu")
-    uniform = ("--allocation", "uniform")
-    status, printed, err = run(*asked, *more, *uniform)
-    assert status == 0, err
-    begun, done = (f"uniform at {budget} 0.8: {word}" for word in ("keeps ", "done, 1 of 1"))
-    assert 0 <= printed.find(begun) < printed.find(done)
-    assert "budget:" in printed
-    document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    lost = sweep_verdict(document)
-    assert [line for line in printed.splitlines() if "verdict" in line] == [
-        f"verdict: {lost}"
-    ] * bool(lost)
-    dense, pruned = document["points"]
-    assert 0.5 < pruned["agreement"] < dense["agreement"] == 1
-    assert 0.7 * dense[measured] < pruned[measured] <= 0.8 * dense[measured]
-    # Points of another budget are another sweep.
-    other = ("sweep", "demo", "--sparsity", "0.3", *asked[4:])
-    status, _, err = run(*other, *more, *uniform)
-    assert status == 2
-    assert f"budget was '{budget}' and is 'sparsity'" in err

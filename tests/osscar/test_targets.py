@@ -13,10 +13,9 @@ from osscar.consumers.linear_maps import linear_maps
 from osscar.data.batches import ModelInputs
 from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
-from osscar.run.prune_page import run_facts
 from osscar.walk import regularization
 from osscar.walk.gram import pose
-from osscar.walk.regularization import DAMPS, DEFAULT_DAMP, best_regularization
+from osscar.walk.regularization import DAMPS, best_regularization
 from osscar.walk.targets import Keeper, Target, streams
 from osscar.walk.walk import Walk, _parted
 from tests.osscar.families import tiny, tokens
@@ -201,24 +200,6 @@ def test_random_directions_choose_nearly_as_all_outputs_do(monkeypatch):
     assert held_out_error(gram, damp, all_share) <= best + 0.02 * abs(best)
 
 
-@pytest.mark.parametrize(
-    ("samples", "target", "held"), [(16, "residual", 2), (16, "weights", 2), (1, "residual", 0)]
-)
-def test_the_report_says_how_refits_were_held_back(samples, target, held):
-    torch.manual_seed(0)
-    model, x = Stack("plain").eval(), torch.randn(samples, 8)
-    result = osscar.prune(model, x, neurons=0.5, backend="wanda", target=target)
-    assert result.held_out == held
-    weights = {layer.correction_weight for layer in result.layers}
-    if held and target == "residual":
-        assert all(0 <= weight <= 1 for weight in weights)
-        assert len(weights) > 1
-    else:
-        assert weights == {0.0}
-    damps = {layer.damp for layer in result.layers}
-    assert damps <= {*DAMPS} if held else damps == {DEFAULT_DAMP}
-
-
 # ---- biases ------------------------------------------------------------------------------
 
 
@@ -323,24 +304,6 @@ def test_a_stream_that_is_added_twice_counts_twice():
     keeper.see(("x", 0, "in", 0), stream)
     assert torch.equal(keeper.take("down"), 2 * stream)
     assert keeper.take("down") is None
-
-
-def test_a_run_says_that_it_computed_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr(prepare_module, "_LARGE_OUTPUT", 0)
-    torch.manual_seed(0)
-    model, x = Stack("plain").eval(), torch.randn(64, 8)
-    dense, curves = "the dense model's part of the targets", "loss curves"
-    for asked, expected in (
-        ({"neurons": 0.5}, [dense]),
-        ({"neurons": 0.5, "target": "weights"}, []),
-        ({"params": 0.8}, [curves, dense]),
-        ({"params": 0.8, "target": "weights"}, [curves]),
-    ):
-        result = osscar.prune(model, x, backend="greedy", **asked)
-        assert result.record()["bfloat16"] == expected
-        told = dict(run_facts({**result.record(), "classes": []}))
-        assert told["in bfloat16"] == ", ".join(expected)
 
 
 @torch.no_grad()

@@ -1,24 +1,19 @@
 """Models that read neither text nor pictures, from the file of tensors to the command line."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import osscar
 from osscar.base.errors import (
     CheckpointError,
-    DataError,
-    FileError,
     ModelError,
 )
 from osscar.data.batches import as_inputs
-from osscar.data.sample_files import holds_images
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.network.predictions import place_of_classes
@@ -26,7 +21,6 @@ from osscar.preparation.fingerprint import Fingerprint
 from osscar.proof.lineage import lineage_of
 from osscar.proof.seen import Seen
 
-FAST = ("--neurons", "0.5", "--backend", "magnitude")
 CODE = """
 import torch
 from torch import nn
@@ -157,30 +151,6 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert errors["output"] == pytest.approx(error, rel=1e-3)
 
 
-def test_two_inputs_are_fed_by_name_from_either_kind_of_file(run, code, tmp_path):
-    data = pairs(64, 0)
-    np.savez("data.npz", **data)
-    save_file({name: torch.from_numpy(array) for name, array in data.items()}, "data.safetensors")
-    loaded = load_model(code("two"))
-    found, same = (loaded.tensors(file) for file in ("data.npz", "data.safetensors"))
-    assert all(torch.equal(tensor, same.tensors[name]) for name, tensor in found.tensors.items())
-    asked = ("--calibration", "data.safetensors", "--form", "exported", *FAST, "--out", "s0")
-    status, out, err = run("prune", code("two"), *asked)
-    assert status == 0, err
-    assert "of output, since nothing says that they are scores of classes" in out
-    assert re.search(r"measured distance: \S+ of the squared outputs on \d+ held-out", out)
-    np.savez("test.npz", **pairs(40, 1))
-    status, out, err = run("eval", "s0", "--inputs", "test.npz", "--dense", code("two"))
-    assert status == 0, err
-    assert "40 samples without labels scored, 'output' as scores of classes" in out
-    assert run("export", "s0", "--format", "pt2")[0] == 2
-    status, out, err = run("export", "s0", "--format", "pt2", "--dense", code("two"))
-    assert status == 0, err
-    status, out, err = run("eval", code("two"), "--inputs", "test.npz")
-    assert status == 0, err
-    assert "nothing is known of its quality" in out
-
-
 # ---- files -------------------------------------------------------------------------------
 
 
@@ -208,24 +178,6 @@ def test_whole_numbers_take_the_width_of_the_example_and_fractions_any(tmp_path)
     assert set(drawn.fingerprints()) < set(found.fingerprints())
     assert len(drawn) == len(set(drawn.fingerprints())) == 5
     assert drawn.fingerprints() != found.sample(5, seed=2).fingerprints()
-
-
-def test_an_archive_holds_images_unless_the_model_has_an_argument_of_that_name(tmp_path):
-    np.savez(tmp_path / "pixels.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
-    np.savez(tmp_path / "other.npz", tokens=np.zeros((2, 4)))
-    reads = nn.Module()
-    reads.forward = lambda images: images
-    for file, model, expected in (
-        ("pixels.npz", Mixed(), True),
-        ("pixels.npz", reads, False),
-        ("other.npz", Mixed(), False),
-        ("x.safetensors", Mixed(), False),
-        ("", reads, True),
-    ):
-        assert holds_images(tmp_path / file, model) == expected
-    (tmp_path / "bad.npz").write_bytes(b"PK no archive")
-    with pytest.raises(FileError, match=r"cannot be read as \.npz"):
-        holds_images(tmp_path / "bad.npz", Mixed())
 
 
 # ---- from Python -------------------------------------------------------------------------
@@ -293,19 +245,6 @@ def test_the_classes_of_predictions_at_several_places_are_found_as_torch_has_the
         assert place_of_classes(shape, labels, sequences=sequences) == place
     with pytest.raises(ModelError, match=r"scores of classes would be \(32, 'classes', 5\)"):
         score([network()], samples(labels=torch.zeros(48, 5, dtype=int)))
-
-
-def test_the_example_of_a_file_may_be_a_tensor_or_several(tmp_path):
-    np.savez(tmp_path / "x.npz", **GOOD)
-    np.savez(tmp_path / "y.npz", input=GOOD["features"])
-    several = osscar.load_tensors(tmp_path / "x.npz", Mixed(), tuple(EXAMPLE.values()))
-    assert set(several.tensors) == {"tokens", "features"}
-    net = nn.Sequential(nn.Linear(4, 3))
-    assert len(osscar.load_tensors(tmp_path / "y.npz", net, torch.zeros(2, 4))) == 8
-    with pytest.raises(FileError, match=r"in the example inputs float32 of \(2, 5\)"):
-        osscar.load_tensors(tmp_path / "y.npz", net, torch.zeros(2, 5))
-    with pytest.raises(DataError, match=r"3 \(int\) are no example inputs; give a tensor"):
-        osscar.load_tensors(tmp_path / "y.npz", net, 3)
 
 
 class AnyNumber(nn.Module):

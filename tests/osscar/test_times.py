@@ -148,26 +148,6 @@ def test_large_layers_are_timed_at_round_widths_only():
     assert table.at({name: 10}) < table.at({name: 505}) < table.at({name: 1000})
 
 
-@pytest.mark.parametrize(("seconds", "fewer"), [(0.0, False), (0.2, True)])
-def test_less_is_timed_where_it_takes_long_to_get_ready(seconds, fewer, monkeypatch):
-    """As where operators are exported first."""
-    device, now = Device(chain(3, 32, 24), IMAGES), [0.0]
-    monkeypatch.setattr(times, "wall_clock", lambda: now[0])
-
-    class Slow(PretendedClock):
-        def ready(self, calls):
-            now[0] += seconds * len(calls)
-            return super().ready(calls)
-
-    names = [group.name for group in device.traced.groups if group.prunable]
-    clock = Slow(None, device.traced, lambda model: device.whole({}), device)
-    cost = tabled(clock, {names[0]: (1, 32), names[1]: (1, 24)})
-    assert (sum(table.seconds.size for table in cost.terms) < 60) == fewer
-    assert cost.dense == pytest.approx(device.whole({}))
-    assert now[0] <= 2 * times._SECONDS
-    assert cost.assumed == clock.described
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_less_is_timed_where_it_takes_too_long(fails):
     """And what cannot be called at other widths is part of the constant."""

@@ -1,18 +1,12 @@
 """`osscar inspect --times`: what groups take, by the table of times that speed-ups use."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
-from osscar.allocation import times
-from osscar.allocation.clocks import InTorch
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.times import Table
-from osscar.report.figures import file_of
-from osscar.run.times_page import GroupTimes, ModelTimes, _by_group
-from tests.docs.json_schema import undescribed
+from osscar.run.times_page import GroupTimes, _by_group
 
 GRID = np.array([1, 8, 9, 16])
 STAIRS = np.array([1.0, 1.0, 2.0, 2.0])
@@ -56,52 +50,3 @@ def test_stairs_are_where_time_rises_most():
     assert stairs(1, 1, 1, 1, 1, 1) == []
     one = GroupTimes("a", ("a",), "neurons", (1, 9, 16), (1.0, 9.0, 9.0))
     assert (one.at(0.25), one.at(0.75), one.at(0.01)) == ((4, 4.0), (12, 9.0), (1, 1.0))
-
-
-@pytest.fixture
-def opt(tiny, tmp_path, monkeypatch):
-    """A language model in a directory, whose operators take the longer the more rows they have."""
-
-    def time_operator(timer, operator, size):
-        shapes = operator.arguments_at(size, lambda shape, dtype: shape)
-        return 1e-3 * shapes["weight"][0] if "weight" in shapes else 1e-9
-
-    monkeypatch.setattr(InTorch, "_seconds", time_operator)
-    monkeypatch.chdir(tmp_path)
-    return str(tiny)
-
-
-@pytest.mark.usefixtures("drawn")
-def test_inspect_shows_the_table_by_which_speed_ups_are_found(run, opt, tmp_path, monkeypatch):
-    tabled, made = times.tabled, []
-    monkeypatch.setattr(times, "tabled", lambda *given: made.append(tabled(*given)) or made[-1])
-    asked = ("--batch-size", "3", "--seqlen", "12", "--device", "cpu")
-    files = ("--svg", "times.svg", "--json", "times.json")
-    status, out, err = run("inspect", opt, "--times", *asked, *files)
-    assert status == 0, err
-    (cost,) = made
-    document = json.loads((tmp_path / "times.json").read_text())
-    assert undescribed(document) == set()
-    found = document["times"]
-    assert found["shapes"] == {"input_ids": [3, 12]}
-    assert found["dense"] == pytest.approx(cost.dense)
-    assert f"a pass over input_ids 3x12 in {found['dtype']}" in out
-    drawn = (tmp_path / "times.svg").read_text()
-    for group in found["groups"]:
-        assert len(group["groups"]) == 2  # blocks
-        for text in (out, drawn):
-            assert group["name"] in text
-        for name in group["groups"]:
-            seconds = cost.over(name, np.array(group["kept"]), {})
-            np.testing.assert_allclose(group["seconds"], seconds, atol=1e-11)
-
-
-@pytest.mark.usefixtures("drawn")
-def test_a_model_without_stairs_has_rows_and_an_empty_figure():
-    straight = GroupTimes("a", ("a",), "neurons", (1, 16), (1.0, 2.0))
-    one = ModelTimes(
-        1.0, {"x": [2, 3]}, "float32", {"device": "a card", "threads": ""}, (straight,)
-    )
-    assert one.table.rows == (("a", "16", "2,000", "12: 1,733", "8: 1,467", "4: 1,200"),)
-    assert one.in_words == "a pass over x 2x3 in float32 (a card)"
-    assert file_of(one.figure(), "pdf").startswith(b"%PDF")

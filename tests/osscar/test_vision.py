@@ -15,9 +15,7 @@ import osscar
 from osscar.base.errors import (
     CheckpointError,
     DataError,
-    FileError,
     ModelError,
-    OptionError,
     import_torchvision,
 )
 from osscar.base.json_files import validated
@@ -136,21 +134,6 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     assert status == 0, err
     assert "is not the dense model that this one was pruned from" in err
 
-    test = ("eval", "my small model", "--images", "my test.npz")
-    again = ("prune", "my small model", "--channels", "0.5", "--out", "b", "--device", "cpu")
-    for command, message in (
-        (
-            [w.replace("my test", "my train") for w in words],
-            "my train.npz was used to calibrate or recover this",
-        ),
-        (test, "--dense module:function"),
-        ((*test, "--dense", "torchvision:resnet18"), "not 'torchvision:resnet18'"),
-        ((*test, "--dense", own, "--weights", "w.pt"), "no file of weights"),
-        ((*again, "--calibration", "my train.npz"), "--dense module:function"),
-        (("inspect", own, "--dense", own), "omit dense (`--dense`)"),
-    ):
-        status, _, err = run(*command)
-        assert (status, message in " ".join(err.split())) == (2, True), err
     status, out, err = run("inspect", "my small model", "--dense", own)
     assert status == 0, err
     assert "channels, residual" in out
@@ -179,11 +162,6 @@ def test_python_saves_all_that_the_command_line_does(own, tmp_path):
         DataError, match=r"about 100% of .* was used to calibrate or recover this model"
     ):
         refuse_overlap(images, lineage.calibration)
-    manifest = json.loads(Path("small/osscar.json").read_text())
-    manifest["lineage"]["preprocessing"]["resize"] = -1
-    Path("small/osscar.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="makes no sense: resize: give pixels"):
-        load_model("small", dense=code)
 
 
 # ---- models and their weights ------------------------------------------------------------
@@ -230,24 +208,12 @@ def test_weights_are_read_from_files_of_any_sort_unpickled(tmp_path, recwarn):
         assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
         assert [str(one.message) for one in recwarn] == [said.format(file)] * bool(said)
         recwarn.clear()
-    for content, message in (
-        (small_net(), "weights_only=True"),  # a whole model, which only pickle can read
-        ({1: torch.zeros(2)}, "holds no state dicts, which have tensors by name"),
-        ({"model": state, "ema": state}, r"holds 2 state dicts, .*to a file of its own"),
-    ):
-        torch.save(content, file)
-        with pytest.raises(ModelError, match=message):
-            read_state(file)
-    with pytest.raises(ModelError, match="no file of weights"):
-        read_state(tmp_path / "none.pt")
+    torch.save(small_net(), file)  # a whole model, which only pickle can read
+    with pytest.raises(ModelError, match="weights_only=True"):
+        read_state(file)
     without = {key: value for key, value in state.items() if key != "head.bias"}
-    for given, message in (
-        ({**state, "extra": torch.zeros(1)}, "do not fit SmallNet: Unexpected key.*extra"),
-        ({**state, "head.weight": torch.zeros(3, 48)}, "size mismatch for head.weight"),
-        (without, "Missing key.*head.bias"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            fill(small_net(), given, "a file")
+    with pytest.raises(ModelError, match=r"Missing key.*head\.bias"):
+        fill(small_net(), without, "a file")
 
 
 # ---- images ------------------------------------------------------------------------------
@@ -267,13 +233,6 @@ def test_images_are_transformed_as_torchvision_does(folders):
     assert load_images(folders / "a", IMAGENET).labels is None
     record = json.loads(json.dumps(preprocessing.record()))
     assert validated(record, Preprocessing, "it") == preprocessing
-    for change, message in (  # of a report that somebody has edited
-        ({"interpolation": "x"}, "interpolation: input should be 'nearest', .*, not 'x'"),
-        ({"std": [float("nan")] * 3}, "std: give that of pixels / 255, above 0 and at most 1"),
-        ({"mean": [0.5, 0.5]}, "mean: give one number for all channels"),
-    ):
-        with pytest.raises((OptionError, FileError), match=message):
-            validated({**record, **change}, Preprocessing, "it")
 
 
 def test_an_archive_and_a_draw_from_it(own):

@@ -6,13 +6,12 @@ import dataclasses
 
 import pytest
 
-from osscar.base.errors import JournalError
 from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import RecoveryLog, Training
 from tests.osscar.recovery.cases import ADAPTED, FORMS
 from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import bytes_of, net, numbers, perturbed
+from tests.osscar.recovery.perturbed import bytes_of
 from tests.osscar.test_run_log import Killed
 
 REQUEST = RecoveryRequest(steps=12, held_out=2, batch_size=4, device="cpu")
@@ -59,27 +58,3 @@ def test_a_recovery_that_was_killed_after_any_check_ends_with_the_same_bytes(
     assert [path.name for path in log.done] == [f"{step:08}.safetensors"]
     monkeypatch.setattr(Training, "try_step", None)  # as none is tried anew
     assert told(recover_as_asked(smaller, dense, data, request, log)) == whole
-
-
-def test_another_recovery_or_a_damaged_state_is_refused(tmp_path):
-    """What a record holds is checked in test_run_log, as it is one store for both."""
-    log, asked = RecoveryLog(tmp_path / "log"), (perturbed(net()), net(), numbers(), REQUEST)
-    recover_as_asked(*asked, log)
-    for place, value, message in (
-        (0, perturbed(net(), seed=1), "the model's weights are others"),
-        (1, net(seed=1), "dense was .* and is "),
-        (2, numbers(seed=1), "the calibration data are others"),
-        (3, dataclasses.replace(REQUEST, steps=13), "steps was 12 and is 13"),
-        (3, dataclasses.replace(REQUEST, micro_batch_size=1), "micro-batch-size was None and is 1"),
-    ):
-        other = [*asked]
-        other[place] = value
-        with pytest.raises(JournalError, match=f"holds another recovery: {message}.*--restart"):
-            recover_as_asked(*other, log)
-    (file,) = log.done
-    good = file.read_bytes()
-    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    with pytest.raises(JournalError, match=r"\.safetensors cannot be read: .*--restart"):
-        recover_as_asked(*asked, log)
-    file.write_bytes(good)
-    recover_as_asked(*asked, log)
