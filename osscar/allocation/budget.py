@@ -24,7 +24,11 @@ _POINTS = 33
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Width:
-    """What a group that shares a budget keeps, and its part of the predicted distance."""
+    """What a group that shares a budget keeps.
+
+    kept: How many of its `units` stay.
+    predicted: Its part of the predicted distance.
+    """
 
     kind: str
     units: int
@@ -47,12 +51,15 @@ class Limit:
     """What one budget of a request allows the whole model, and what that came to."""
 
     budget: BudgetKind
+    """The option."""
     cost: Cost
+    """What is counted."""
     limit: float
     """What the whole model may cost."""
     dense: float
     """What the dense model costs; bytes are those of its modules, also of a program."""
     reached: float
+    """What the smaller model costs."""
     price: float | None = None
     """By how much the least predicted distance would fall for one more of what is counted: 0 where
     other limits bind and this one does not; None where nothing is predicted."""
@@ -88,7 +95,7 @@ class Budget:
     """By group, the widths at which its curve was measured."""
     frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
     """Costs of the whole model by the tightest limit, ascending, and about the least predicted
-    distance at each, whatever other limits allow (`Search.frontier`)."""
+    distance at each, whatever other limits allow."""
 
     @property
     def tightest(self) -> Limit:

@@ -35,8 +35,9 @@ _LONGEST = 512 * MEGABYTE
 class Manifest:
     """What a checkpoint is.
 
-    `stock` tells whether plain transformers reads it; `files` are the others in the directory.
-    `fresh` tells whether a new process has read it back, or only the one that wrote it.
+    stock: Whether plain transformers reads it.
+    files: What else was written into the directory.
+    fresh: Whether a new process has read it back, or only the one that wrote it.
     """
 
     schema: Literal["osscar.checkpoint/3"]

@@ -223,7 +223,9 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
 class Computed:
     """In which number format a model computes, and by which kernels of attention.
 
-    `stored_dtype` is that of the weights on disk; `attention` is None but for transformers.
+    dtype: Number format in which it computes.
+    stored_dtype: That of the weights on disk.
+    attention: The implementation that transformers chose; None for other models.
     """
 
     dtype: str

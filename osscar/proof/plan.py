@@ -124,8 +124,8 @@ _MOST_DIMENSIONS = 32
 class TracedInput:
     """The form of a tensor that a program was traced with.
 
-    The sizes of `varies` were left open where the model does so; of the dimensions `fixed` the
-    program takes no other size, where the dense model does.
+    varies: Dimensions whose sizes were left open.
+    fixed: Dimensions of which the program takes no other size, where the dense model does.
     """
 
     name: _Identifier

@@ -89,7 +89,7 @@ class Check:
     loss: float | None
     """Mean training loss of these steps; None at first, and if it is not finite."""
     held_out: float | None
-    """Distance from the dense model on some held-out samples (`CHECKED`); None if not finite."""
+    """Distance from the dense model on some held-out samples, None if not finite."""
     seconds: float
     """Since the training began."""
 

@@ -81,7 +81,10 @@ Quality = dict[str, int | float | str | dict[str, float | None] | None]
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Recovered:
-    """What a recovery made of a pruned model, as in `Recovery`; `steps` counts those made."""
+    """What a recovery made of a pruned model, as in `Recovery`.
+
+    steps: Those that were made.
+    """
 
     quality: Quality
     measure: Measure
@@ -109,6 +112,19 @@ class SweepPoint:
 
     All but `recovered` is of the model in one shot.  `stages` are the seconds since the point
     before, so that the first point of a run has what its points share.
+
+    method: ``dense``, ``measured``, ``uniform``, or the backend of a baseline.
+    value: Of the budget.
+    limit, reached: What the budget allowed, and what came out.
+    flops: Of one sample.
+    seconds: Of a forward pass, median.
+    seconds_between: Its quartiles.
+    speedup: Over the dense model.
+    distance, divergence, agreement, predicted: As in a document of one run.
+    loss: Summed relative loss of the layers.
+    prune_seconds: Of pruning.
+    widths: Units kept, by group.
+    recovered: The same model after recovery; None without.
     """
 
     schema: Literal["osscar.sweep-point/9"]

@@ -62,11 +62,12 @@ Frontier = Sequence[tuple[float, float]]
 @with_config(STRICT)
 @dataclass(frozen=True)
 class Attempt:
-    """One size that was tried: the limit of its cost, and the cost that was reached.
+    """One size that was tried, and the quality lost, after the recovery if there was one.
 
-    `predicted` is its distance from the dense model by the curves.  The quality lost, after the
-    recovery if there was one, is `measured` on the samples of the search, None where outputs
-    overflow; and `tested` on samples that choose nothing, if the search holds the size for good.
+    limit, reached: The size that was allowed, and the one that came out.
+    predicted: Its distance from the dense model by the curves.
+    measured: The quality lost on the samples of the search; None where outputs overflow.
+    tested: The same on samples that choose nothing; None where the search found too much lost.
     """
 
     limit: float
@@ -94,7 +95,9 @@ class Attempt:
 class WholeTime:
     """How many times as fast as the dense model one is, timed as a whole beside it.
 
-    `error` is that of `speedup`, relative; both are None where it is `unknown`, and why.
+    speedup: As timed; None where the times are too noisy.
+    error: That of `speedup`, relative.
+    unknown: Why `speedup` is None.
     """
 
     what: str
@@ -111,6 +114,7 @@ class TargetReport:
     """The sizes that were tried for a quality target, and which of them was chosen."""
 
     quality: TargetKind
+    """The option."""
     most: float
     """How much of the quality may be lost."""
     measure: Measure

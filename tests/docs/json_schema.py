@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from functools import cache
+from pydoc import locate
 from typing import Any
 
-import osscar
+import docs_hooks
 from tests.docs.pages import ROOT
 
 EVERYWHERE = {"schema", "osscar_version"}
@@ -20,9 +22,10 @@ FREE = {
 """Fields whose own fields are described elsewhere, or are the user's."""
 
 
+@cache
 def sections() -> dict[str, str]:
     """The part of the page that describes a schema, by the schema's name."""
-    text = (ROOT / "docs/json.md").read_text(encoding="utf-8")
+    text = docs_hooks.on_page_markdown((ROOT / "docs/json.md").read_text(encoding="utf-8"))
     found: dict[str, str] = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
         heading, _, body = part.partition("\n")
@@ -41,8 +44,9 @@ def undescribed(document: dict[str, Any]) -> set[str]:
     body = described[document["schema"]]
     body += "".join(described[name] for name in re.findall(r"as in `(osscar\.\w+/\d+)`", body))
     named = set(re.findall(r"`(?:\w+\[?\]?\.)*(\w+)(?:\[\])?`", body))
-    for name in re.findall(r"the fields of \[`(\w+)`\]", body):
-        named |= {field.name for field in dataclasses.fields(getattr(osscar, name))}
+    for of in re.findall(r"the fields of \[`\w+`\]\[([\w.]+)\]", body):
+        found: Any = locate(of)
+        named |= {field.name for field in dataclasses.fields(found)}
     return set(_fields(document)) - named - EVERYWHERE
 
 
