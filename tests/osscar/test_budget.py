@@ -60,6 +60,7 @@ def allocated(prepared, **asked):
     return allocated_by_random_curves(PruningTask(prepared, Asked(**asked)))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("either", ["opt", "cnn"], indirect=True)
 @pytest.mark.parametrize("allocation", ["measured", "uniform"])
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from torch import nn
 import osscar
 from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
-from osscar.models.load import load_model
 from osscar.preparation.fingerprint import DenseOutputs
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.points import SweepDirectory, sweep_manifest
@@ -88,48 +87,6 @@ def test_outputs_that_another_device_rounds_otherwise_are_the_same(begun):
     now = dataclasses.replace(now, dense=dataclasses.replace(now.dense, outputs=outputs))
     with RunLog(begun / "log").begun(now) as records:
         assert len(records) == 1
-
-
-def test_files_of_ones_own_code_that_change_are_noticed_where_runs_and_studies_go_on(
-    tmp_path, monkeypatch
-):
-    """Of the backend and of the model, with what they import from beside them."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own").mkdir()
-    files = {
-        "own/osscar_test_solver.py": BACKEND.replace("scores", "osscar_test_scores"),
-        "own/osscar_test_scores.py": SCORES,
-        "osscar_test_net.py": "from tests.osscar.test_changed_code import built\n",
-        "unused.py": "",
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    request = dataclasses.replace(REQUEST, backend="own/osscar_test_solver.py:First")
-    model = load_model("osscar_test_net.py:built", device="cpu").model
-    before = run_manifest(request, model, as_inputs(model, DATA))
-    place = RunLog(tmp_path / "log")
-    with place.begun(before):
-        result = prune_as_asked(built(), DATA, REQUEST)
-        place.append(0, LayerRecord(result.plan.groups[0], result.layers[0], ()))
-    study = Study(tmp_path / "study", {})
-    study.capture(
-        [("neurons", problem) for _, problem in model_problems(model, DATA)], before.dense
-    )
-    for name, text in files.items():
-        (tmp_path / name).write_text(f"{text}# another\n")
-        now = run_manifest(request, model, as_inputs(model, DATA))
-        if name == "unused.py":
-            assert now == before
-            continue
-        changed = f"the content of {name.rpartition('/')[2]} (has|was)"
-        with pytest.raises(JournalError, match=changed):
-            place.begun(now).__enter__()
-        sweeps = (sweep_manifest(one, BudgetKind.FLOPS, {}) for one in (now, before))
-        assert next(sweeps).difference(next(sweeps)) is not None
-        if "_net" in name:
-            with pytest.raises(JournalError, match=f"{changed} changed"):
-                study.check_dense(now.dense)
-        (tmp_path / name).write_text(text)
 
 
 def test_a_study_solves_again_what_a_changed_backend_of_ones_own_has_answered(

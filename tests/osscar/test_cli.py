@@ -208,6 +208,7 @@ def test_no_figure_of_a_report_loses_a_run(run, tiny, tmp_path, monkeypatch):
 # ---- interrupts --------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("command", "owner", "method", "at", "said"),
     [

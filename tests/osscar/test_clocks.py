@@ -77,6 +77,7 @@ def shapes_of(operator, size):
     return tuple(sorted(tuple(map(size, operand.dims)) for operand in operator.reads))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES)
 def test_operators_are_timed_at_the_shapes_that_are_asked_for(case):
     with timed_by(case) as (_, clock, kept):
@@ -124,6 +125,7 @@ class Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", [name for name in CASES if "ONNX" not in name])
 @pytest.mark.parametrize("smaller", [False, True])
 def test_the_shapes_are_those_of_models_that_run(case, smaller):
@@ -145,16 +147,6 @@ def test_the_shapes_are_those_of_models_that_run(case, smaller):
             for _ in range(2):
                 timer.timeit(1)
         assert called.seen == Counter({key: 2 * n for key, n in expected.items()})
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_clock_says_what_is_timed_and_where(case):
-    with timed_by(case) as (_, clock, _):
-        where = "by ONNX Runtime" if "ONNX" in case else "by torch"
-        assert f"in float32 {where}" in clock.described
-        assert f"{torch.get_num_threads()} thread" in clock.described
-        what = "one token of 3 sequences with" if "token" in case else "a pass over x 6x3x12x12"
-        assert clock.described.startswith(what)
 
 
 # ---- in torch ----------------------------------------------------------------------------
@@ -258,14 +250,6 @@ def test_an_operator_is_the_same_in_onnx_and_one_that_cannot_be_written_is_left_
             due, *_ = tensors_in(operator.function(**arguments))
             torch.testing.assert_close(torch.from_numpy(found), due, rtol=1e-4, atol=1e-4)
         assert {len(model.weights) for model in models} >= {0, 1, 2, 4}
-
-
-def test_what_cannot_be_written_as_onnx_takes_no_number():
-    with timed_by("a pass in ONNX Runtime") as (_, clock, _):
-        operator = clock.traced.operators[0]
-        broken = dataclasses.replace(operator, function=None)
-        (timer,) = clock.ready([(broken, sizes_at(clock, {}))])
-        assert math.isnan(timer())
 
 
 @pytest.mark.slow

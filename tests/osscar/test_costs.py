@@ -425,6 +425,7 @@ KEPT = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("budget", ["params", "size", "flops"])
 @pytest.mark.parametrize("case", KEPT)

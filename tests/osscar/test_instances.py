@@ -16,7 +16,7 @@ from solvers.storage import read
 
 KNOWN = library()
 NAMES = sorted(KNOWN.instances, key=lambda name: KNOWN.sources[KNOWN.instances[name].source].rows)
-EASY, OTHER = "demo-heads-k4", "demo-heads-k6"
+EASY = "demo-heads-k4"
 BEST = KNOWN.instances[EASY].best
 
 

@@ -18,15 +18,13 @@ from osscar.allocation.costs import Cost, count, weights
 from osscar.allocation.measured import compared_samples, measured_curves
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import count_kept
-from osscar.base.errors import RequestError
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.request import BudgetKind, PruningRequest, parse_keep
+from osscar.request import PruningRequest, parse_keep
 from osscar.routing.find import mixtures_in
 from osscar.routing.masks import without_experts
-from osscar.run.jobs import SweepJob
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import prune_page
 from osscar.run.run_log import RunLog
@@ -160,23 +158,13 @@ def test_shares_of_experts_are_rounded_as_those_of_units_are(asked, kept, prepar
     assert count_kept(one.group, parse_keep(asked), round_to=8) == kept
 
 
-def test_held_out_samples_serve_experts_whatever_the_target():
-    asked = {"damp": 0.3, "target": "weights"}
-    assert PruningRequest(experts=3, **asked).holds_out
-    assert not PruningRequest(neurons=3, **asked).holds_out
-
-
 # ---- what is refused ---------------------------------------------------------------------
-
-
-def test_baselines_of_sweeps_have_no_experts():
-    with pytest.raises(RequestError, match="omit baselines"):
-        SweepJob("magnitude", BudgetKind.PARAMS, 0.8).request(PruningRequest(params=0.8, **AUTO))
 
 
 # ---- beside heads and neurons ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_run_comes_to_what_two_come_to():
     """Towards what weights make of their inputs, nothing tells one run from the other."""
     model, asked = small(), {"target": "weights", **ALL}
@@ -296,13 +284,7 @@ def test_experts_that_only_other_samples_are_sent_to_are_measured_without():
     assert curve.losses[3] == pytest.approx(curve.measured[2] / 2)
 
 
-def test_of_long_windows_one_is_left_to_judge_fits_by(prepared, monkeypatch):
-    monkeypatch.setattr("osscar.allocation.measured._FITTED_TOKENS", 1)
-    request = PruningRequest(params=0.7, skip=["*.neurons", "*.heads"], **AUTO)
-    curves, _ = measured_curves(PruningTask(prepared, request), lambda _: {NAME: 3})
-    assert curves[NAME].measured[3] > 0
-
-
+@pytest.mark.slow
 def test_a_budget_takes_experts_and_a_run_that_was_killed_goes_on_to_the_same_model(tmp_path):
     model, log = mixture("mixtral"), tmp_path / "whole"
     request = PruningRequest(params=0.7, heads=1.0, neurons=36, **AUTO, **ALL)

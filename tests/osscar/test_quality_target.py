@@ -70,6 +70,7 @@ def test_the_bound_of_a_mean_has_the_size_of_the_values(size):
     assert scaled.bound == pytest.approx(size * found.bound)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CASES)
 def test_the_truth_is_within_the_reported_bound_of_a_search(case):
     found = [one for one in searches(case, 500, seed=1) if one.truth is not None]

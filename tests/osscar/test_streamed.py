@@ -21,7 +21,6 @@ from osscar.base.errors import (
     CheckpointError,
     EquivalenceError,
     FileError,
-    NonFiniteError,
     OptionError,
 )
 from osscar.base.inputs import parse_size
@@ -313,14 +312,6 @@ def test_a_missing_shard_is_refused_and_one_that_is_taken_away_later_is_still_th
     assert_close(model(windows(2)).logits, expected)
     with pytest.raises(FileError, match="cannot be read"):
         opened(dense)
-
-
-def test_nonfinite_weights_are_named(tmp_path):
-    model = tiny("opt")
-    model.model.decoder.layers[1].fc1.weight.data[3, 4] = torch.nan
-    model.save_pretrained(tmp_path)
-    with pytest.raises(NonFiniteError, match=r"layers\.1\.fc1\.weight"):
-        opened(tmp_path)
 
 
 def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):

@@ -106,6 +106,7 @@ def expected():
     return osscar.prune(blocks(), X, **ASKED).model.state_dict()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "state",
     [

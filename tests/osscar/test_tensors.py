@@ -1,7 +1,6 @@
 """Models that read neither text nor pictures, from the file of tensors to the command line."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,25 +81,6 @@ def pairs(count, seed):
 
 
 # ---- from end to end ---------------------------------------------------------------------
-
-
-def test_what_is_handed_on_names_no_folder_of_the_machine(run, code, tmp_path):
-    mine, data = tmp_path / code("sound"), tmp_path / "data.npz"
-    np.savez(data, **waves(60, 0))
-    np.savez(tmp_path / "test.npz", **waves(20, 1))
-    on = ("--calibration", data, "--samples", 50)
-    for command in (
-        ("prune", mine, *on, "--sparsity", 0.4),
-        ("recover", tmp_path / "prune", "--dense", mine, "--inputs", data, "--steps", 2),
-        ("sweep", mine, *on, "--sparsity", "0.4", "--inputs", tmp_path / "test.npz"),
-        ("gap", mine, *on, "--backends", "greedy", "--sparsity", 0.5),
-    ):
-        status, _, err = run(*command, "--out", tmp_path / command[0])
-        assert status == 0, err
-    for file in tmp_path.rglob("*"):
-        if file.suffix in (".json", ".html", ".md", ".csv"):
-            for place in (tmp_path, Path.home()):
-                assert str(place) not in file.read_text(), file
 
 
 def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path):

@@ -80,6 +80,7 @@ class Wide(nn.Module):
         return self.leave(self.enter(x).expand(-1, 10**6).sigmoid().mean(1, keepdim=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what the process has in memory")
 def test_a_step_that_takes_more_than_it_may_is_made_in_smaller_parts():
     torch.manual_seed(0)
