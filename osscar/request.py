@@ -292,10 +292,9 @@ class PruningRequest:
         processor, for which operators and models are exported.
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
-        The smallest model within it and within all budgets is found by pruning up to four times, on
-        half of the calibration samples.  A quarter of them leads the search.  What it holds for
-        good is tested on the last quarter, from the largest size on, until one fails; the loss of
-        the last one that passed is at most this with 95 % confidence.
+        The smallest model within it and within all budgets is searched for by pruning up to four
+        times.  It is tested on a quarter of the calibration samples that no search has seen: its
+        loss is at most this with 95 % confidence.
     max_perplexity_increase
         The same search for a language model: largest increase of its perplexity, such as ``5%``.
     max_top1_drop
@@ -350,8 +349,8 @@ class PruningRequest:
         With `certify`: rounds of the search for the lower bound of a group with more than 32 units.
         More rounds give a better bound, and take longer.
     damp
-        Damping of the refit: the weight of a ridge penalty on changes of the dense weights,
-        relative to the diagonal of the Gram matrix.  By default chosen for each layer on held-out
+        Ridge strength of the refit, relative to the diagonal of the Gram matrix: larger keeps
+        refitted weights closer to the dense ones.  By default chosen for each layer on held-out
         calibration samples.
     target
         Outputs that a layer is refitted to.  ``weights``: those of its dense weights on its inputs
@@ -374,9 +373,8 @@ class PruningRequest:
     form
         What is made smaller.  ``eager``: the model's modules.  ``exported``: its ``torch.export``
         program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``: the
-        modules, or the program if more groups can be pruned there; a model of transformers that
-        generates text, or one that is timed, keeps its modules, and so does a class with methods of
-        its own wherever these can follow all that is asked for.
+        program only if more groups can be pruned there, and never of a model that generates text or
+        is timed, or whose class has methods that its modules can keep.
     strict
         Stop with an error if a group that is to be pruned cannot lose units.  By default such
         groups are skipped, and the report names them.

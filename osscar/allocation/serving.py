@@ -110,8 +110,8 @@ def check_caches(model: nn.Module, asked: Caching, context: int) -> None:
         or model.config.is_encoder_decoder
     ):
         raise RequestError(
-            f"{asked.option} needs the keys and values that a decoder of transformers keeps as it "
-            f"generates text, and {type(model).__name__} keeps none; {asked.instead}"
+            f"{asked.option} needs a decoder of transformers with a key/value cache, and "
+            f"{type(model).__name__} has none; {asked.instead}"
         )
     if others := {type(layer) for layer in DynamicCache(config=model.config).layers} - _KEPT:
         raise _keeps_others(model, others, asked)
@@ -126,7 +126,7 @@ def check_caches(model: nn.Module, asked: Caching, context: int) -> None:
 def _keeps_others(model: nn.Module, kinds: Iterable[type], asked: Caching) -> RequestError:
     named = " and ".join(sorted(kind.__name__ for kind in kinds)) or "none"
     return RequestError(
-        f"{asked.option} needs keys and values, and {type(model).__name__} keeps {named}; "
+        f"{asked.option} needs a key/value cache, and {type(model).__name__} keeps {named}; "
         f"{asked.instead}"
     )
 

@@ -259,7 +259,7 @@ def time_against(dense: Timer, other: Timer, wanted: float) -> Ratio:
     if not found.error <= CLOSE:
         raise RequestError(
             f"this device is too noisy to time: a speed-up of {middle:.2f} is only known to "
-            f"{found.error:.0%}; end what else runs on it, or give flops in its place"
+            f"{found.error:.0%}; stop other work on it, or give flops (`--flops`) instead"
         )
     return found
 

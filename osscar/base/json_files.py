@@ -132,7 +132,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.{_SHOWN}} stands there twice")
+        raise ValueError(f"duplicate key {twice!r:.{_SHOWN}}")
     return found
 
 

@@ -197,7 +197,7 @@ def _failure(said: Sequence[_Said]) -> _Failure:
 
 def _lost(who: str, error: RuntimeError) -> RanksError:
     return RanksError(
-        f"{who} has ended without a word, perhaps killed for want of memory, or cannot be "
+        f"{who} stopped without an error message (perhaps killed, as memory ran out), or cannot be "
         f"reached ({first_line(error):.120})"
     )
 

@@ -104,7 +104,7 @@ class TransformersOrigin:
             if names:
                 raise CheckpointError(
                     f"the weights in {path} do not fit its config: {len(names)} {reason}, such as "
-                    f"{names[0]!r}; get the checkpoint anew"
+                    f"{names[0]!r}; download the checkpoint again"
                 )
         read: nn.Module = model.eval()
         return read

@@ -37,13 +37,14 @@ def check_runs(model: nn.Module, source: str) -> None:
     if tried.failed:
         raise CheckpointError(
             f"{source} can be read, and its first forward pass fails: "
-            f"{first_line(tried.error):.300}; a number in its config.json is one that no such "
-            "model has: get it anew"
+            f"{first_line(tried.error):.300}; its config.json does not match its weights: "
+            "download it again"
         ) from tried.error
     if logits is not None and bool(logits.isnan().any()):
         raise NonFiniteError(
             f"{source} can be read, and its first forward pass gives NaN in {logits.dtype}: a "
-            "number in its config.json, or its weights, are damaged; get it anew, or try float32"
+            "number in its config.json, or its weights, are damaged; download it again, or try "
+            "float32"
         )
 
 
@@ -57,7 +58,7 @@ def check_sample(model: nn.Module, source: str) -> None:
     if strays is not None:
         raise CheckpointError(
             f"{source} computes something else than the model that was saved: {strays}; build the "
-            "dense model by the code that it was pruned with, or get the checkpoint anew"
+            "dense model with the code that it was pruned with, or download the checkpoint again"
         )
 
 

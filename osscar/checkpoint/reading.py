@@ -128,8 +128,8 @@ def _fill(model: nn.Module, path: Path) -> None:
     for what, names in (("lacks", lacking), ("has", unexpected)):
         if names:
             raise CheckpointError(
-                f"the weights in {path} do not fit its plan: the file {what} {names[0]!r}; get the "
-                "checkpoint anew"
+                f"the weights in {path} do not fit its plan: the file {what} {names[0]!r}; "
+                "download the checkpoint again"
             )
 
 

@@ -130,8 +130,8 @@ def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], path: Pa
         ):
             raise CheckpointError(
                 f"the weights in {path} do not fit its config: {name!r} is {tensor.dtype} "
-                f"{tensor.shape}, where {mine.dtype} {tuple(mine.shape)} is due; get the "
-                "checkpoint anew, or, if it was written by save_pretrained of a pruned model, "
+                f"{tensor.shape}, where {mine.dtype} {tuple(mine.shape)} is due; download the "
+                "checkpoint again, or, if it was written by save_pretrained of a pruned model, "
                 "write it with osscar.save"
             )
 

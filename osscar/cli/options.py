@@ -409,8 +409,7 @@ class GapOptions(DataOptions):
     groups: str | None = None
     """Only groups of the model that match one of these patterns, such as `*.heads`."""
     damp: float = 0.01
-    """Damping of the refit: the weight of a ridge penalty on changes of the dense weights, relative
-    to the diagonal of the Gram matrix."""
+    """Ridge strength of the refit: larger keeps refitted weights closer to the dense ones."""
     device: str = "auto"
     """Device that runs the model: auto, cpu or cuda.  Solvers run on the CPU."""
     json: Json = None

@@ -248,9 +248,9 @@ def _reason(
         )
     if mixture is not None and tensor not in mixtures:
         return (
-            f"is read by {tensor!r} in {name!r}, a {kind}, which is not called with tokens, their "
-            "experts and weights, or does not put out the weighted sum over experts; only such a "
-            "mixture can be refitted"
+            f"is read by {tensor!r} in {name!r}, a {kind}, which is an unsupported mixture: it is "
+            "not called with tokens, experts and weights, or its output is not the weighted sum of "
+            "its experts"
         )
     if around is not None:
         return (

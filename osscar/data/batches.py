@@ -385,9 +385,7 @@ def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
     except TypeError as error:
         raise DataError(f"{type(model).__name__}.forward: {error}") from error
     if not all(isinstance(value, Tensor) for value in bound.values()):
-        raise DataError(
-            f"{type(model).__name__}.forward gives its arguments no names; give it named ones"
-        )
+        raise DataError(f"{type(model).__name__}.forward takes arguments without names; name them")
     return dict(bound)
 
 

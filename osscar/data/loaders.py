@@ -199,7 +199,7 @@ def _read(
         raise DataError(f"cannot read batches of {what}; {_FORMS}")
     read = list(_first(iter(source), model, samples))
     if not read:
-        raise DataError(f"{what} yields nothing; give one that was not read to its end before")
+        raise DataError(f"{what} is empty or exhausted; give a list or a new DataLoader")
     batches = [one.samples for one in read]
     left_out = list(dict.fromkeys(name for one in read for name in one.left_out))
     hidden = list(dict.fromkeys(name for one in read for name in one.hidden))
@@ -289,8 +289,8 @@ def _scored(labels: Any) -> Tensor | None:
         return None  # boxes and their like
     if not found.ndim:
         raise DataError(
-            f"its label is one number ({safe_repr(labels)}), as of a sample and not of a batch; "
-            "give torch.utils.data.DataLoader(samples, batch_size=32) of these"
+            f"the label is one number ({safe_repr(labels)}), so the data are not batched; wrap "
+            "them in torch.utils.data.DataLoader(samples, batch_size=32)"
         )
     return found if kind_of_numbers(found) == "whole" else None
 
@@ -318,8 +318,8 @@ def _joined(
     divided = all(isinstance(one, SampleList) for one in batches)
     if hidden and not divided:
         raise DataError(
-            "the data have a mask, and masked positions cannot be left out of the refit for this "
-            "model; give samples without padding"
+            "the data have a mask, and this model does not support padded samples; give samples "
+            "without padding"
         )
     samples = [
         sample

@@ -35,7 +35,8 @@ def _mean(value: Any, least: float = -math.inf) -> tuple[float, ...]:
     if len(numbers) not in (1, 3) or not all(isinstance(n, int | float) for n in numbers):
         raise ValueError("give one number for all channels, or one for each of three")
     if not all(math.isfinite(n) and least < n <= 1 for n in numbers):
-        raise ValueError(f"give that of pixels / 255, {'' if least else 'above 0 and '}at most 1")
+        scale = "at most 1" if least else "in (0, 1]"
+        raise ValueError(f"give numbers {scale}, for pixels scaled to 0..1")
     return tuple(map(float, numbers))
 
 

@@ -125,8 +125,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown > _UNKNOWN * len(ids):
         warn(
-            f"{unknown:,} of the text's {len(ids):,} tokens are {tokenizer.unk_token}: its "
-            "tokenizer does not know what stands there; give text of the model's own kind"
+            f"{unknown:,} of the text's {len(ids):,} tokens are unknown ({tokenizer.unk_token}); "
+            "check that language and tokenizer are the model's"
         )
     return torch.tensor(ids, dtype=torch.int64)
 

@@ -140,7 +140,7 @@ class Distance:
             if not zero <= _ZERO:
                 raise OptionError(
                     f"distance is {asked}, by which the dense model is {float(zero):.3g} from "
-                    "itself; let it return 0 where both models put out the same"
+                    "itself; let it return 0 where both models return the same"
                 )
             return own
         with watched(dense, inputs, batch) as seen:
@@ -186,7 +186,7 @@ class Distance:
     ) -> Any:
         """Return what is compared of a model's outputs: rows of logits, tensors, or all.
 
-        Of predictions it is one in so many: a language model that can does not make the others.
+        Every `step`-th prediction; a model with `logits_to_keep` computes only those.
         Padded positions are left out, but of all outputs.  `run` makes a forward pass.
         """
         if self.scores is None:

@@ -187,7 +187,7 @@ class Windows:
         known: int = min(model.get_input_embeddings().num_embeddings for model in models)
         if largest >= known:
             raise ModelError(
-                f"the tokenizer gives token {largest} but the model knows only {known}; "
+                f"the tokenizer returns token {largest}, and the model has {known} embeddings; "
                 "use the tokenizer that belongs to the model"
             )
         return cls(data.cut(models), len(data.before))
@@ -344,7 +344,7 @@ def _outputs(
     if labels is not None and isinstance(data, ImageSet):
         sizes = [one.shape for one in exact.values() if one.is_floating_point()]
         if not any(len(size) == 2 and size[0] == len(labels) for size in sizes):
-            warn(f"{kind} puts out no scores of classes, so that the labels of images are left out")
+            warn(f"{kind} returns no scores of classes, so that the labels of images are ignored")
             labels = None
     sequences = reads_sequences(named.values())
     if labels is None:
@@ -361,7 +361,7 @@ def _outputs(
         there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
         wanted: list[Any] = [*labels.shape]
         wanted.insert(len(wanted) if sequences else 1, "classes")
-        advice = "let the model put out these, or score it on samples without labels"
+        advice = "let the model return these, or score it on samples without labels"
         if labels.shape == exact[name].shape:
             advice = "if the labels are one-hot, give the classes themselves, labels.argmax(1)"
         raise ModelError(
@@ -417,7 +417,7 @@ class _Tally:
         shapes, others = ({n: tuple(t.shape) for n, t in o.named.items()} for o in (mine, dense))
         if shapes != others:
             raise ModelError(
-                f"the models cannot be compared: {mine.model} puts out {shapes}, and the dense one "
+                f"the models cannot be compared: {mine.model} returns {shapes}, and the dense one "
                 f"{others}"
             )
         for name, known in dense.named.items():

@@ -229,7 +229,9 @@ class Graph:
         for name, tensor in self._stored():
             found = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if found is None:
-                raise ModelError(f"llama.cpp cannot run the model: it has no place for {name!r}")
+                raise ModelError(
+                    f"llama.cpp cannot run the model: its format has no tensor like {name!r}"
+                )
             rotated = self.kind.neighbours and (".q_proj." in name or ".k_proj." in name)
             yield found, tensor, tensor.shape[0] // self.head_width if rotated else 0
         factors = _rotary_factors(self.model)

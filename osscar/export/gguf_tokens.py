@@ -123,7 +123,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     for key, known in _MODEL.items():
         if model[key] not in known:
             raise ModelError(
-                f"the tokenizer has {key} = {model[key]!r:.60}, and llama.cpp nothing like it"
+                f"the tokenizer has {key} = {model[key]!r:.60}, which llama.cpp does not support"
             )
     if not model["merges"]:
         raise ModelError("the tokenizer has no merges, and GGUF no empty list of them")

@@ -101,7 +101,7 @@ class OpenProgram:
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise ModelError(
-                    f"the model puts out {safe_repr(leaf)} ({type(leaf).__name__}), which no such "
+                    f"the model returns {safe_repr(leaf)} ({type(leaf).__name__}), which no such "
                     "file can hold; let its forward return tensors alone"
                 )
         if len(names) != len(leaves):  # what torch knows as a container, and we do not

@@ -75,7 +75,7 @@ def of_directory(
         return validated(dict(recorded), Preprocessing, "the preprocessing")
     except (FileError, OptionError) as error:
         reason = error.reason if isinstance(error, FileError) else error
-        raise CheckpointError(f"the preprocessing in {path} makes no sense: {reason}") from error
+        raise CheckpointError(f"the preprocessing in {path} is invalid: {reason}") from error
 
 
 # ---- examples ----------------------------------------------------------------------------
@@ -106,8 +106,8 @@ def recorded_example(path: Path | str, inputs: Mapping[str, Input]) -> Batch | N
     example = {}
     for name, kind in inputs.items():
         nonsense = CheckpointError(
-            f"the input {safe_repr(name)} in {path} makes no sense: {safe_repr(kind.dtype)} of "
-            f"{safe_repr(kind.shape)}; get the checkpoint anew"
+            f"the input {safe_repr(name)} in {path} is invalid: {safe_repr(kind.dtype)} of "
+            f"{safe_repr(kind.shape)}; download the checkpoint again"
         )
         if min(kind.shape, default=1) < 1 or math.prod(kind.shape) > _LARGEST_EXAMPLE:
             raise nonsense

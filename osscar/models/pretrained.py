@@ -130,7 +130,7 @@ def _load_stock(
     if missing:  # transformers fills these with random numbers, and warns
         raise ModelError(
             f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; "
-            "get the checkpoint anew, or one of a causal language model"
+            "download the checkpoint again, or one of a causal language model"
         )
     return model, number_format_of(config, read_headers(path) or {})
 
@@ -191,7 +191,7 @@ def image_processor(path: Path) -> Any:
         )
     raise ModelError(
         f"the image processor in {path / _PROCESSOR_FILE} cannot be read: "
-        f"{first_line(tried.error):.500}; get the checkpoint anew"
+        f"{first_line(tried.error):.500}; download the checkpoint again"
     ) from tried.error
 
 

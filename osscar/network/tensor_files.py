@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise FileError(path, f"it cannot be read: {reason_of(error)}") from error
     except SafetensorError as error:
         raise FileError(
-            path, f"it is cut off, or no safetensors file ({error}); get it anew"
+            path, f"it is cut off, or no safetensors file ({error}); download it again"
         ) from error
     header.pop("__metadata__", None)
     found = {}

@@ -25,7 +25,7 @@ from osscar.base.errors import FileError, NonFiniteError, OutputError
 PIECE = 16 << 20
 """Bytes that are read at once."""
 
-DAMAGED = "the checkpoint is damaged, get it anew"
+DAMAGED = "the checkpoint is damaged, download it again"
 """What is said of weights that were read and are not finite."""
 
 
@@ -67,7 +67,7 @@ class Source:
             except OSError as error:
                 raise FileError(self.path, f"it cannot be read: {error.strerror}") from error
             if not got:
-                raise FileError(self.path, "it is cut off; get the checkpoint anew")
+                raise FileError(self.path, "it is cut off; download the checkpoint again")
             done += got
         self._check_unwritten()
 

@@ -1,4 +1,4 @@
-"""What tells whether a model and its data are still those that something was begun with.
+"""The fingerprint of a dense model and its data, by which a run that goes on knows both.
 
 The code of a model is not all in its file: what it does may lie in a helper, a constant, a default,
 a hook.  What it puts out on given inputs tells, to the bit, where the same device rounds alike.
@@ -137,9 +137,9 @@ class Fingerprint:
         for name, _ in sorted(self.code.items() ^ before.code.items()):
             return f"{name} has changed"
         if self.weights != before.weights:
-            return "the model's weights are others"
+            return "the model's weights differ"
         if self.calibration != before.calibration:
-            return "the calibration data are others"
+            return "the calibration data differ"
         if self.outputs.differs(before.outputs):
-            return "the dense model puts out other values on the same inputs: its code has changed"
+            return "the dense model returns other values on the same inputs: its code has changed"
         return None

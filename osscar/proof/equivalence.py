@@ -211,12 +211,12 @@ def prove_equal(
         if a is None or b is None:
             fewer, more = names if a is None else names[::-1]
             raise EquivalenceError(
-                f"{fewer} puts out fewer tensors than {more}; let forward return as many at every "
+                f"{fewer} returns fewer tensors than {more}; let forward return as many at every "
                 "width"
             )
         if a.shape != b.shape:
             raise EquivalenceError(
-                f"{other} puts out {tuple(b.shape)}, and {one} {tuple(a.shape)}: the code has a "
+                f"{other} returns {tuple(b.shape)}, and {one} {tuple(a.shape)}: the code has a "
                 "fixed size that did not change"
             )
         if not a.numel():
@@ -226,7 +226,7 @@ def prove_equal(
             coarsest = max((_rounding_of(kind).ties for kind in kinds), default=0.0)
             if differing > max(1.0 if kinds else 0.0, coarsest * a.numel()):
                 raise EquivalenceError(
-                    f"{other}'s output is another one than {one}'s at {differing / a.numel():.1%} "
+                    f"{other}'s output differs from {one}'s at {differing / a.numel():.1%} "
                     f"of its {a.dtype} entries, which have to be equal"
                 )
             ties, compared = ties + differing, True

@@ -164,7 +164,7 @@ def why_not_dense(model: nn.Module, dense: nn.Module) -> str | None:
     ]
     if None in strays or not known:
         return None
-    return strays[0] if strays else "its weights are others"
+    return strays[0] if strays else "its weights differ from those recorded at pruning"
 
 
 def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = None) -> str | None:

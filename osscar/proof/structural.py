@@ -237,7 +237,9 @@ class _Comparison:
                 for size, other in zip(theirs.shape, ours.shape, strict=True):
                     self._bind(expression(size), expression(other))
         if self.due.traced.standalone.structure != self.made.structure:
-            raise StructureError("the smaller model puts out another structure than the dense one")
+            raise StructureError(
+                "the smaller model's output has another structure than the dense one's"
+            )
         self._graphs(self.due.graph, self.made.module.graph)
         by_module: dict[str, str] = {}
         for node, what in self.differences:

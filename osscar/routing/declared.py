@@ -116,7 +116,7 @@ def mixture(
     if not (gate and experts):
         raise OptionError(f"modules of a mixture are {gate!r} and {experts!r}; give their names")
     if route is not None and top_k is not None:
-        raise OptionError(f"top_k is {top_k} beside route, which says it all; give one of them")
+        raise OptionError(f"top_k is {top_k}, and route is given, too; give one of them")
     rule = None
     if top_k is not None:
         rule = RoutingRule(top_k, RouterScores(scores), normalize, scale)

@@ -154,7 +154,7 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
         )
     if seen.router is None:
         raise ModelError(
-            f"no module put out the experts and weights that {name!r} is called with: code of the "
+            f"no module returned the experts and weights that {name!r} is called with: code of the "
             "module around it routes, and only a router that is a module can be told which experts "
             "are left"
         )

@@ -168,7 +168,7 @@ def _gate(block: nn.Module, declared: Declaration, rest: _Rest, count: int) -> R
         return Router(rule_of_function(declared.route, block, count))
     if not sends_tokens(rest.routed):
         raise ModelError(
-            f"{declared.gate!r} puts out no numbers of experts, and nothing says what its logits "
+            f"{declared.gate!r} returns no expert numbers, and nothing says what its logits "
             "are made into; give top_k=, with normalize= and the like, or route="
         )
     try:

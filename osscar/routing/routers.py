@@ -205,7 +205,7 @@ def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
     if not len(experts) == len(weights) == 1 >= len(like_logits(leaves, count)):
         found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors.values())
         raise ModelError(
-            f"puts out {found or 'no tensor'}, where the logits of {count} experts, the experts "
+            f"returns {found or 'no tensor'}, where the logits of {count} experts, the experts "
             "of each token, and their weights are due, each once"
         )
     return experts[0], weights[0]
@@ -292,7 +292,7 @@ def _logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
             if x.is_floating_point() and x.shape[-1:] == W.shape[1:]:
                 return x.detach().reshape(-1, W.shape[1]).to(W) @ W.T
     raise ModelError(
-        f"puts out no logits of {count} experts, and multiplies tokens with no one matrix that has "
+        f"returns no logits of {count} experts, and multiplies tokens with no one matrix that has "
         "a row for each of them"
     )
 

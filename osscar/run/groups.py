@@ -186,7 +186,7 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
     if grown:
         named = [f"{report.name} ({report.growth:.3g} times)" for report in grown]
         warn(
-            f"refits grew beyond reason: the largest weight that reads a group is more than "
+            f"refitted weights are very large: the largest weight that reads a group is more than "
             f"{GROWN:g} times the largest dense one of {listed(named, 8)}; "
             f"{_why_grown(model)}give more calibration data, raise damp (`--damp`), or leave "
             f"such groups "

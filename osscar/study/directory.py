@@ -166,8 +166,8 @@ class Study:
                 )
             if all(instance.units == 1 for instance in instances.values()):
                 raise JournalError(
-                    f"there is nothing to choose in {', '.join(instances)}: a problem of one unit "
-                    "has one support; give problems of at least 2 units"
+                    f"{', '.join(instances)}: there is only one unit, so nothing to choose; give "
+                    "problems of at least 2 units"
                 )
             self._store.write(_PROBLEM, instances)
 

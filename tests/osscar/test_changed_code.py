@@ -25,7 +25,7 @@ from solvers.own_code import source_digests
 from tests.osscar.test_sweep import POINT
 from tests.osscar.test_user_code import BACKEND, SCORES
 
-NOTICED = "the dense model puts out other values on the same inputs: its code has changed"
+NOTICED = "the dense model returns other values on the same inputs: its code has changed"
 REQUEST = PruningRequest(neurons=0.5, backend="wanda", device="cpu")
 DATA = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
 

@@ -183,7 +183,7 @@ def test_what_cannot_be_scored_is_refused(model, tokenizer):
     for wrong, message in (
         (both_ways, "bidirectional BertForMaskedLM"),
         (nn.Linear(2, 2), "Linear is no language model of transformers"),
-        (few, "knows only 100"),
+        (few, "the model has 100 embeddings"),
     ):
         with pytest.raises(ModelError, match=message):
             measure_quality(wrong, tokenizer, TEXT)

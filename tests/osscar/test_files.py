@@ -71,7 +71,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ('{"name": "n", "share": 1' + "0" * 5000 + "}", "not a number below 2^63"),
         ('{"name": "n", "share": 1.0, "inner": [{"size": 9223372036854775808}]}', "below 2^63"),
         ('{"name": "n", "share": 1.0, "inner": [{"size": 1, "x": 2}]}', "inner.0.x: unexpected"),
-        ('{"name": "n", "name": "m", "share": 1.0}', "the key 'name' stands there twice"),
+        ('{"name": "n", "name": "m", "share": 1.0}', "duplicate key 'name'"),
         ('{"name": "\\ud800", "share": 1.0}', "escapes half of a surrogate pair"),
     ],
 )

@@ -292,7 +292,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
             time.sleep(0.01)
         second.kill()
         assert first.wait() == 2
-    assert "rank 1 has ended without a word" in first.stderr
+    assert "rank 1 stopped without an error message" in first.stderr
     assert "run the same command again to continue" in first.stderr
     assert not (tmp_path / "out").exists()
     assert 1 <= len(list(log.glob("0*.safetensors"))) < 8

@@ -88,8 +88,8 @@ def manifest(finished):
 def test_another_run_is_refused_with_the_difference(log, manifest, monkeypatch):
     dense, other = tiny("opt", layers=1), tiny("opt", layers=1, seed=1)
     for model, data, request, versions, message in (
-        (other, tokens(), OPT, {}, "the model's weights are others"),
-        (dense, tokens(seed=2), OPT, {}, "the calibration data are others"),
+        (other, tokens(), OPT, {}, "the model's weights differ"),
+        (dense, tokens(seed=2), OPT, {}, "the calibration data differ"),
         (dense, tokens(), dataclasses.replace(OPT, damp=0.02), {}, "damp was None and is 0.02"),
         (dense, tokens(), OPT, {"torch": "0"}, "torch was .* and is '0'"),
         (dense, tokens(), OPT, {"transformers": "0"}, "transformers was .* and is '0'"),

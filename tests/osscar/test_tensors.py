@@ -178,7 +178,7 @@ def test_labels_say_that_a_matrix_is_of_scores_of_classes_and_are_part_of_the_da
     plain, labelled = (as_inputs(model, samples(labels=given)) for given in (None, labels))
     assert labelled.predictions == ()
     told = [Fingerprint.of(model, given) for given in (plain, labelled)]
-    assert told[0].difference(told[1]) == "the calibration data are others"
+    assert told[0].difference(told[1]) == "the calibration data differ"
     assert osscar.prune(model, samples(labels=labels), flops=0.6).divergence > 0
 
 

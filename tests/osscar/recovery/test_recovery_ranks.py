@@ -87,7 +87,7 @@ def test_ranks_go_on_where_they_stopped(tmp_path):
         assert process.status == 0, process.stderr
     first, second = ended([lambda: with_log(tmp_path, full=True)] * 2, tmp_path)
     assert "no space left" in first.stderr
-    assert "rank 0 has ended without a word" in second.stderr
+    assert "rank 0 stopped without an error message" in second.stderr
     assert [path.name for path in (tmp_path / "log").glob("*.safetensors")] == [
         "00000001.safetensors"
     ]
