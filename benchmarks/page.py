@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import markdown, rows_in
-from osscar.base.printable import listed, share
+from osscar.base.printable import share
 from osscar.report.figures import color, file_of, legend, new_figure, shares
 
 DENSE, OURS = "dense", "this toolkit"
@@ -93,10 +93,7 @@ def write_page(directory: Path) -> str:
 
 def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
     """Yield the page."""
-    yield from ("## Where a peer is better", "")
-    better = [one for size, here in known.items() for one in beaten(size, here)]
-    better.sort(key=lambda one: one[0])
-    yield from [line for _, line in better] or ["Nowhere in these rows."]
+    yield from ("## Where a peer is better", "", *where_better(known))
     yield from ("", "## Quality over time", "", f"![{ALTERNATIVE}](images/peers.svg)")
     yield from tables(known)
     failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
@@ -116,57 +113,64 @@ def tables(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
 
 ALTERNATIVE = "Quality over the time of a forward pass, one line a method"
 
-COSTS = {
-    "forward": ("time of a forward pass, over the dense model's", lambda x: f"{x:.2f}"),
-    "seconds": ("seconds of pruning", lambda x: f"{x:.0f}"),
-    "peak_bytes": ("peak memory of pruning, GB", lambda x: f"{x / 1e9:.2f}"),
+COSTS: dict[str, Callable[[float], str]] = {
+    "forward": lambda x: f"{x:.2f}",
+    "seconds": lambda x: f"{x:.0f}",
+    "peak_bytes": lambda x: f"{x / 1e9:.2f}",
 }
 """What is better if it is less."""
 
 
-def beaten(size: tuple[str, str], here: Sequence[Entry]) -> Iterator[tuple[int, str]]:
-    """Yield a line for each measure in which the mean of a peer is better than this toolkit's.
+def where_better(known: Mapping[tuple[str, str], list[Entry]]) -> list[str]:
+    """Return a row for each size, with the best peer in each measure that this toolkit loses.
 
-    Before it comes the position of the measure: quality first, then what it costs.
+    Compared are means; a measure in which it loses nowhere has no column.
     """
+    found = {
+        f"{TITLES[task]}, {setting}": dict(beaten(here)) for (task, setting), here in known.items()
+    }
+    titles = [title for title in MEASURES if any(title in cells for cells in found.values())]
+    rows = [[size, *(cells.get(one, "") for one in titles)] for size, cells in found.items()]
+    return markdown([("size", *titles), *rows], 1 + len(titles)) if titles else ["Nowhere."]
+
+
+MEASURES = ("one shot", "recovered", "forward pass", "pruning, s", "memory, GB")
+
+
+def beaten(here: Sequence[Entry]) -> Iterator[tuple[str, str]]:
+    """Yield each measure in which a peer is better at one size, and by how much the best is."""
     ours = next((entry for entry in here if entry.method == OURS), None)
     if ours is None:
         return
     perplexity = ours.measure == "perplexity"
-    compared: list[tuple[str, str, bool, Callable[[float], str]]] = [
-        ("in one shot", "quality", False, lambda x: told(ours.measure, [x])),
-        ("recovered", "quality", True, lambda x: told(ours.measure, [x])),
-        *((title, name, False, form) for name, (title, form) in COSTS.items()),
+    compared: list[tuple[str, bool, Callable[[float], str]]] = [
+        ("quality", False, lambda x: told(ours.measure, [x])),
+        ("quality", True, lambda x: told(ours.measure, [x])),
+        *((name, False, form) for name, form in COSTS.items()),
     ]
-    for position, (title, name, trained, form) in enumerate(compared):
+    for title, (name, trained, form) in zip(MEASURES, compared, strict=True):
         mine = ours.values(name, trained)
-        if not mine:
-            continue
-        own = statistics.mean(mine)
         sign = -1 if name == "quality" and not perplexity else 1
-        others = [
+        others = sorted(
             (sign * statistics.mean(values), entry.method)
             for entry in here
             if entry is not ours and (values := entry.values(name, trained))
-        ]
-        best = [
-            f"{method} {form(sign * x)}"
-            for x, method in sorted(others)
-            if x < sign * own and form(sign * x) != form(own)  # the same digits are no less
-        ]
-        if best:
-            theirs = listed(best, 2, "; ")
-            where = f"{TITLES[size[0]]}, {size[1]}"
-            yield position, f"- {where}, {title}: {theirs}; this toolkit {form(own)}."
+        )
+        if not mine or not others:
+            continue
+        own, (best, method) = statistics.mean(mine), others[0]
+        # the same digits are no less
+        if best < sign * own and form(sign * best) != form(own):
+            yield title, f"{method} {form(sign * best)}; {form(own)}"
 
 
 def table(here: Sequence[Entry]) -> list[str]:
     """Return the rows of one size."""
     names = ("method", "parameters", "operations", "one shot", "recovered", "forward pass")
-    lines: list[Sequence[str]] = [(*names, "pruning, s", "memory, GB", "read back", "proved")]
+    lines: list[Sequence[str]] = [(*names, "pruning, s", "memory, GB", "proved")]
     for entry in here:
         if entry.failed:
-            lines.append([entry.method, *[""] * 2, "failed", *[""] * 6])
+            lines.append([entry.method, *[""] * 2, "failed", *[""] * 5])
             continue
         parts = [
             statistics.mean(entry.values(name)) / entry.dense[name]
@@ -177,8 +181,7 @@ def table(here: Sequence[Entry]) -> list[str]:
                 entry.method,
                 *map(share, parts),
                 *(told(entry.measure, entry.values("quality", t)) for t in (False, True)),
-                *(form(statistics.mean(entry.values(name))) for name, (_, form) in COSTS.items()),
-                ", ".join(sorted({row["read_back"] for row in entry.shots if "form" in row})),
+                *(form(statistics.mean(entry.values(name))) for name, form in COSTS.items()),
                 entry.shots[0].get("proved", "") or "no",
             ]
         )
