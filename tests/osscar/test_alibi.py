@@ -98,6 +98,7 @@ class Attribute(Alibi):
         return self.table
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [Kept, Made, Listed, Attribute])
 def test_slopes_leave_with_modules_or_in_a_program(kind, tmp_path):
     torch.manual_seed(0)
@@ -136,6 +137,7 @@ class Counted(Made):
         return super().forward(x) + self.down(torch.relu(self.up(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:skipped")
 def test_what_only_a_program_can_lose_is_skipped_in_modules():
     asked = {"heads": "1/2", "neurons": 0.5, "strict": True, **PLAIN}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -18,6 +19,12 @@ KNOWN = library()
 NAMES = sorted(KNOWN.instances, key=lambda name: KNOWN.sources[KNOWN.instances[name].source].rows)
 EASY = "demo-heads-k4"
 BEST = KNOWN.instances[EASY].best
+
+
+def test_a_gap_is_a_share_of_the_loss():
+    best = dataclasses.replace(BEST, loss=0.5, bound=0.4)
+    assert best.gap == pytest.approx(0.2)
+    assert dataclasses.replace(best, bound=0.6).gap == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 import osscar
 from osscar.base.errors import DataError
 from osscar.data.batches import ModelInputs, as_inputs
-from osscar.data.parts import copies, shuffled
+from osscar.data.parts import copies, held_out, shuffled
 from osscar.preparation.prepare import prepare
 from osscar.recovery.samples import split
 from tests.osscar.networks import images, plain, small_net
@@ -52,6 +52,11 @@ def test_copies_are_adjacent_and_no_division_cuts_them():
     assert shuffled(numbered(np.arange(8)), 0).last(2) == 2
 
 
+def test_one_sample_in_eight_is_held_out_and_none_of_a_few():
+    assert [held_out(count) for count in (3, 4, 15, 16, 64)] == [0, 1, 1, 2, 8]
+    assert held_out(64, most=4) == 4
+
+
 @pytest.mark.parametrize("copied", [9, 30, 57, 60])
 def test_a_sample_of_many_copies_is_never_held_out_from_itself(copied):
     """As of empty rows, which may be most of all."""
@@ -63,8 +68,8 @@ def test_a_sample_of_many_copies_is_never_held_out_from_itself(copied):
             last = found.last(asked)
             assert last
             assert not set(seen[-last:]) & set(seen[:-last])
-        for held_out in (None, 3, 8):
-            request = osscar.RecoveryRequest(seed=seed, held_out=held_out)
+        for held in (None, 3, 8):
+            request = osscar.RecoveryRequest(seed=seed, held_out=held)
             training, apart = split(numbered(values), nn.Linear(1, 1), request)
             assert not {float(x["x"]) for x in training} & {float(x["x"]) for x in apart}
 

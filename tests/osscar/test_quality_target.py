@@ -268,7 +268,7 @@ def by_hand(quality, dense, model, data):
     ("quality", "most", "case"),
     [
         (TargetKind.PERPLEXITY, "12%", text),
-        (TOP1, "25%", labelled),
+        pytest.param(TOP1, "25%", labelled, marks=pytest.mark.slow),
         pytest.param(DIVERGENCE, 0.02, labelled, marks=pytest.mark.slow),
     ],
 )
@@ -329,6 +329,7 @@ def check_page(record, chosen, most):
 prepare, prune_groups = preparation.prepare, chain.prune_groups
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_repeats_no_attempt_and_ends_with_the_same_bits(
     two_attempts, tmp_path, monkeypatch
 ):
@@ -367,6 +368,7 @@ def test_a_search_that_was_killed_repeats_no_attempt_and_ends_with_the_same_bits
     assert not log.directory.exists()
 
 
+@pytest.mark.slow
 def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp_path, monkeypatch):
     log, request = RunLog(tmp_path / "log"), PruningRequest(max_divergence=0.02)
     monkeypatch.setattr(Judge, "measure", lambda self, model: Bounded(0.01, 0.03, 16))

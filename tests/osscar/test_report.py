@@ -15,7 +15,15 @@ from osscar.evaluation.size import Footprint
 from osscar.evaluation.speed import SampleSpeed, Speed
 from osscar.evaluation.tables import comparison_table, evaluation_table
 from osscar.report import html
-from osscar.report.sections import Table, Text, longest_stages, settings, settings_table, table
+from osscar.report.sections import (
+    Table,
+    Text,
+    longest_stages,
+    settings,
+    settings_table,
+    stages_table,
+    table,
+)
 from osscar.report.shown import Column, columns, notes
 from osscar.report.terminal import print_section
 from osscar.request import PruningRequest
@@ -165,3 +173,6 @@ def test_the_parts_of_a_time_add_up_to_the_whole(count):
     assert ("the rest" in said) == (count > 3)
     assert said.startswith(" (part 0 3.4")
     assert longest_stages({}) == ""
+    assert longest_stages({"other": 9.0, "walk": 1.0}) == " (walk 1.0, other 9.0)"
+    rows = stages_table({"walk": 1.0, "other": 3.0}).rows
+    assert rows == (("walk", "1.0", "25%"), ("other", "3.0", "75%"))

@@ -96,6 +96,7 @@ def test_fractions_may_be_given_in_per_cent():
         (Asked(neurons=1075), {"0.neurons": 1075}),
         (Asked(neurons=0.999), {"0.neurons": 1520}),
         (Asked(heads="2/3"), {"0.heads": 6}),
+        (Asked(heads=0.5, round_to=1), {"0.heads": 5}),
         (Asked(neurons=512, heads=9), {"0.neurons": 512}),
         (Asked(sparsity=0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
         (Asked(sparsity=0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
