@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, ModelError
 from osscar.base.inputs import safe_repr
+from osscar.data.alike import alike, joined, shapes_of
 from osscar.data.samples import SampleSet, check_tensors
 from osscar.data.text import CalibrationSet
 from osscar.network.modules import context_length, example_length, token_embeddings
@@ -44,8 +45,10 @@ class ModelInputs:
         Of how many predictions of a sample the classes are known, by dimension: () of one, and None
         of none.
     apart
-        In the place of `tensors`, samples of sizes of their own, such as graphs, each of which the
-        model is given alone.
+        In the place of `tensors`, samples of sizes of their own, such as graphs.
+    together
+        Whether samples `apart` of equal shapes run together, joined along the first dimension; each
+        runs alone otherwise.
     order
         Which samples there are, and in which order, as positions in `tensors` or `apart`, (n,)
         int64; None of all as they come.  The tensors themselves are not copied.
@@ -57,15 +60,21 @@ class ModelInputs:
     tokens: bool = False
     predictions: tuple[int, ...] | None = None
     apart: tuple[Mapping[str, Tensor], ...] = ()
+    together: bool = False
     order: Tensor | None = None
     sample_groups: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
         """How many samples a batch has unless the caller says otherwise."""
-        if self.apart:
+        if self.alone:
             return 1
         return WINDOWS_AT_ONCE if self.tokens else SAMPLES_AT_ONCE
+
+    @property
+    def alone(self) -> bool:
+        """Whether each sample is a batch of its own."""
+        return bool(self.apart) and not self.together
 
     @property
     def samples(self) -> int:
@@ -104,7 +113,7 @@ class ModelInputs:
         if self.tokens:
             ids = torch.zeros(2, example_length(model), dtype=torch.int64)
             return to_model({"input_ids": ids}, model)
-        return self.first(model) if self.apart else self._two(model)
+        return self.first(model) if self.alone else self.two(model)
 
     def sample(self, model: nn.Module) -> Batch:
         """Return inputs of the form of the example, with the numbers of the data."""
@@ -112,18 +121,19 @@ class ModelInputs:
         if not self.tokens:
             return example
         length = example["input_ids"].shape[1]
-        return {"input_ids": self._two(model)["input_ids"][:, :length]}
+        return {"input_ids": self.two(model)["input_ids"][:, :length]}
 
     def first(self, model: nn.Module) -> Batch:
         """Return the first sample, on the model's device; the others stay where they are."""
         return self.part(0, 1).batches(model, 1)[0]
 
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return the calibration data, at most so many samples at a time, on the model's device."""
-        if self.apart:
-            return [to_model(self.apart[index], model) for index in self.positions.tolist()]
-        rows = torch.arange(self.samples)
-        return [self._at(model, some) for some in torch.split(rows, batch_size)]
+        """Return the calibration data, at most so many samples at a time, on the model's device.
+
+        Those of a batch have equal shapes (`alike`).
+        """
+        some = self._alike(1 if self.alone else batch_size)
+        return [self._at(model, torch.tensor(rows)) for rows in some]
 
     def part(self, start: int, stop: int | None = None) -> ModelInputs:
         """Return some of the samples alone, as a slice does."""
@@ -158,29 +168,33 @@ class ModelInputs:
             return [to_model({"input_ids": ids}, model) for ids in (*drawn, own)]
         if self.apart:
             some = self.part(0, 2).batches(model, 1)
+            some += [self.two(model)] * self.together
             return [*(_noise_like(one, generator) for one in some), *some]
         proofs = []
         for count, tails in ((3, False), (1, False), (7, True), (1, True)):
             rows = torch.randint(self.samples, (count,), generator=generator)
             proofs.append(_noise_like(self._at(model, rows), generator, tails=tails))
-        return [*proofs, self._two(model)]
+        return [*proofs, self.two(model)]
 
     def count(self, batch: Batch) -> int:
         """Return how many samples there are in a batch."""
-        return 1 if self.apart else len(next(iter(batch.values())))
+        return 1 if self.alone else len(next(iter(batch.values())))
 
-    def rows(self, batch: Batch, start: int, stop: int | None) -> Batch:
-        """Return some of the samples in a batch; one that runs alone has no parts."""
-        if self.apart:
-            return batch
-        return {name: tensor[start:stop] for name, tensor in batch.items()}
+    def two(self, model: nn.Module) -> Batch:
+        """Return the first two samples of equal shapes, or the first one twice."""
+        some = self._alike(2)
+        rows = next((rows for rows in some if len(rows) == 2), some[0] * 2)
+        return self._at(model, torch.tensor(rows))
 
-    def _two(self, model: nn.Module) -> Batch:
-        """Return the first two samples, or the only one twice."""
-        return self._at(model, torch.arange(2) % self.samples)
+    def _alike(self, batch_size: int) -> list[list[int]]:
+        shapes = [shapes_of(one) for one in self.apart]
+        return alike([shapes[at] if shapes else () for at in self.positions.tolist()], batch_size)
 
     def _at(self, model: nn.Module, rows: Tensor) -> Batch:
+        """Return samples of equal shapes."""
         at = self.positions[rows]
+        if self.apart:
+            return to_model(joined([self.apart[index] for index in at.tolist()]), model)
         found = {name: tensor[at.to(tensor.device)] for name, tensor in self.tensors.items()}
         return to_model(found, model)
 
@@ -319,7 +333,7 @@ def _check_tokens(model: nn.Module, windows: Tensor) -> None:
 
 
 def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> tuple[Batch, ...]:
-    """Return samples that run one by one, in the order of the model's arguments."""
+    """Return samples apart, in the order of the model's arguments."""
     named: list[Batch] = []
     for index, one in enumerate(samples):
         try:

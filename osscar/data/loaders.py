@@ -56,8 +56,7 @@ def load_batches(
     and entries that the model does not take, are left out.  An encoder with a decoder, of
     transformers, makes of labels what its decoder reads, unless that is given.  Padding of
     sequences, where ``attention_mask`` is 0, is cut off, and so is that of labels, which is -100 at
-    their ends; samples of several lengths then run one by one.  The set's `source` says what was
-    done.
+    their ends; those of equal lengths run together.  The set's `source` says what was done.
 
     Parameters
     ----------

@@ -185,7 +185,10 @@ class TensorSet(SampleSet):
 
 @dataclass(frozen=True, eq=False)
 class SampleList(SampleSet):
-    """Samples of sizes of their own, such as graphs or sequences; each runs alone.
+    """Samples of sizes of their own, such as graphs or sequences.
+
+    Each runs alone.  Where all of their tensors have one entry along the first dimension, those of
+    equal shapes run together, if the model puts out for two of them what it does for each alone.
 
     Parameters
     ----------

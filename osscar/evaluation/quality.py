@@ -16,6 +16,7 @@ from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
 from osscar.base.progress import progress_bar
 from osscar.checkpoint.first_pass import check_causal
+from osscar.data.alike import end_of, rows_and_batches
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
@@ -34,6 +35,7 @@ from osscar.network.predictions import (
 )
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import check_repeatable, failures_named
+from osscar.preparation.together import together
 from osscar.proof.equivalence import call
 
 WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 4, 32
@@ -272,16 +274,15 @@ def _score_samples(
     batch_size: int | None,
 ) -> list[SampleQuality]:
     runs = [*models, *(() if dense is None or dense in models else (dense,))]
+    size = _batch_size(batch_size, SAMPLES_AT_ONCE)
     if isinstance(data, TensorSet | SampleList):
-        for model in runs:
-            as_inputs(model, data)
+        every = [together(model, as_inputs(model, data)) for model in runs]
+        size = 1 if any(one.alone for one in every) else size
     tallies = [_Tally() for _ in models]
     labels: Tensor | None = None
     done = 0
     with evaluating(*runs), torch.inference_mode():
-        for batch in data.batches(_batch_size(batch_size, SAMPLES_AT_ONCE)):
-            first = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
-            now = slice(done, done + (1 if data.alone else len(first)))
+        for now, batch in rows_and_batches(data, size):
             given = None if data.labels is None else _labels_at(data.labels, now, data)
             found = {model: _outputs(model, batch, data, given, first=not done) for model in runs}
             scores = found[models[0]].scores
@@ -291,17 +292,14 @@ def _score_samples(
                 theirs = None if dense is None or dense is model else found[dense]
                 known = None if labels is None else _labels_at(labels, now, data)
                 tally.add(found[model], theirs, known)
-            done = now.stop
+            done += len(now)
     return [tally.quality(done) for tally in tallies]
 
 
-def _labels_at(labels: Tensor, now: slice, data: SampleSet) -> Tensor:
-    """Return the labels of some samples; those of a sample alone end with the last that counts."""
+def _labels_at(labels: Tensor, now: Tensor, data: SampleSet) -> Tensor:
+    """Return the labels of samples; those of samples apart end with the last that counts."""
     found = labels[now]
-    counts = (found[0] != IGNORED).nonzero()
-    if not data.alone or found.ndim != 2 or not len(counts):
-        return found
-    return found[:, : int(counts[-1]) + 1]
+    return found[:, : end_of(found[0])] if data.alone and found.ndim == 2 else found
 
 
 @dataclass(frozen=True)

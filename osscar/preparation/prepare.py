@@ -50,6 +50,7 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import is_on_disk, shapes_only
 from osscar.preparation.failures import failures_named, refuse_chance
+from osscar.preparation.together import computes_alone, together
 from osscar.proof.equivalence import (
     call,
     comparable,
@@ -190,9 +191,9 @@ class Prepared:
         """The first sample of the calibration data."""
         return self.inputs.first(self.model)
 
-    def batches(self) -> list[Batch]:
-        """Return the calibration data, keyword arguments of the model, on its device."""
-        return self.inputs.batches(self.model, self.batch_size)
+    def batches(self, start: int = 0, stop: int | None = None) -> list[Batch]:
+        """Return some samples of the calibration data, as batches on the model's device."""
+        return self.inputs.part(start, stop).batches(self.model, self.batch_size)
 
 
 @contextmanager
@@ -278,6 +279,7 @@ def _prepared(
     ranks: Ranks,
 ) -> Prepared:
     """Prepare a model in evaluation mode, in place."""
+    inputs = together(model, inputs)
     untouched, example = ModelState(model), inputs.example(model)
     remember_structure(model, inputs.sample(model))
     with untouched.watching():
@@ -350,21 +352,12 @@ def _close_in_bfloat16(model: nn.Module, sample: Batch) -> bool:
 
 def _at_once(model: nn.Module, inputs: ModelInputs, example: Batch) -> int:
     """Return how many samples run at once unless the caller says otherwise."""
-    if inputs.tokens or inputs.apart or device_of(model).type != "cpu":
+    if inputs.tokens or inputs.alone or device_of(model).type != "cpu":
         return inputs.batch_size
     fits = max(1, _OUTPUT_BYTES // (4 * max(1, widest_output(model, example))))
-    if fits >= inputs.batch_size or not _apart_as_together(model, inputs, example):
+    if fits >= inputs.batch_size or not computes_alone(model, example):
         return inputs.batch_size
     return fits
-
-
-def _apart_as_together(model: nn.Module, inputs: ModelInputs, example: Batch) -> bool:
-    """Whether a model puts out for a sample by itself what it does beside another one.
-
-    One that takes means over a batch does not: in smaller batches it computes something else.
-    """
-    both = outputs_or_none(model, example)
-    return computes(model, inputs.first(model), [x[:1] if x.ndim else x for x in both])
 
 
 def widest_output(model: nn.Module, example: Batch) -> int:

@@ -89,7 +89,7 @@ def _options_by_memory(setup: Setup, precision: Literal["bf16", "no"]) -> Iterat
     asked, inputs = setup.request, setup.inputs
     # A CPU multiplies several windows in float32 no faster than one after the other.
     alone = inputs.tokens and device_of(setup.dense).type == "cpu" and precision == "no"
-    at_once = 1 if inputs.apart else asked.micro_batch_size or (1 if alone else setup.size)
+    at_once = 1 if inputs.alone else asked.micro_batch_size or (1 if alone else setup.size)
     options = replace(asked, mixed_precision=precision, micro_batch_size=at_once)
     yield options
     while asked.micro_batch_size is None and at_once > 1:

@@ -12,12 +12,14 @@ from torch import nn
 from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
+from osscar.data.alike import alike, joined, shapes_of
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.parts import held_out, run_length, shuffled
 from osscar.data.samples import named_generator
 from osscar.distance.distance import Distance
 from osscar.network.modules import copied, device_of
+from osscar.preparation.together import together
 from osscar.proof.program import ProgramModule
 from osscar.proof.seen import fingerprints_of_runs
 from osscar.recovery.request import RecoveryRequest
@@ -87,11 +89,12 @@ class Setup:
         images = isinstance(data, ImageSet)
         if request.augment == "flip-shift" and not images:
             raise OptionError("augment is 'flip-shift', and the data are no images; omit it")
-        self.model, self.request, self.inputs = model, request, as_inputs(dense, data)
+        self.model, self.request = model, request
         if not isinstance(model, ProgramModule):  # which has no vocabulary to be checked
             as_inputs(model, data)
         device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
         self.dense = dense if device_of(dense) == device else copied(dense).to(device)
+        self.inputs = together(self.dense, as_inputs(dense, data))
         self.shifts = images and request.augment != "none"
         self.samples, self.held_out = split(self.inputs, self.dense, request)
         self.size = request.batch_size or min(STEP[self.inputs.tokens], len(self.samples))
@@ -99,12 +102,24 @@ class Setup:
             self.dense, self.inputs, self.held_out[0], request.distance
         )
 
+    def order(self, at_once: int, generator: torch.Generator) -> list[int]:
+        """Draw the order of a pass over all samples.
+
+        Of samples of several shapes, so many of equal shapes come one after the other, and run
+        together; the batches that they make are in random order.
+        """
+        order: list[int] = torch.randperm(len(self.samples), generator=generator).tolist()
+        if not self.inputs.together:
+            return order
+        batches = alike([shapes_of(self.samples[one]) for one in order], at_once)
+        drawn = torch.randperm(len(batches), generator=generator).tolist()
+        return [order[one] for batch in drawn for one in batches[batch]]
+
 
 def in_batches(samples: Sequence[Batch], at_once: int) -> list[Batch]:
-    """Join samples to batches of so many."""
-    starts = range(0, len(samples), at_once)
-    some = [samples[start : start + at_once] for start in starts]
-    return [{name: torch.cat([one[name] for one in each]) for name in each[0]} for each in some]
+    """Join samples of equal shapes to batches of so many."""
+    rows = alike([shapes_of(one) for one in samples], at_once)
+    return [joined([samples[row] for row in each]) for each in rows]
 
 
 def shifted(sample: Batch, turn: int, seed: int) -> Batch:

@@ -53,17 +53,17 @@ _PATIENCE = 4
 """Steps at one peak before a small rise may lower it: the first of AdamW can raise the loss."""
 
 
-def schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int, began: int = 0) -> float:
     """Return the learning rate of a step, of 1 to `steps`, as a share of its peak.
 
-    It rises linearly in the first tenth of the steps, then falls on a cosine to a tenth (Loshchilov
-    and Hutter, 2017).
+    It rises linearly for a tenth of the steps, then falls on a cosine to a tenth (Loshchilov and
+    Hutter, 2017).  It rises again after the step `began` at which the optimizer forgot its moments:
+    its first steps move each weight by the whole rate.
     """
     warm = math.ceil(_WARMUP * steps)
-    if step <= warm:
-        return step / warm
-    fallen = (step - warm) / (steps - warm)
-    return _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * fallen)) / 2
+    fallen = max(0, step - warm) / max(1, steps - warm)
+    falling = _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * fallen)) / 2
+    return falling * min(1.0, (step - began) / warm)
 
 
 # ---- checks, and the log that keeps them ---------------------------------------------------
@@ -110,10 +110,15 @@ def _is_over(points: Sequence[Check]) -> bool:
     return len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
 
 
+def _lowered(points: Sequence[Check], rate: float) -> int:
+    """Return after which step the peak became so low, 0 if it always was."""
+    return max((one.step for one in points if one.rate > rate), default=0)
+
+
 def _next_rate(points: Sequence[Check]) -> float:
     """Return the peak learning rate after the last check."""
     last = points[-1]
-    steps = last.step - max((one.step for one in points if one.rate > last.rate), default=0)
+    steps = last.step - _lowered(points, last.rate)
     most = points[0].distance * (1 if steps >= _PATIENCE else _HARM)
     return last.rate * (_LOWER if last.distance > most or last.held_out is None else 1.0)
 
@@ -248,7 +253,8 @@ class Training:
                 if _is_over(points):
                     break
                 rate = _next_rate(points)
-                losses.append(self.step(samples, rate * schedule(step, steps), self.ranks))
+                now = rate * schedule(step, steps, _lowered(points, rate))
+                losses.append(self.step(samples, now, self.ranks))
                 if not _is_checked(step, steps, points):
                     continue
                 loss, losses = sum(losses) / len(losses), []
@@ -276,7 +282,7 @@ class Training:
         order: list[int] = []
         for step in range(self.options.steps):
             while len(order) < setup.size:
-                order += torch.randperm(len(setup.samples), generator=generator).tolist()
+                order += setup.order(self.at_once, generator)
             now, order = [setup.samples[one] for one in order[: setup.size]], order[setup.size :]
             first = step * setup.size
             yield [shifted(x, first + i, seed) for i, x in enumerate(now)] if setup.shifts else now

@@ -120,7 +120,7 @@ def prepare(
             with timed(Stage.DENSE):
                 note_dense(prepared.model, model)
                 last = prepared.inputs.part(-max(1, task.samples_held_out))
-                batches = last.batches(prepared.model, 1)
+                batches = last.batches(prepared.model, 1 if last.tokens else prepared.batch_size)
                 distance = Distance.from_outputs(prepared.model, last, batches[0], request.distance)
                 tell(f"distance: {distance.compared}")
                 reference = Reference.from_run(distance, prepared.model, batches, ranks)

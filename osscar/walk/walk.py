@@ -31,7 +31,6 @@ from osscar.base.timing import Stage, timed
 from osscar.consumers.layers import RECURRENT
 from osscar.consumers.observe import afresh, exact_output, output_of, reads
 from osscar.consumers.products import holder, is_station
-from osscar.data.batches import Batch, ModelInputs
 from osscar.network.hooks import hooks
 from osscar.network.modules import bfloat16_products, forward, forward_in_bfloat16
 from osscar.offload.on_disk import room_for
@@ -129,7 +128,9 @@ class Walk:
     ) -> None:
         self.passes = 0
         self._prepared, self._target, self._model = prepared, target, prepared.model
-        self._batches, self._held_from = _parted(prepared.inputs, prepared.batches(), held)
+        fitted = prepared.batches(stop=prepared.inputs.samples - held)
+        self._batches = [*fitted, *prepared.batches(prepared.inputs.samples - held)]
+        self._held_from = len(fitted)
         self._mine = shared_out(self._batches, prepared.ranks)
         self._consumers = {group.name: prepared.linear_maps(group) for group in groups}
         every = [one for maps in self._consumers.values() for one in maps]
@@ -381,17 +382,3 @@ class Walk:
         for key, tensor in holder(self._model, name).named_parameters(recurse=False):
             if key in originals:
                 tensor.data, originals[key] = originals[key], tensor.data
-
-
-def _parted(inputs: ModelInputs, batches: Sequence[Batch], held: int) -> tuple[list[Batch], int]:
-    """Return batches none of which is held out in part, and how many of them are not at all."""
-    fitted, rest = list[Batch](), list[Batch]()
-    left = sum(map(inputs.count, batches)) - held
-    for batch in batches:
-        count = inputs.count(batch)
-        if left > 0:
-            fitted.append(inputs.rows(batch, 0, left))
-        if left < count:
-            rest.append(inputs.rows(batch, max(left, 0), None))
-        left -= count
-    return [*fitted, *rest], len(fitted)
