@@ -7,7 +7,6 @@ from timeit import Timer
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +17,6 @@ from osscar.allocation.clocks import InTorch
 from osscar.base.errors import RequestError
 from osscar.base.memory import memory_of
 from osscar.checkpoint.streamed import read_streamed
-from osscar.models import load as loading
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import OnDisk, weight_cache
 from osscar.offload.weight_cache import WeightCache
@@ -230,21 +228,6 @@ def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):
     said = r"max_memory .* of 1.00GB cannot hold .* that are in use already; give at least 1\."
     with pytest.raises(RequestError, match=said):
         prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_does_not_fit_on_the_card_stays_on_disk_by_default(tmp_path, monkeypatch, dtype):
-    dense = written(tmp_path / "dense", "opt", dtype=dtype, layers=1)
-    size = 4 * sum(t.nbytes for t in load_file(dense / "model.safetensors").values())
-    monkeypatch.setattr(loading, "resolve_device", lambda _: CARD)
-    # With batches, which are there beside two copies of the weights: 48 is the width, 48 what the
-    # widest layer reads, and of six tensors as wide as the model one is in float32.
-    batches = 1000 * ((5 * 48 + 48) * dtype.itemsize + 4 * 48)
-    for needed, positions in ((size, 1), (size // 2 + batches, 1000)):
-        for total, expected in ((needed, None), (needed - 10, (needed - 10) * 9 // 10)):
-            Counted(monkeypatch, total=total)
-            found = loading.fitting_memory(dense, device="cuda", positions=positions)
-            assert found == expected
 
 
 # ---- the solvers -------------------------------------------------------------------------

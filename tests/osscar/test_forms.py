@@ -13,17 +13,14 @@ from torch.testing import assert_close
 import graph
 import osscar
 from osscar.base.errors import (
-    AdapterError,
     CheckpointError,
     ModelError,
-    OptionError,
     RequestError,
 )
 from osscar.checkpoint.manifest import MANIFEST_FILE
 from osscar.proof import program
 from osscar.proof.lineage import lineage_of, structure_of
-from osscar.proof.plan import Form, GroupPlan, PruningPlan, TracedInput, check_traced
-from osscar.request import PruningRequest
+from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from tests.osscar.families import tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.programs import CASES, far_apart, without_units
@@ -65,17 +62,6 @@ def test_both_forms_are_refitted_alike_where_both_follow():
     # In float32 a wrong slice of little effect would pass for rounding.
     assert one.certificate.error < 1e-12
     assert {p.dtype for m in (one.model, other.model) for p in m.parameters()} == {torch.float32}
-
-
-def test_what_no_program_can_be_asked_for():
-    with pytest.raises(RequestError, match="as it is timed on modules"):
-        PruningRequest(speedup=1.5, form="exported")
-    with pytest.raises(OptionError, match="form is"):
-        PruningRequest(sparsity=0.5, form="Graph")
-    assert PruningRequest(speedup=1.5).form == "auto"
-    huge = TracedInput("z", (2, 2**26), "float32", ())
-    with pytest.raises(AdapterError, match=r"z float32 \(2, 67108864\).*up to 67,108,864 numbers"):
-        check_traced((huge,))
 
 
 def test_units_in_several_places_are_pruned_and_refitted():

@@ -13,8 +13,8 @@ from osscar.offload.weight_cache import WeightCache
 @pytest.fixture
 def parameter(tmp_path):
     values = torch.arange(12, dtype=torch.float32).view(3, 4)
-    (tmp_path / "values").write_bytes(values.numpy().tobytes())
-    stored = StoredTensor(Source(tmp_path / "values"), 0, (3, 4), torch.float32, "w")
+    (tmp_path / "values").write_bytes(b"what is before them " + values.numpy().tobytes())
+    stored = StoredTensor(Source(tmp_path / "values"), 20, (3, 4), torch.float32, "w")
     return OnDisk(Place.of(stored), WeightCache(1 << 40)), values
 
 

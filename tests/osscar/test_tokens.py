@@ -12,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, XLNetConfig
 
 import osscar
-from benchmarks.prose import shingles, split_paragraphs
 from osscar.base.errors import DataError, OptionError
 from osscar.data.text import encode, load_calibration, read_text, special_tokens
 from osscar.models.names import DEMO_DIRECTORY
@@ -150,12 +149,3 @@ def test_rows_of_the_hub_are_streamed_until_there_are_enough(tokenizer, monkeypa
         found = load_calibration(name, tokenizer, samples=4, seqlen=32)
         assert (found.source, seen[-1]) == (f"dataset {name}", asked)
     assert len(seen) < 300
-
-
-def test_the_texts_of_the_demo_share_no_prose():
-    calibration, held_out = (
-        {run for paragraph in split_paragraphs(path.read_text()) for run in shingles(paragraph)}
-        for path in (CALIBRATION, HELD_OUT)
-    )
-    assert min(len(calibration), len(held_out)) > 4000
-    assert not calibration & held_out
