@@ -89,7 +89,6 @@ def changed(some):
     return lambda: [one.detach().copy_(old) for one, old in zip(some, before, strict=True)]
 
 
-@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("build", "batch"),
     [
