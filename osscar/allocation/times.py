@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from networkx.utils import UnionFind
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from graph import Operator, Size
 from osscar.allocation.clocks import Clock, OperatorCall
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import SMALL, unit_width
+from osscar.base.allocator import memory_kept
 from osscar.base.memory import attempt
 from osscar.base.progress import progress_bar
 from osscar.base.timing import clock as wall_clock
@@ -39,9 +39,8 @@ _SECONDS, _PASSES = 15.0, 4
 that they read takes about as long again."""
 
 _ROUNDS, _MOST_ROUNDS = 3, 9
-"""How often each call is timed, at least and at most, spread over the whole time: other work slows
-a machine down for seconds, and by where memory lies one convolution takes 4 or 8 ms.  Medians
-count."""
+"""How often each call is timed, at least and at most, spread over the whole time, as other work
+slows a machine down for seconds.  Medians count."""
 
 _STEP = 8
 """Stairs of layers up to the width `SMALL` begin behind multiples of this; all are looked for."""
@@ -56,9 +55,6 @@ each."""
 
 _JOINT = 4
 """Widths of groups that add up to one dimension, between the least and all of each."""
-
-_SWEEPS = 50
-"""Over the axes of a table, which change less and less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +104,13 @@ def as_shares(times: CountedCost) -> CountedCost:
     return replace(times, fixed=times.fixed / dense, terms=terms)
 
 
+@memory_kept()
 def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:
     """Time the operators over the widths of some groups: the fewest units of each, and all."""
     units = {group.name: group.units for group in clock.traced.groups}
     ends = {n: one for n, one in ranges.items() if n in units and one[0] < one[1]}
     unit_widths = {group.name: unit_width(group) for group in clock.traced.groups}
+    clock.dense.timeit(1)  # from here on its memory is there
     whole = [clock.dense.timeit(1) for _ in range(_ROUNDS)]
     limit = max(_SECONDS, _PASSES * statistics.median(whole))
     dense = _Calls(clock, units)
@@ -144,7 +142,7 @@ def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:
         seconds = np.array([calls.seconds(calls.key(sweep.operator, w)) for w in sweep.widths])
         if np.isnan(seconds).any():  # it cannot be called at these widths: a part of the constant
             continue
-        for table in sweep.tables(monotone(seconds.reshape([len(one) for one in sweep.axes]))):
+        for table in sweep.tables(seconds.reshape([len(one) for one in sweep.axes])):
             same = table.names, *map(bytes, table.grids)
             before = tables[same].seconds if same in tables else 0.0
             tables[same] = replace(table, seconds=table.seconds + before)
@@ -153,17 +151,6 @@ def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:
     terms = tuple(Table(t.names, t.grids, scale * t.seconds) for t in tables.values())
     fixed = max(statistics.median(whole) - alone, 0.0)
     return CountedCost(fixed, terms, units, clock.described)
-
-
-def monotone(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the nearest seconds that do not fall along any axis, one axis after the other."""
-    for _ in range(_SWEEPS if seconds.ndim > 1 else 1):
-        before = seconds
-        for axis in range(seconds.ndim):
-            seconds = np.apply_along_axis(lambda some: isotonic_regression(some).x, axis, seconds)
-        if np.array_equal(before, seconds):
-            break
-    return seconds
 
 
 # ---- what is timed -----------------------------------------------------------------------
@@ -228,7 +215,7 @@ class _Sweep:
             line = (number * np.outer(grid, slopes)).reshape(shape)
             yield Table((name, *names), (grid, *grids), line)
         if others:
-            yield Table(names, grids, monotone(start))
+            yield Table(names, grids, start)
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,19 @@ What counts is the memory of the process for a run on the CPU, else that of the 
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 import solvers.errors
+from osscar.base import allocator
 from osscar.base.errors import NoMemoryError, OptionError, first_line
 from osscar.base.process import neighbours
 
@@ -61,20 +60,6 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-_MMAP_THRESHOLD = -3
-"""What `mallopt` of glibc calls the size from which a block is taken from the system by itself."""
-
-
-@cache
-def _glibc() -> tuple[ctypes.CDLL, ...]:
-    """Return the library of C where it is glibc, else nothing."""
-    try:
-        found = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return ()
-    return (found,) if hasattr(found, "malloc_trim") and hasattr(found, "mallopt") else ()
-
-
 # ---- the memory of a device ---------------------------------------------------------------
 
 
@@ -111,17 +96,11 @@ class DeviceMemory:
 
     def give_back(self) -> None:
         """Give memory that was freed back, where the allocator keeps it."""
-        for libc in _glibc():
-            libc.malloc_trim(0)
+        allocator.give_back()
 
     def give_back_at_once(self) -> None:
-        """Have tensors of 1 MB or more go back to the system whenever they are freed, from now on.
-
-        The allocator of glibc else learns to keep blocks of up to 32 MB: hidden states and weights
-        of a layer, of which some hundred MB then lie between what is still in use.
-        """
-        for libc in _glibc():
-            libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        """Have large tensors go back to the system whenever they are freed, from now on."""
+        allocator.give_back_at_once()
 
 
 @dataclass(frozen=True)

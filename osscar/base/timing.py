@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from osscar.base.allocator import memory_kept
 from osscar.base.progress import progress_bar
 
 Clock = Callable[[], float]
@@ -135,16 +136,16 @@ def interleaved(
     repetitions: int,
     description: str,
 ) -> list[list[float]]:
-    """Return the seconds of each timer in each turn, after a warm-up.
+    """Return the seconds of each timer in each turn, after a warm-up, in memory that is kept.
 
     There are at least so many turns, and as many as fit into `WORTHWHILE_SECONDS`.  The description
     is what a progress bar says.
     """
-    for timer in timers:
-        timer.timeit(1)  # warm-up: allocations, thread pools, kernels chosen at first use
     turns: list[list[float]] = []
-    began = time.perf_counter()
-    with progress_bar(description) as bar:
+    with memory_kept(), progress_bar(description) as bar:
+        for timer in timers:
+            timer.timeit(1)  # warm-up: allocations, thread pools, kernels chosen at first use
+        began = time.perf_counter()
         while len(turns) < repetitions or time.perf_counter() - began < WORTHWHILE_SECONDS:
             order = -1 if len(turns) % 2 else 1
             turns.append([timer.timeit(1) for timer in timers[::order]][::order])

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import osscar
 from osscar.allocation.task import PruningTask
@@ -200,6 +202,29 @@ def test_one_trial_is_enough_where_all_can_follow(tries):
     with prepare(small_net(), images()) as prepared:
         task = PruningTask(prepared, PruningRequest(sparsity=0.5))
     assert [set(names) for names in tries] == [set(names_of([*task.shared, *task.streams]))]
+
+
+class PaddedShortcut(nn.Module):
+    """Adds zeros for the channels that the shortcut lacks, as many before them as behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(10, 16, 3, padding=1)
+        self.lacking = 4
+
+    def forward(self, x):
+        wide = F.pad(x, (0, 0, 0, 0, self.lacking, self.lacking))
+        return torch.relu(wide + self.outer(torch.relu(self.inner(x))))
+
+
+def test_modules_follow_streams_that_all_keep_one_share():
+    """As one number pads both ends, neither of these can lose channels alone."""
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), PaddedShortcut(), *pool).eval()
+    result = prune_as_asked(net, torch.randn(32, 3, 8, 8), PruningRequest(flops=0.2, device="cpu"))
+    assert not result.skipped
+    block = result.model[2]
+    assert block.outer.out_channels == block.inner.in_channels + 2 * block.lacking < 16
 
 
 def test_a_form_that_fails_is_not_looked_into_where_another_does(tries, monkeypatch):

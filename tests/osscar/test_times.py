@@ -10,7 +10,7 @@ from torch import nn
 
 import graph
 from osscar.allocation import times
-from osscar.allocation.times import Table, monotone, tabled
+from osscar.allocation.times import Table, tabled
 from tests.osscar.pretended_clock import PretendedClock
 
 
@@ -177,9 +177,3 @@ def test_between_widths_times_lie_on_straight_lines():
     assert table.at({"a": 3, "b": 2}) == 3
     np.testing.assert_allclose(table.at({"a": np.array([1, 2, 7, 12]), "b": 3}), [2, 2, 13.5, 21])
     np.testing.assert_allclose(table.at({"a": 10, "b": np.array([1, 2, 3])}), [7, 14, 21])
-
-
-def test_what_is_monotone_stays_and_what_is_not_is_averaged():
-    stairs = np.add.outer([0.0, 1, 1, 4], [0.0, 0, 2])
-    np.testing.assert_array_equal(monotone(stairs), stairs)
-    np.testing.assert_allclose(monotone(np.array([1.0, 5, 3, 6])), [1, 4, 4, 6])
