@@ -58,7 +58,7 @@ def compared(model: nn.Module, data: Any) -> Iterator[Compared]:
                 kept[group.name] = min(some, key=lambda n: abs(n - share * group.units))
             predicted = table.dense / table.of(kept)
             near = dataclasses.replace(
-                task, request=dataclasses.replace(request, speedup=predicted)
+                task, request=dataclasses.replace(request, speedup=max(predicted, 1.01))
             )
             yield Compared(share, predicted, WholeModels(near).speedup(kept))
 

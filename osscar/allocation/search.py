@@ -176,13 +176,15 @@ class Search:
         knapsack, least = self._knapsack(some)
         solved = knapsack.solve(most - least)
         if solved.choice is not None:
-            found = {}
+            found, fewer = dict[str, int](), dict[str, int]()
             for (name, indices), index in zip(some.items(), solved.choice, strict=True):
                 lost = self.losses[name]
-                # Of widths that lose the same, the least.
-                found[name] = int(self.options[name][(lost <= lost[indices[index]]).argmax()])
-            if (self._total(found) <= most).all() and self.loss(found) < self.loss(kept):
-                return found, solved
+                found[name] = int(self.options[name][indices[index]])
+                # Of widths that lose the same, the least: it mostly costs less, too.
+                fewer[name] = int(self.options[name][(lost <= lost[indices[index]]).argmax()])
+            for one in (fewer, found):
+                if (self._total(one) <= most).all() and self.loss(one) < self.loss(kept):
+                    return one, solved
         return kept, solved
 
     def _most(self, entries: int, most: int) -> int:
