@@ -207,23 +207,24 @@ def test_one_trial_is_enough_where_all_can_follow(tries):
 class PaddedShortcut(nn.Module):
     """Adds zeros for the channels that the shortcut lacks, as many before them as behind."""
 
-    def __init__(self):
+    def __init__(self, inputs, outputs):
         super().__init__()
-        self.inner, self.outer = nn.Conv2d(8, 10, 3, padding=1), nn.Conv2d(10, 16, 3, padding=1)
-        self.lacking = 4
+        self.inner, self.outer = nn.Conv2d(inputs, 10, 1), nn.Conv2d(10, outputs, 1)
+        self.lacking = (outputs - inputs) // 2
 
     def forward(self, x):
-        wide = F.pad(x, (0, 0, 0, 0, self.lacking, self.lacking))
+        wide = F.pad(x, (0, 0, 0, 0, self.lacking, self.lacking)) if self.lacking else x
         return torch.relu(wide + self.outer(torch.relu(self.inner(x))))
 
 
 def test_modules_follow_streams_that_all_keep_one_share():
     """As one number pads both ends, neither of these can lose channels alone."""
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), PaddedShortcut(), *pool).eval()
-    result = prune_as_asked(net, torch.randn(32, 3, 8, 8), PruningRequest(flops=0.2, device="cpu"))
+    blocks = nn.Conv2d(3, 8, 1), PaddedShortcut(8, 16), PaddedShortcut(16, 16)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+    net = nn.Sequential(*blocks, *head).eval()
+    result = osscar.prune(net, torch.randn(32, 3, 4, 4), flops=0.2, device="cpu")
     assert not result.skipped
-    block = result.model[2]
+    block = result.model[1]
     assert block.outer.out_channels == block.inner.in_channels + 2 * block.lacking < 16
 
 

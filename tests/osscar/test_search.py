@@ -104,6 +104,23 @@ def test_widths_on_stairs_are_those_that_trying_everything_finds(seed, together)
         assert count == 0 or losses[name][count - 1] > losses[name][count]
 
 
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=40)
+def test_more_units_may_cost_less(seed, together):
+    """As odd channels take longer than even ones; the fewest of all cost least."""
+    losses, costs, limits = problem(seed, together)
+    random = np.random.default_rng(seed)
+    for cost in costs:
+        for table in (*cost.single.values(), *cost.together.values()):
+            table[1:] += random.exponential(size=table[1:].shape)
+    own = searched(losses, costs)
+    best = min(own.loss(kept) for kept in every_choice(losses) if within(kept, costs, limits))
+    kept, bound, _ = own.choose(limits)
+    assert within(kept, costs, limits)
+    assert best * (1 - 1e-12) <= own.loss(kept) <= 1.001 * best + 1e-300
+    assert bound <= best * (1 + 1e-9)
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=20)
 def test_where_too_many_widths_multiply_some_are_searched_and_nothing_is_proved(seed):
