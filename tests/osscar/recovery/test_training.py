@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import osscar
+from osscar.base.ranks import ALONE
 from osscar.data.samples import named_generator
 from osscar.recovery import training as loop
 from osscar.recovery.samples import Setup
@@ -97,6 +98,17 @@ def test_each_pass_takes_every_sample_once_in_an_order_of_its_own():
     assert [sorted(one) for one in passes] == [sorted(passes[0])] * 4
     assert len(set(passes[0])) == 10
     assert len({tuple(one) for one in passes}) == 4
+
+
+def test_going_back_sets_the_weights_and_forgets_the_moments():
+    dense = net()
+    training = set_up(perturbed(dense, 2.0), dense, numbers(12), held_out=2, **CPU)
+    before = training._values()
+    training.step(training.setup.samples[:2], 1e-2, ALONE)
+    assert any(not torch.equal(one, before[name]) for name, one in training.weights.items())
+    training._go_back(before)
+    assert all(torch.equal(one, before[name]) for name, one in training.weights.items())
+    assert not training._adam.state
 
 
 def test_what_is_kept_and_when_it_ends():
