@@ -10,14 +10,13 @@ from torch import nn
 import osscar
 import solvers
 from osscar.consumers.linear_maps import linear_maps
-from osscar.data.batches import ModelInputs
 from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
 from osscar.walk import regularization
 from osscar.walk.gram import pose
 from osscar.walk.regularization import DAMPS, best_regularization
 from osscar.walk.targets import Keeper, Target, streams
-from osscar.walk.walk import Walk, _parted
+from osscar.walk.walk import Walk
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Concat
 from tests.osscar.test_gram import accumulator
@@ -123,24 +122,6 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(
             W = W0.clone()
             W[::2] = 0
             step.commit([W])
-
-
-# ---- what is held out --------------------------------------------------------------------
-
-
-def test_the_last_samples_are_held_out():
-    for sizes, held, parts, fitted in (
-        ([8, 8], 0, [8, 8], 2),
-        ([8, 8], 2, [8, 6, 2], 2),
-        ([8, 8], 8, [8, 8], 1),
-        ([8, 5], 9, [4, 4, 5], 1),
-    ):
-        whole = torch.arange(sum(sizes))
-        batches = [{"x": part} for part in torch.split(whole, sizes)]
-        found, first = _parted(ModelInputs(batches[0]), batches, held)
-        assert [len(batch["x"]) for batch in found] == parts
-        assert first == fitted
-        assert torch.equal(torch.cat([batch["x"] for batch in found]), whole)
 
 
 def accumulated(positions, noise, outputs=4):
