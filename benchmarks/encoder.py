@@ -12,7 +12,7 @@ was stopped.  Ends with a Markdown table:
 - rank correlation (Spearman) of the similarities of all pairs of sentences;
 - nearest: sentences of which the same other one is nearest by both models.
 
-Takes half an hour.
+Takes a quarter of an hour.
 """
 
 from __future__ import annotations
