@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from timeit import Timer
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ from benchmarks.tasks import (
 )
 from osscar.base.errors import first_line
 from osscar.base.files import write_json
+from osscar.base.timing import busy_clock, interleaved
 from osscar.data.batches import as_inputs
 from osscar.network.modules import count_parameters
 from osscar.network.operations import count_flops
@@ -379,12 +381,8 @@ def sample(subject: Subject) -> dict[str, torch.Tensor]:
 def measured(model: Any, subject: Subject) -> dict[str, Any]:
     """Return size, operations a sample, and seconds of a forward pass beside the dense model's."""
     batch = sample(subject)
-    seconds: dict[str, list[float]] = {"model": [], "dense": []}
-    for _ in range(TURNS):
-        for name, one in (("model", model), ("dense", subject.model)):
-            began = time.process_time()
-            one(**batch)
-            seconds[name].append(time.process_time() - began)
+    timers = [Timer(partial(one, **batch), timer=busy_clock) for one in (model, subject.model)]
+    seconds = dict(zip(("model", "dense"), interleaved(timers, TURNS, "timing"), strict=True))
     rows = len(next(iter(batch.values())))
     return {
         "parameters": count_parameters(model),

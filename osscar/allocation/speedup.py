@@ -62,6 +62,9 @@ class Ratio(NamedTuple):
         return max(CLOSE / 2, (abs(self.speedup / wanted - 1) - CLOSE) / _CLEARLY)
 
 
+_DENSE: Point = (1.0, 1.0)
+
+
 class Ends(NamedTuple):
     """Limits between which widths are looked for: the model of one is too fast, the other's slow.
 
@@ -204,17 +207,18 @@ class Aim:
             proposal.ends = ends
             if ends.slow[0] - ends.fast[0] <= _FINEST:
                 break
-            limit = _between(ends.fast, ends.slow, 1 / self.wanted)
+            limit = _between(ends, 1 / self.wanted)
         self._limit = ends.fast[0] if ends.quick else self._limit
         return ends.quick
 
     def _begin(self, proposal: Proposal) -> tuple[float, Ends]:
         """Return the limit at which a proposal begins, or goes on, and what is known of it."""
+        if proposal.ends is not None:
+            return _between(proposal.ends, 1 / self.wanted), proposal.ends
         least = self.models.least
-        every = Ends((self.expected(least), 1 / self.models.speedup(least)), (1.0, 1.0))
-        fast, slow, _ = known = proposal.ends or every
-        between = _between(fast, slow, 1 / self.wanted)
-        return between if self._limit is None or proposal.ends else self._limit, known
+        fewest = self.expected(least)
+        start = max(fewest, 1 / self.wanted) if self._limit is None else self._limit
+        return start, Ends((fewest, 1 / self.models.speedup(least)), _DENSE)
 
     def refuse(self) -> None:
         """Raise a `RequestError` that says that none was found, and why."""
@@ -232,12 +236,17 @@ class Aim:
         )
 
 
-def _between(fast: Point, slow: Point, seconds: float) -> float:
-    """Return the limit at which so many seconds are expected, between two with their seconds.
+def _between(ends: Ends, seconds: float) -> float:
+    """Return the limit at which so many seconds are expected, between the ends.
 
-    It is interpolated, but not to the ends, as times are noisy: a bisection where these mislead.
+    It lies on the line through both.  Of the least widths most time is overhead: as long as nothing
+    else was too fast, it lies on the line through the dense model.  It is not near the ends, as
+    times are noisy: a bisection where these mislead.
     """
-    part = (slow[1] - seconds) / max(slow[1] - fast[1], 1e-9)
+    fast, slow, quick = ends
+    other = fast if quick is not None or slow[1] >= 1 else _DENSE
+    slope = (slow[1] - other[1]) / (slow[0] - other[0])
+    part = (slow[1] - seconds) / max(slope * (slow[0] - fast[0]), 1e-9)
     return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
 
 
