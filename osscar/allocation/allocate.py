@@ -310,7 +310,7 @@ def _timed(
 
     stairs = replace(task, times=table).options
     tables = [replace(sharing, widths=stairs) for sharing in sharings]
-    by_times = [(one, Proposal(partial(by_table, one), 4)) for one in tables]
+    by_times = [(one, Proposal(partial(by_table, one), 6)) for one in tables]
     best = _closest(fitting(by_times), distance)
     if curves is not None:
         first = sharings[0] if best is None else replace(best.sharing, widths=None)

@@ -134,7 +134,7 @@ def test_each_column_and_each_kind_of_number_is_compared_by_itself() -> None:
     one = torch.tensor([[1.0, 1e3], [-1.0, -torch.inf]], dtype=torch.float64)
     assert prove_equal([one], [one]).error == 0
     for due, found, fewer in (([one, one], [one], "shrunk"), ([one], [one, one], "masked")):
-        with pytest.raises(EquivalenceError, match=f"^the {fewer} .* puts out fewer tensors than"):
+        with pytest.raises(EquivalenceError, match=f"^the {fewer} .* returns fewer tensors than"):
             prove_equal(due, found)
     for place, other, said in (
         ((0, 0), 1.01, "differs"),  # a hundredth of its column, and nothing beside the other

@@ -227,7 +227,7 @@ X = torch.randn(2, 4)
 @pytest.mark.parametrize(
     ("model", "given", "error", "message"),
     [
-        (Returns(lambda y: (y, 3)), X, ModelError, r"puts out 3 \(int\), which"),
+        (Returns(lambda y: (y, 3)), X, ModelError, r"returns 3 \(int\), which"),
         (net().double(), X, ModelError, r"float64.*model\.float\(\)"),
         (torch.jit.trace(net(), X), X, ModelError, "TorchScript"),
         (nn.DataParallel(net()), X, ModelError, r"wraps.* as model\.module"),

@@ -247,5 +247,5 @@ def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
     assert load_model(tmp_path / "small", dense=dense).example["z"].shape[1:] == data.shape[1:]
     file, name = tmp_path / "small" / "osscar.json", str(dtype).removeprefix("torch.")
     file.write_text(file.read_text().replace(f'"{name}"', '"zeros"'))
-    with pytest.raises(CheckpointError, match=r"the input 'z' in .* no sense: 'zeros'"):
+    with pytest.raises(CheckpointError, match=r"the input 'z' in .* is invalid: 'zeros'"):
         load_model(tmp_path / "small", dense=dense)
