@@ -49,9 +49,6 @@ _FLOOR = 0.1
 _LOWER = 0.1
 """The peak is multiplied by this where the held-out loss is higher than before the training."""
 
-_PATIENCE = 4
-"""Steps at one peak before a small rise may lower it: the first of AdamW can raise the loss."""
-
 
 def schedule(step: int, steps: int, began: int = 0) -> float:
     """Return the learning rate of a step, of 1 to `steps`, as a share of its peak.
@@ -72,7 +69,8 @@ _CHECKS = 8
 """Checks on held-out samples, evenly spread over the steps; one more is after the first step."""
 
 _HARM = 2.0
-"""A held-out loss so many times that before the training lowers the rate at once."""
+"""A held-out loss so many times that before the training lowers the rate at once; a smaller rise
+does so in the second half alone, as a training makes up for it while its rate falls."""
 
 _RISES = 3
 """So many rises of the held-out loss in a row end a training."""
@@ -118,8 +116,7 @@ def _lowered(points: Sequence[Check], rate: float) -> int:
 def _next_rate(points: Sequence[Check]) -> float:
     """Return the peak learning rate after the last check."""
     last = points[-1]
-    steps = last.step - _lowered(points, last.rate)
-    most = points[0].distance * (1 if steps >= _PATIENCE else _HARM)
+    most = points[0].distance * (_HARM if len(points) <= 1 + _CHECKS // 2 else 1)
     return last.rate * (_LOWER if last.distance > most or last.held_out is None else 1.0)
 
 

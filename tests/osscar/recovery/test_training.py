@@ -126,17 +126,17 @@ def test_what_is_kept_and_when_it_ends():
         assert loop._is_over(found) == over
 
 
-def test_the_rate_falls_after_four_steps_that_lead_away_or_at_once_where_nothing_is_finite():
+def test_a_rate_is_lowered_by_a_doubling_and_in_the_second_half_by_any_rise():
+    half = (1.0, 2.0, 1.5, 1.9, 2.0)
     for held, rates, due in (
         ((1.0, 2.0), (1.0, 1.0), 1.0),
         ((1.0, 2.1), (1.0, 1.0), 0.1),
         ((1.0, 2.1, 1.9), (1.0, 1.0, 0.1), 0.1),
         ((1.0, 2.1, 2.1), (1.0, 1.0, 0.1), 0.01),
-        ((1.0, 2.0, 0.9), (1.0, 1.0, 1.0), 1.0),
-        ((1.0, 2.0, 1.5), (1.0, 1.0, 1.0), 0.1),
         ((1.0, None), (1.0, 1.0), 0.1),
-        ((1.0, 2.0, 1.5, 1.2), (1.0, 1.0, 1.0, 0.1), 0.1),
-        ((1.0, 2.0, 1.5, 1.2, 1.1), (1.0, 1.0, 1.0, 0.1, 0.1), 0.01),
+        (half, (1.0,) * 5, 1.0),
+        ((*half, 1.1), (1.0,) * 6, 0.1),
+        ((*half, 0.9), (1.0,) * 6, 1.0),
     ):
         both = enumerate(zip(held, rates, strict=True))
         found = [Check(2 * i, rate, None, one, 0.0) for i, (one, rate) in both]
