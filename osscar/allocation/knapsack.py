@@ -43,6 +43,9 @@ _NODES = 500
 _CHOICES = 600
 """In the integer program, of all tables, but 8 of each at least."""
 
+_FAR = 1e-3
+"""A loss so small beside the largest is lost in the solver's tolerances."""
+
 _NOTHING = 1e-200
 """A loss below which numbers in units of it overflow."""
 
@@ -98,15 +101,31 @@ class Knapsack:
             order = np.argsort(excess, kind="stable")
             some.append(np.union1d(order[:most], [0]))  # the least costs
             left = min([left, *np.delete(excess, some[-1])])
-        fewer = self if left == math.inf else self.restricted(some)
-        unit = max(relaxed.bound, 1e-6 * max(map(np.max, self.losses)), _NOTHING)
+        largest = float(max(map(np.max, self.losses)))
+        choice, bound = self._among(some, limits, max(relaxed.bound, 1e-6 * largest, _NOTHING))
+        if choice is not None and (lost := self._loss(choice)) < _FAR * largest:
+            # Nothing better has a choice that loses more by itself.
+            near = [own[losses[own] <= lost] for own, losses in zip(some, self.losses, strict=True)]
+            again, bound = self._among(near, limits, max(lost, _NOTHING))
+            bound = min(bound, lost)
+            choice = choice if again is None else min(choice, again, key=self._loss)
+        bound = max(relaxed.bound, min(bound, relaxed.bound + left))
+        return Solved(choice, bound, relaxed.prices / self._unit)
+
+    def _among(
+        self, some: Sequence[Indices], limits: Array, unit: float
+    ) -> tuple[Indices | None, float]:
+        """Choose among some of each table; losses are in a unit.  Return a bound for these, too."""
+        fewer = self.restricted(some)
         choice, bound = fewer._integer(limits, unit)
         if choice is not None and not fewer._within(choice, limits):
             choice, _ = fewer._integer(limits - _WITHIN * self._unit, unit)
-        if choice is not None:
-            choice = np.array([own[index] for own, index in zip(some, choice, strict=True)])
-        bound = max(relaxed.bound, min(bound, relaxed.bound + left))
-        return Solved(choice, bound, relaxed.prices / self._unit)
+        if choice is None:
+            return None, bound
+        return np.array([own[index] for own, index in zip(some, choice, strict=True)]), bound
+
+    def _loss(self, choice: Indices) -> float:
+        return float(sum(one[index] for one, index in zip(self.losses, choice, strict=True)))
 
     def least(self, limits: Array) -> float:
         """Return a bound on the least loss within limits, that of the linear relaxation."""

@@ -51,7 +51,7 @@ def written(self, x):
 
 def borrowed(self, x):
     """Multiply by a weight before its module is called, and call it twice."""
-    x = x @ self.second.weight
+    x = self.middle(x @ self.second.weight)
     return self.second(torch.relu(self.second(x)))
 
 

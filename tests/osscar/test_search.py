@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from osscar.allocation import search
@@ -94,6 +94,7 @@ def within(kept, costs, limits):
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
+@example(3242, True)  # losses of 1e-6 beside one of 4,000
 @settings(max_examples=60)
 def test_widths_on_stairs_are_those_that_trying_everything_finds(seed, together):
     """Costs add up, or are products of two and three groups; limits are one or two."""
@@ -107,6 +108,18 @@ def test_widths_on_stairs_are_those_that_trying_everything_finds(seed, together)
     assert (prices >= 0).all()
     for name, count in kept.items():  # of widths that lose the same, the least
         assert count == 0 or losses[name][count - 1] > losses[name][count]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_is_over_a_limit_by_less_than_the_solver_tells_apart_gives_way_to_the_next(together):
+    apart, limit = np.array([0.0, 1.0]), 2 - 5e-7
+    single = {"a": apart, "b": apart * (not together)}
+    costs = Tables(single, {("a", "b"): np.outer(apart, apart)} if together else {})
+    losses = {name: np.array([1.0, 0.0]) for name in single}
+    own = searched(losses, [costs])
+    kept, *_ = own.choose([limit])
+    assert costs.of(kept) <= 1
+    assert own.loss(kept) == 1
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())

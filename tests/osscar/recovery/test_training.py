@@ -126,6 +126,20 @@ def test_what_is_kept_and_when_it_ends():
         assert loop._is_over(found) == over
 
 
+def test_a_training_ends_with_the_weights_of_its_nearest_check(monkeypatch):
+    dense, told, seen = net(), iter([1.0, 0.5, 0.9, 0.8]), []
+    training = set_up(perturbed(dense, 2.0), dense, numbers(12), steps=3, learning_rate=1e-3, **CPU)
+
+    def distance(_):
+        seen.append(training._values())
+        return next(told)
+
+    monkeypatch.setattr(training, "distance", distance)
+    assert [one.step for one in training.run()] == [0, 1, 2, 3]
+    assert all(torch.equal(one, seen[1][name]) for name, one in training.weights.items())
+    assert any(not torch.equal(one, seen[3][name]) for name, one in training.weights.items())
+
+
 def test_a_rate_is_lowered_by_a_doubling_and_in_the_second_half_by_any_rise():
     half = (1.0, 2.0, 1.5, 1.9, 2.0)
     for held, rates, due in (
