@@ -65,7 +65,7 @@ class DependencyGraph:
         )
 
     def names_in(self, module: str) -> frozenset[str]:
-        """Return the names of the groups that operators in a module read or put out units of.
+        """Return the names of the groups that operators in a module read or return units of.
 
         Parameters
         ----------

@@ -110,7 +110,7 @@ class Staying:
         self._known: dict[Layout, Extent] = {}
 
     def of(self, node: Node) -> tuple[Extents, ...]:
-        """Return the dimensions of what a node puts out, for each tensor in it."""
+        """Return the dimensions of what a node returns, for each tensor in it."""
         result, traced = self._program.found.values.get(node), node.meta.get("val")
         values = result if isinstance(result, tuple | list) else (result,)
         tensors = traced if isinstance(traced, tuple | list) else (traced,)

@@ -96,7 +96,7 @@ class Operator:
     arguments
         Its arguments by name, defaults filled in, an `Operand` in place of each tensor.
     outputs
-        The tensors that it puts out.
+        The tensors that it returns.
     """
 
     name: str

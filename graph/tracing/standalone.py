@@ -197,7 +197,7 @@ def _sizes(given: Any, dims: Collection[int]) -> Any:
 
 
 _KERNELS = ("_meta_registrations", "_subclasses", "_ops", "_prims", "_refs", "_decomp")
-"""Modules of torch that compute the shape of what an operator puts out."""
+"""Modules of torch that compute the shape of what an operator returns."""
 
 
 def _sizes_taken(graph: Graph) -> Sizes:

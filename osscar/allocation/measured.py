@@ -161,7 +161,7 @@ def dense_references(
 ) -> tuple[Reference, Reference | None]:
     """Run a prepared model, which is still dense, on its last samples.
 
-    Returned is what it puts out in float32, and in bfloat16, if most distances are measured in that
+    Returned is what it returns in float32, and in bfloat16, if most distances are measured in that
     (`Prepared.bfloat16`).  `asked` is the distance of a request.
     """
     model, last = prepared.model, prepared.inputs.part(-samples)

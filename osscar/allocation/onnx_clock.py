@@ -144,7 +144,7 @@ def operator_models(calls: Sequence[OperatorCall]) -> list[OperatorModel | None]
 
 
 class _Operators(nn.Module):
-    """Calls operators on tensors of their own, and puts out the first tensor of each."""
+    """Calls operators on tensors of their own, and returns the first tensor of each."""
 
     def __init__(self, calls: Sequence[tuple[Callable[..., Any], Mapping[str, Any]]]) -> None:
         super().__init__()

@@ -177,7 +177,7 @@ def token_step_traced(model: nn.Module, cache: DynamicCache) -> AbstractContextM
     """Let a model, while it is traced, read the next token of each sequence.
 
     What the cache holds is then repeated from the token's own keys and values, which says whose
-    heads they are; logits alone are put out.
+    heads they are; logits alone are returned.
     """
 
     def before(_: str, __: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

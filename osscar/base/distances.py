@@ -22,9 +22,9 @@ class OwnDistance:
     Parameters
     ----------
     function
-        Called with what the smaller model puts out for a batch, what the dense one does, and the
+        Called with what the smaller model returns for a batch, what the dense one does, and the
         batch, a dict of tensors by argument name.  It returns one number a sample, (samples,), at
-        least 0, and 0 where both put out the same.  To recover a model it has to be differentiable
+        least 0, and 0 where both return the same.  To recover a model it has to be differentiable
         in the first.
     source
         Its name, and the digest of the file that it is from.

@@ -49,7 +49,7 @@ def check_runs(model: nn.Module, source: str) -> None:
 
 
 def check_sample(model: nn.Module, source: str) -> None:
-    """Refuse a model in evaluation mode that does not put out what its checkpoint has recorded.
+    """Refuse a model in evaluation mode that does not return what its checkpoint has recorded.
 
     `source` says in words where it comes from; the lineage of the model has the record.
     """

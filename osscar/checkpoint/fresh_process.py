@@ -118,7 +118,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was read puts out, and the digests of its tensors by name."""
+    """What was read returns, and the digests of its tensors by name."""
 
     outputs: tuple[Tensor, ...]
     digests: Mapping[str, str]

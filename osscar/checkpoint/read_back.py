@@ -37,7 +37,7 @@ class Expected:
     Whether the weights are the same is the question, not how they are rounded.
 
     inputs: On which it runs; the first is the `sample`, if there is one.
-    outputs: What it puts out on all of these.
+    outputs: What it returns on all of these.
     formats, digests: Its tensors, where no inputs are sure to reach all of them.
     sample: What the checkpoint keeps.
     """

@@ -159,7 +159,7 @@ class LinearMap:
         return 0
 
     def _columns(self, y: Tensor, count: int) -> Tensor:
-        """Return so many numbers that this part puts out, (positions, count)."""
+        """Return so many numbers that this part returns, (positions, count)."""
         if not y.is_nested:
             places = self.form.places
             y = y.movedim(places, tuple(range(-len(places), 0))).flatten(-len(places))
@@ -272,7 +272,7 @@ class LinearMap:
 class ExpertMap(LinearMap):
     """What one expert adds to the output of a mixture, which is called with what is `Routed`.
 
-    Its inputs are multiplied with the weight of the token at this expert, so that what it puts out
+    Its inputs are multiplied with the weight of the token at this expert, so that what it returns
     is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.  `dim` and
     `form` are of the matrix of one expert.
     """

@@ -1,7 +1,7 @@
 """Mixtures of experts as consumers, which are called with tokens and routes.
 
 A mixture is called with tokens, the experts that each of them is sent to, and a weight for each of
-these, and puts out for every token the sum of what the experts make of it, times the weights:
+these, and returns for every token the sum of what the experts make of it, times the weights:
 
     y_t = sum over the experts e of token t of   w_te (x_te W_e + b_e)
 
@@ -120,7 +120,7 @@ class Mixture:
 class ListedMixture(Mixture):
     """A mixture whose experts are a list of modules, each with a last matrix of its own.
 
-    `parameter` is the name of the layer, in every expert, that puts out what the expert does.
+    `parameter` is the name of the layer, in every expert, that returns what the expert does.
     """
 
     @property
@@ -173,7 +173,7 @@ def sound_mixtures(
 
 
 def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
-    """Whether a mixture puts out the sum over experts of what they are found to read, times W.
+    """Whether a mixture returns the sum over experts of what they are found to read, times W.
 
     Weights and tokens are drawn: those of a model may be zero.
     """

@@ -44,7 +44,7 @@ def reads(
 
     That of a module is what `argument` has, that of a product what is `Taken`.  `before` is told
     the name and what is read, and may return what is `Routed`, which is read instead; `after` is
-    told also what is put out, and what it returns, if anything, goes on instead.
+    told also what is returned, and what it gives back, if anything, goes on instead.
     """
     products = {name for name in names if is_station(name)}
 
@@ -61,7 +61,7 @@ def reads(
 
 
 def output_of(module: nn.Module, x: Any) -> Any:
-    """Return what a module puts out on its `argument`, without its hooks.
+    """Return what a module returns on its `argument`, without its hooks.
 
     Of a recurrent layer, that is what its gates take from the inputs.
     """
@@ -78,7 +78,7 @@ def exact_output(module: nn.Module, x: Any, y: Any = None) -> Any:
 
     Outputs of two streams differ by little, which half precision would round away.  Mixtures keep
     their format: all their experts in float32 would be a copy at every batch; and so does what runs
-    under autocast, which would round what is finer.  `y` is what was put out already, if known.
+    under autocast, which would round what is finer.  `y` is what was returned already, if known.
     """
     read = x.multiplied if isinstance(x, Taken) else x
     half = isinstance(read, Tensor) and read.dtype in HALVES

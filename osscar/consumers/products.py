@@ -2,7 +2,7 @@
 
 A layer is observed where its module is called.  A weight that code multiplies by, wherever it does,
 is observed at the function: a mode sees the functions of torch while the model runs.  Such products
-are linear in the weight: taken with zeros and ones in its place, they put out what they read.
+are linear in the weight: taken with zeros and ones in its place, they return what they read.
 """
 
 from __future__ import annotations

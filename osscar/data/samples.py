@@ -188,7 +188,7 @@ class SampleList(SampleSet):
     """Samples of sizes of their own, such as graphs or sequences.
 
     Each runs alone.  Where all of their tensors have one entry along the first dimension, those of
-    equal shapes run together, if the model puts out for two of them what it does for each alone.
+    equal shapes run together, if the model returns for two of them what it does for each alone.
 
     Parameters
     ----------

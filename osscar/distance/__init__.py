@@ -1,1 +1,1 @@
-"""How far a model is from the dense one, by what both put out."""
+"""How far a model is from the dense one, by what both return."""

@@ -1,4 +1,4 @@
-"""How far a model is from the dense one: in its predictions, or in all that it puts out."""
+"""How far a model is from the dense one: in its predictions, or in all that it returns."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _run(model: nn.Module, batch: Batch, bfloat16: bool = False) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Distance:
-    """How far a model is from the dense one, by what it puts out for the same inputs."""
+    """How far a model is from the dense one, by what it returns for the same inputs."""
 
     inputs: ModelInputs
     compared: Compared
@@ -115,7 +115,7 @@ class Distance:
     """The output of which a divergence is measured."""
     function: OwnDistance | None = None
     probabilities: bool = False
-    """Whether the models put out these, and not logits."""
+    """Whether the models return these, and not logits."""
     powers: tuple[float, ...] = ()
     """The mean square of each output of the dense model over samples."""
     bytes: int = 0
@@ -126,7 +126,7 @@ class Distance:
     def from_outputs(
         cls, dense: nn.Module, inputs: ModelInputs, batch: Batch, asked: AnyDistance = None
     ) -> Distance:
-        """Look at what the dense model puts out for a batch.
+        """Look at what the dense model returns for a batch.
 
         `asked` is the ``distance`` of a request; by default the rules of `osscar.distance.scores`
         tell whether an output holds scores of classes.  An `OptionError` is raised where a
@@ -271,7 +271,7 @@ def _square(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the dense model puts out on some samples, and so how far other models are."""
+    """What the dense model returns on some samples, and so how far other models are."""
 
     distance: Distance
     batches: Sequence[Batch] = field(repr=False)
@@ -335,7 +335,7 @@ class Reference:
         return self.likeness(model, changed).distance
 
     def likeness(self, model: nn.Module, changed: Collection[Tensor] | None = None) -> Likeness:
-        """Compare what a model puts out with what the dense one does.
+        """Compare what a model returns with what the dense one does.
 
         Where the model is the dense one, but for the values of the parameters that are `changed`,
         what they do not change is not computed again, if passes can be resumed.  The distance has

@@ -61,7 +61,7 @@ class Pass:
     inputs: ModelInputs
     batch: Batch
     outputs: Mapping[str, Tensor]
-    """The real numbers that it puts out, or `logits` alone where one is called so."""
+    """The real numbers that it returns, or `logits` alone where one is called so."""
     embeddings: Mapping[int, nn.Module] = field(default_factory=dict)
     """Those that read whole numbers of the batch, by the identity of their weight."""
     last: str = ""
@@ -211,7 +211,7 @@ def asked_scores(one: Pass) -> Scores | None:
 
 
 def outputs_by_name(result: Any) -> dict[str, Tensor]:
-    """Return the real numbers that a model puts out; where one is called `logits`, that alone."""
+    """Return the real numbers that a model returns; where one is called `logits`, that alone."""
     named = named_logits(result)
     return named_fractions(result) if named is None else {LOGITS: named}
 

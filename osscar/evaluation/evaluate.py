@@ -157,7 +157,7 @@ def evaluate(
         If the model fails on the data, an image cannot be decoded, or the labels are not its
         classes.
     ModelError
-        If the model puts out nothing that could be scored, or two passes over the same data differ;
+        If the model returns nothing that could be scored, or two passes over the same data differ;
         or if it is asked about text and is no causal language model, has no key-value cache, or
         lacks tokens of it.
     NonFiniteError
@@ -196,7 +196,7 @@ def compare(
     Raises
     ------
     OsscarError
-        As `evaluate`; and a ModelError if the two put out other tensors.
+        As `evaluate`; and a ModelError if the two return other tensors.
     """
     pair = [(model, path), (dense, dense_path)]
     mine, theirs = _evaluate_all(pair, data, classes, batch_size, new_tokens, repetitions)

@@ -201,7 +201,7 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
     Raises
     ------
     ModelError
-        If it puts out no logits, reads ahead, or two passes differ.
+        If it returns no logits, reads ahead, or two passes differ.
     NonFiniteError
         If logits are NaN or infinite.
     """

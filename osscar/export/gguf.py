@@ -258,7 +258,7 @@ def _neurons(block: Any) -> int:
 
 @torch.no_grad()
 def _pad_neurons(model: Any) -> int:
-    """Add neurons of zeros to each layer, which put out zeros, up to whole blocks; return how many.
+    """Add neurons of zeros to each layer, which return zeros, up to whole blocks; return how many.
 
     Nothing is added where rows of the hidden size are no whole blocks either.
     """

@@ -62,7 +62,7 @@ def export_onnx(
         If it is not known what the model takes, or `example_inputs` are none that it does.
     ModelError
         If torch cannot trace the model, ONNX has no operator for something in it, ONNX Runtime does
-        not run it, it is in another number format, or it puts out something other than tensors.
+        not run it, it is in another number format, or it returns something other than tensors.
     OutputError
         If the file is there already or cannot be written.
     EquivalenceError

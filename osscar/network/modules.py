@@ -256,7 +256,7 @@ def fresh(inputs: T) -> T:
 
 
 def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-    """Run a model once on keyword arguments, which it may write to; return what it puts out."""
+    """Run a model once on keyword arguments, which it may write to; return what it returns."""
     return model(**fresh(batch))
 
 

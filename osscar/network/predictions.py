@@ -83,7 +83,7 @@ def place_of_classes(
     """Return which dimension of an output holds scores of classes: the one that its labels lack.
 
     It is the second, as torch has it, or else the last; of a model that reads sequences first the
-    last, and where that puts out one position alone, its label is the last of each sequence.  None
+    last, and where that returns one position alone, its label is the last of each sequence.  None
     where neither fits.  `shape` and `labels` are the sizes of the output, and of its labels.
     """
     fits = {tuple(labels), (labels[0], 1)} if sequences and len(labels) == 2 else {tuple(labels)}

@@ -73,7 +73,7 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
     ModelError
         If they differ.
     EquivalenceError
-        If it puts out no tensor.
+        If it returns no tensor.
     """
     with model_state(model) as state:
         with state.watching():
@@ -87,7 +87,7 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
 def refuse_chance(
     model: nn.Module, inputs: Inputs, first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> None:
-    """Refuse a model of which two passes over the same inputs put out what differs.
+    """Refuse a model of which two passes over the same inputs return what differs.
 
     Where they do it runs twice more, as it may have been prepared in between: only passes of what
     it is now tell.

@@ -1,7 +1,7 @@
 """The fingerprint of a dense model and its data, by which a run that goes on knows both.
 
 The code of a model is not all in its file: what it does may lie in a helper, a constant, a default,
-a hook.  What it puts out on given inputs tells, to the bit, where the same device rounds alike.
+a hook.  What it returns on given inputs tells, to the bit, where the same device rounds alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VALUES = 256
 @with_config(STRICT)
 @dataclass(frozen=True)
 class DenseOutputs:
-    """What a dense model puts out on its first calibration sample, and on its example inputs."""
+    """What a dense model returns on its first calibration sample, and on its example inputs."""
 
     device: dict[str, str]
     """What it ran on, as `osscar.base.devices.this_device` tells it."""
@@ -61,7 +61,7 @@ class DenseOutputs:
         )
 
     def differs(self, before: DenseOutputs) -> bool:
-        """Whether another model put out what was there before.
+        """Whether another model return what was there before.
 
         To the bit where the same processor computed both, in as many threads; elsewhere, and on
         graphics cards, which add up in any order, but for rounding.

@@ -65,14 +65,14 @@ from osscar.routing.find import ExpertMixture, WholeMixture, mixtures_in
 from osscar.shrinking.fold import Folded, fold, unfold
 
 _OUTPUT_BYTES = 16 << 20
-"""Memory of what a module puts out for the samples that run at once on a processor.
+"""Memory of what a module returns for the samples that run at once on a processor.
 
 glibc takes memory of 32 MiB or more from the system anew each time, and to page it in takes three
 times as long as to compute what it holds.
 """
 
 _LARGE_MODEL, _LARGE_OUTPUT = 1 << 26, 1 << 16
-"""Parameters of a language model, or numbers that a module of another puts out for a sample, from
+"""Parameters of a language model, or numbers that a module of another returns for a sample, from
 which on the seconds that bfloat16 saves are worth its rounding."""
 
 _TRIED, _ROUNDED = 4, 5e-3
@@ -240,7 +240,7 @@ def prepare(
     DataError
         If the model cannot read the calibration data.
     EquivalenceError
-        If it puts out no tensor.
+        If it returns no tensor.
     graph.GraphError
         If it cannot be traced.
     """
@@ -340,7 +340,7 @@ def _in_bfloat16(prepared: Prepared) -> bool:
 
 
 def _close_in_bfloat16(model: nn.Module, sample: Batch) -> bool:
-    """Whether a model puts out nearly the same in bfloat16, for what outputs vary about a mean."""
+    """Whether a model returns nearly the same in bfloat16, for what outputs vary about a mean."""
     with attempt():  # the model may be anyone's code
         due, found = (comparable(run(model, sample)) for run in (forward, forward_in_bfloat16))
         return all(
@@ -361,7 +361,7 @@ def _at_once(model: nn.Module, inputs: ModelInputs, example: Batch) -> int:
 
 
 def widest_output(model: nn.Module, example: Batch) -> int:
-    """Return the most numbers that an innermost module puts out for one sample."""
+    """Return the most numbers that an innermost module returns for one sample."""
     sizes = [0]
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -376,7 +376,7 @@ def widest_output(model: nn.Module, example: Batch) -> int:
 def _followable(model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool) -> Folded:
     """Replace code that cannot be followed, and prove that the model computes what it did.
 
-    `expected` is what it puts out; nothing if it fails, which is reported once it is traced.  With
+    `expected` is what it returns; nothing if it fails, which is reported once it is traced.  With
     `heads`, fused attention is to call its output layer as a module.  Return what was folded.
     """
     folded = fold(model)

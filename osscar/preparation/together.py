@@ -15,7 +15,7 @@ def together(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
     """Let samples of sizes of their own run together where their shapes are equal.
 
     They can where the first dimension of each tensor of theirs has one entry, the sample, and the
-    model puts out for two of them what it does for each alone.  It is left as it was.
+    model returns for two of them what it does for each alone.  It is left as it was.
     """
     if not all(len(x) == 1 for one in inputs.apart for x in one.values()):
         return inputs
@@ -24,7 +24,7 @@ def together(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
 
 
 def computes_alone(model: nn.Module, pair: Batch) -> bool:
-    """Whether a model puts out for each of two samples by itself what it does for both together.
+    """Whether a model returns for each of two samples by itself what it does for both together.
 
     One that takes means over a batch, or compares its samples, does not.
     """

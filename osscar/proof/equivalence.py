@@ -119,7 +119,7 @@ def comparable(result: Any) -> list[Tensor]:
 
 
 def all_outputs(result: Any) -> list[Tensor]:
-    """Return the tensors that a model puts out, of which there has to be one."""
+    """Return the tensors that a model returns, of which there has to be one."""
     tensors = tensors_in(result)
     if not tensors:
         raise EquivalenceError(
@@ -291,7 +291,7 @@ def _difference(a: Tensor, b: Tensor, names: tuple[str, str] = _NAMES) -> float 
     for x, y in zip(*(torch.split(t, rows) for t in (a, b)), strict=True):
         x, y = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (x, y))
         finite = torch.isfinite(x)
-        # Masks put out infinity on purpose: it has to stay where it is, and its sign, too.
+        # Masks contain infinity on purpose: it has to stay where it is, and its sign, too.
         same = torch.equal(finite, torch.isfinite(y))
         if not same or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
             one, other = names
@@ -317,7 +317,7 @@ def _difference(a: Tensor, b: Tensor, names: tuple[str, str] = _NAMES) -> float 
 def proof_outputs(
     model: nn.Module, inputs: Sequence[Inputs], *, keeping: bool = False
 ) -> list[Tensor]:
-    """Return every tensor that a model puts out, on every input, one after another.
+    """Return every tensor that a model returns, on every input, one after another.
 
     A model that draws random numbers draws the same ones each time.  With `keeping`, the logits on
     the first input come last: of a pass that keeps keys and values, or a state, and of one that
@@ -341,7 +341,7 @@ def _kept_outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def outputs_or_none(model: nn.Module, example: Inputs) -> list[Tensor]:
-    """Return what a model puts out, nothing if it fails; one that puts out no tensor is refused."""
+    """Return what a model returns, nothing if it fails; one that returns no tensor is refused."""
     with attempt(FileError, EquivalenceError):  # the model may be anyone's code
         return proof_outputs(model, [example])
     return []
@@ -353,7 +353,7 @@ def runs(model: nn.Module, example: Inputs) -> bool:
 
 
 def computes(model: nn.Module, example: Inputs, expected: Sequence[Tensor]) -> bool:
-    """Whether a model puts out what is expected, which is something."""
+    """Whether a model returns what is expected, which is something."""
     found = outputs_or_none(model, example)
     try:
         return len(expected) == len(found) and math.isfinite(prove_equal(expected, found).error)
@@ -427,7 +427,7 @@ def distance_from_masked(
 
 
 def outputs_before(model: nn.Module, inputs: Sequence[Inputs]) -> list[Tensor]:
-    """Return what a model puts out before anything is done to it."""
+    """Return what a model returns before anything is done to it."""
     with attempt(OsscarError) as tried:  # the model may be anyone's code
         return proof_outputs(model, inputs)
     name = failing_module(tried.error.__traceback__, model)

@@ -58,7 +58,7 @@ class Dense:
 
     weights: Their `weights_digest`.
     computed: The number format in which it ran on the sample.
-    sample: A fixed input, with what it puts out on that.
+    sample: A fixed input, with what it returns on that.
     """
 
     weights: str
@@ -83,7 +83,7 @@ class Lineage:
     calibration: All that it was calibrated or recovered on, the oldest first, each set once.
     dense: The models that it was pruned from, the oldest first.
     inputs: What it was pruned with last, by the name of the argument; empty for language models.
-    sample: An input that it takes; in a checkpoint, with what it puts out on that.
+    sample: An input that it takes; in a checkpoint, with what it returns on that.
     """
 
     plans: tuple[PruningPlan, ...] = ()

@@ -43,7 +43,7 @@ class ShrunkGraph:
     staying: Staying
 
     def of(self, node: Node) -> tuple[Extents, ...]:
-        """Return the dimensions of each tensor that a node puts out, as they were."""
+        """Return the dimensions of each tensor that a node returns, as they were."""
         return self.staying.of(self.origins[node])
 
     def tensor_name(self, node: Node) -> str | None:
@@ -97,7 +97,7 @@ class _Call:
 
     @property
     def outputs(self) -> tuple[Extents, ...]:
-        """The dimensions of each tensor that it puts out."""
+        """The dimensions of each tensor that it returns."""
         return self.program.of(self.node)
 
     def argument(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""One fixed input of a model, and a few numbers of what it puts out: whether it is still the same.
+"""One fixed input of a model, and a few numbers of what it returns: whether it is still the same.
 
 The input is made from its form alone, by a formula, so that every machine makes the same one.
 """
@@ -113,7 +113,7 @@ Argument: TypeAlias = Drawn | bool | int | float | None
 
 @dataclass(frozen=True)
 class Sample:
-    """An input by the names of the arguments, and what a model put out on it when it was saved.
+    """An input by the names of the arguments, and what a model returned on it when it was saved.
 
     `outputs` is empty as long as nobody has run the model on it.
     """
@@ -146,7 +146,7 @@ class Sample:
         return {n: x.tensor() if isinstance(x, Drawn) else x for n, x in self.inputs.items()}
 
     def with_outputs(self, outputs: Sequence[Tensor]) -> Sample:
-        """Record what a model puts out on it; nothing if none of it is finite."""
+        """Record what a model returns on it; nothing if none of it is finite."""
         found = tuple(map(Output.of, outputs[:_OUTPUTS]))
         some = any(x is not None for one in found for x in one.values)
         return dataclasses.replace(self, outputs=found if some else ())

@@ -65,9 +65,9 @@ def mixture(
     """Declare classes of mixture blocks whose experts are a list of modules.
 
     A block asks its gate for the logits of all experts, calls some of them with rows of tokens,
-    and puts out the sum of what they make of these, times weights; the sum may stand in other
-    terms, and it is the first tensor that is put out.  A declaration is held against what the block
-    puts out, on an example when experts are looked for and on all calibration data when some are to
+    and returns the sum of what they make of these, times weights; the sum may stand in other
+    terms, and it is the first tensor that is returned.  A declaration is compared with what blocks
+    return, on an example when experts are looked for and on all calibration data when some are to
     leave.  Experts whose matrices are stacked in one parameter, as in transformers, need none.
 
     Parameters
@@ -76,10 +76,10 @@ def mixture(
         Classes, or their full names such as ``"package.module.Block"``, which spare an import.
         Subclasses are covered too.
     gate, experts
-        What a block calls the module that puts out logits, and the `torch.nn.ModuleList`.
+        What a block calls the module that returns logits, and the `torch.nn.ModuleList`.
     top_k
         To how many experts a token is sent: those with the largest scores, which are their weights.
-        A gate that puts out numbers and weights of experts itself needs neither this nor what
+        A gate that returns numbers and weights of experts itself needs neither this nor what
         follows.
     normalize
         Whether weights are divided by their sum.
@@ -162,7 +162,7 @@ def is_named(name: str) -> bool:
 def calls_of(
     model: nn.Module, example: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, list[tuple[Call, Any]]]:
-    """Run a model, and return the calls of some modules, with what they put out."""
+    """Run a model, and return the calls of some modules, with what they return."""
     found: dict[str, list[tuple[Call, Any]]] = {name: [] for name in names}
 
     def look(name: str, _: nn.Module, args: Any, kwargs: Any, y: Any) -> None:

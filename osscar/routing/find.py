@@ -45,7 +45,7 @@ class ExpertMixture:
     """How the code of a block calls a list of modules: `experts` and `router` are called while the
     block is `called_as_mixtures`."""
     last_layer: str | None = None
-    """The linear layer, in each module of a list, that puts out what the expert does, if any."""
+    """The linear layer, in each module of a list, that returns what the expert does, if any."""
 
     @property
     def rule(self) -> RoutingRule:
@@ -62,7 +62,7 @@ class WholeMixture:
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A call of a mixture, and the last call before it that put out its experts and weights."""
+    """A call of a mixture, and the last call before it that returned its experts and weights."""
 
     x: Routed
     router: str | None = None
@@ -128,7 +128,7 @@ def _calls(model: nn.Module, example: Mapping[str, Any], names: Sequence[str]) -
 
 
 def _put_out(leaves: Sequence[Tensor], x: Routed) -> bool:
-    """Whether what a module put out are the experts and weights that a mixture was called with."""
+    """Whether what a module returned are the experts and weights that a mixture was called with."""
     return all(
         any(leaf.shape == given.shape and torch.equal(leaf.to(given), given) for leaf in leaves)
         for given in (x.experts, x.weights)
@@ -210,7 +210,7 @@ def _group(model: nn.Module, name: str, slots: Sequence[Slot], rule: RoutingRule
 
 
 def _last_layer(experts: Iterable[nn.Module], hidden: Tensor) -> str | None:
-    """Return the name of the linear layer that puts out what each expert of a list does, if any."""
+    """Return the name of the linear layer that returns what each expert of a list does, if any."""
     found = [list(last_layers(expert, hidden.clone())) for expert in experts]
     return next((name for name in found[0] if all(name in names for names in found)), None)
 

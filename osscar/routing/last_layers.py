@@ -1,4 +1,4 @@
-"""Which layers put out what experts do that are modules of their own."""
+"""Which layers return what experts do that are modules of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from osscar.network.hooks import hooks
 
 
 def last_layers(expert: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """Return which linear layers put out what an expert does, with what each of them reads."""
+    """Return which linear layers return what an expert does, with what each of them reads."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def look(name: str, _: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:

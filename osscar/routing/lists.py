@@ -1,9 +1,9 @@
 """Mixtures whose experts are a list of modules, which the code of a block calls by number.
 
-While such a block is `called_as_mixtures`, its code runs with experts that put out zeros, which
+While such a block is `called_as_mixtures`, its code runs with experts that return zeros, which
 leaves what else is in its outputs.  Then the logits of its gate are made into routes as its
 declaration says, and its list of experts is called with tokens, their experts and weights, as a
-block with stacked matrices calls its own.  Held against what the block puts out by itself, this
+block with stacked matrices calls its own.  Held against what the block returns by itself, this
 says whether the declaration is true.
 """
 
@@ -49,7 +49,7 @@ class ExpertList:
     count: int
     """How many experts there are."""
     outputs: int
-    """How many numbers they put out for a token."""
+    """How many numbers they return for a token."""
     gate: Router
     """What its gate is read by."""
 
@@ -69,7 +69,7 @@ class ExpertList:
 
 
 class _Rest(NamedTuple):
-    """What a block puts out whose experts put out zeros, and the call of its gate."""
+    """What a block returns whose experts return zeros, and the call of its gate."""
 
     y: Any
     sum: Tensor
@@ -78,13 +78,13 @@ class _Rest(NamedTuple):
     """(tokens, d)"""
     call: Call
     routed: Any
-    """What the gate puts out."""
+    """What the gate returns."""
 
 
 def _without_experts(
     declared: Declaration, block: nn.Module, own: Callable[..., Any], call: Call, outputs: int
 ) -> _Rest:
-    """Run the code of a block, `own`, with experts that put out zeros."""
+    """Run the code of a block, `own`, with experts that return zeros."""
     seen: list[tuple[Call, Any]] = []
 
     def zeros(x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def expert_list(
 
     A declaration that does not hold is a ModelError, and so are experts that could not leave.
     """
-    with attempt() as tried:  # code of anyone's, which may not take experts that put out zeros
+    with attempt() as tried:  # code of anyone's, which may not take experts that return zeros
         own = model.get_submodule(block)
         experts = own.get_submodule(declared.experts)
         if not alike(experts):
@@ -213,8 +213,8 @@ def called_as_mixtures(
 ) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.  With `held`, each call is compared with what the block puts
-    out by itself, and a ModelError raised where they differ.
+    What they compute stays the same.  With `held`, each call is compared with what the block
+    returns by itself, and a ModelError raised where they differ.
     """
     with ExitStack() as around:
         for one in lists:
@@ -260,7 +260,7 @@ def _forward(
 
 
 def _hold(one: ExpertList, rest: Tensor, total: Tensor, due: Tensor, logits: Tensor) -> None:
-    """Refuse a block that does not put out what is beside its experts, and the sum over these.
+    """Refuse a block that does not return what is beside its experts, and the sum over these.
 
     All are (tokens, outputs).  Rounding may move a token by the root of the rounding unit, for the
     size of the sum, and by some units of what that is added to; routers round to float32 in models

@@ -70,7 +70,7 @@ def _gone(count: int, kept: Sequence[int]) -> list[int]:
 
 
 def _without_logits(y: Any, count: int, gone: list[int]) -> Any:
-    """Return what a gate puts out, with the logits of experts that leave at minus infinity."""
+    """Return what a gate returns, with the logits of experts that leave at minus infinity."""
     leaves, form = pytree.tree_flatten(y)
     (place,) = like_logits(leaves, count)
     leaves[place] = leaves[place].clone()

@@ -1,6 +1,6 @@
 """What mixtures of experts are called with: tokens, their experts, and weights of these.
 
-A mixture puts out for every token the sum of what its experts make of it, times the weights.
+A mixture returns for every token the sum of what its experts make of it, times the weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Routers of mixtures of experts: by which rule they route, and routing among some experts alone.
 
-A router is called with tokens, and puts out logits of all experts, the experts that each token is
+A router is called with tokens, and returns logits of all experts, the experts that each token is
 sent to, and their weights.  The published rules are tried on drawn tokens and weights, and the one
-that puts out the same is taken.
+that returns the same is taken.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Router:
     bias: str | None = None
     """What is added to scores for the choice alone: a tensor of the module, or an argument."""
     places: tuple[int, int] = (1, 2)
-    """Where experts and weights are among the leaves of what it puts out, if it does so."""
+    """Where experts and weights are among the leaves of what it returns, if it does so."""
 
     def scores(self, module: nn.Module, call: Call, y: Any, count: int) -> Scores:
         """Return what a call of the module chooses among `count` experts by."""
@@ -77,7 +77,7 @@ class Router:
         return Scores(logits, None if bias is None else bias.double())
 
     def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
-        """Return what the module would put out if of `count` experts it had those that are kept.
+        """Return what the module would return if of `count` experts it had those that are kept.
 
         Experts keep their numbers.
         """
@@ -89,7 +89,7 @@ class Router:
 
 
 def sends_tokens(y: Any) -> bool:
-    """Whether a module puts out to which experts tokens go, and not logits alone."""
+    """Whether a module returns to which experts tokens go, and not logits alone."""
     return any(tensor.dtype in (torch.int64, torch.int32) for tensor in tensors_in(y))
 
 
@@ -177,7 +177,7 @@ def _drawn_call(call: Call, count: int, seed: int) -> Call:
 
 
 def _run(module: nn.Module, call: Call, count: int) -> tuple[_Seen, tuple[int, int]]:
-    """Return what a router in double precision puts out without its hooks, and `Router.places`."""
+    """Return what a router in double precision returns without its hooks, and `Router.places`."""
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda x: x.double() if x.is_floating_point() else x, call
     )
@@ -268,7 +268,7 @@ def _scale(rule: RoutingRule, bias: str | None, seen: Sequence[_Seen]) -> tuple[
 
 
 def like_logits(leaves: Sequence[Any], count: int) -> list[int]:
-    """Return which leaves of what a module puts out may be the logits of so many experts."""
+    """Return which leaves of what a module returns may be the logits of so many experts."""
     tensors = [(i, leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     return [i for i, t in tensors if t.is_floating_point() and t.shape[-1:] == (count,)]
 
@@ -276,7 +276,7 @@ def like_logits(leaves: Sequence[Any], count: int) -> list[int]:
 def _logits_of(module: nn.Module, call: Call, y: Any, count: int) -> Tensor:
     """Return the logits, (tokens, experts), of a call of a router.
 
-    A router that puts out experts and weights alone makes them of tokens times a matrix.  The
+    A router that returns experts and weights alone makes them of tokens times a matrix.  The
     message of a ModelError, where there are none, goes on after the router's name.
     """
     leaves = pytree.tree_leaves(y)

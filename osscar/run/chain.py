@@ -54,7 +54,7 @@ class PreparedRun:
     task: PruningTask
     """What was asked for when it was prepared, with what was found on trial."""
     reference: Reference
-    """What the dense model puts out on held-out samples."""
+    """What the dense model returns on held-out samples."""
     statistics: DenseStatistics | None
     """Those of its batch-norm layers; None if these keep their own."""
     log: RunLog | None

@@ -191,7 +191,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
 
 @dataclass(frozen=True)
 class _Masked:
-    """What the masked model puts out.
+    """What the masked model returns.
 
     `distance` tells how far another model is from it, in the next finer number format if `finer`,
     and `untouched` is what modules held before any pass.

@@ -1,4 +1,4 @@
-"""Batch-norm statistics after pruning, which has changed what the layers before them put out."""
+"""Batch-norm statistics after pruning, which has changed what the layers before them return."""
 
 from __future__ import annotations
 

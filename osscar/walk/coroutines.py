@@ -56,7 +56,7 @@ class Arrival:
     x: Any
     """What it is called with: a tensor, or what is `osscar.routing.routed.Routed`."""
     output: Tensor | None
-    """What it puts out; None where nobody asks."""
+    """What it returns; None where nobody asks."""
     stream: Tensor | None
     """What will be added to that; None where nobody asks, or knows."""
 

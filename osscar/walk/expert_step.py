@@ -34,7 +34,7 @@ MOST_TOKENS = 1 << 15
 """Tokens that choose who stays, drawn where there are more."""
 
 _AT_ONCE = 1 << 22
-"""Numbers that experts put out at a time."""
+"""Numbers that experts return at a time."""
 
 _BLOCK = 4096
 """Tokens in a block of a problem, about."""
@@ -171,7 +171,7 @@ class ExpertStep:
                 yield RoutedTokens.from_outputs(logits, self._outputs(x, hidden, experts), target)
 
     def _outputs(self, x: Routed, hidden: Tensor, experts: Tensor) -> Tensor:
-        """Return what experts, (tokens, r), put out for tokens, (tokens, r, d)."""
+        """Return what experts, (tokens, r), return for tokens, (tokens, r, d)."""
         each = hidden.repeat_interleave(experts.shape[1], 0)
         one = torch.ones(len(each), 1, dtype=x.weights.dtype, device=each.device)
         y: Tensor = self._module.forward(each, experts.flatten()[:, None].to(x.experts), one)
@@ -203,7 +203,7 @@ class ExpertStep:
                 batch.go_on_with(x)
 
     def losses(self) -> list[float]:
-        """Return the error of what the mixture puts out now, relative to what it is to put out.
+        """Return the error of what the mixture returns now, relative to what it is to return.
 
         That on the samples that weights are fitted to comes first, that on those held out last, if
         there are any.

@@ -55,7 +55,7 @@ def _routed(
 
     Passes of a walk that are to be as in the dense model send them to all, and so do mixtures that
     `kept`, by the name of the group, does not have when they are called.  With `held`, declared
-    blocks are held against what they put out by themselves.
+    blocks are held against what they return by themselves.
     """
     routers = {one.router: one for one in mixtures}
     lists = [one.listed for one in routers.values() if one.listed is not None]

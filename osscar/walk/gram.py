@@ -191,7 +191,7 @@ def damped_by_input(
     mean of the diagonal it would swamp ordinary inputs wherever a few tokens with massive
     activations carry most of the trace.  The tensors become those of the consumer: the undamped
     Gram matrix, summed over so many positions, dense weights, and G and e of other targets than
-    what these weights put out.
+    what these weights return.
     """
     added = damp * pulls(H.diagonal(), positions)
     G = e = None

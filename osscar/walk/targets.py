@@ -5,7 +5,7 @@ what the dense weights make of these inputs, and a correction D of what earlier 
 changed.
 
 In a residual network a consumer's output is added to a stream that came past it.  That stream has
-been read or put out by some module before (by the normalization of the same block, by the block
+been read or returned by some module before (by the normalization of the same block, by the block
 before), which tells it from all other tensors whatever the model's code looks like.
 """
 
@@ -31,7 +31,7 @@ class Target(enum.StrEnum):
     WEIGHTS = "weights"
     """Nothing: what the dense weights make of the pruned inputs, which is the paper's target."""
     RESIDUAL = "residual"
-    """What the dense model puts out at the same place, and what the residual stream lacks, to which
+    """What the dense model returns at the same place, and what the residual stream lacks, to which
     the consumer's output is added."""
 
     @property
@@ -46,7 +46,7 @@ def correction(
     dense_stream: Tensor | None = None,
     pruned_stream: Tensor | None = None,
 ) -> Tensor:
-    """Return D, given what a consumer with dense weights puts out in each stream, in its shape.
+    """Return D, given what a consumer with dense weights returns in each stream, in its shape.
 
     The streams to which it is added, where known, may have other leading dimensions.
     """
@@ -70,11 +70,11 @@ _RESHAPES = frozenset(
 
 _Passage: TypeAlias = tuple[str, int, str, int | str]
 """A tensor that passes a module: its name, which of its calls, counted from 0, whether it is read
-(``"in"``) or put out (``"out"``), and its position or name there."""
+(``"in"``) or return (``"out"``), and its position or name there."""
 
 
 class _Passing:
-    """Shows all tensors that modules read and put out, in their order, to `see`."""
+    """Shows all tensors that modules read and return, in their order, to `see`."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = defaultdict(int)
@@ -84,7 +84,7 @@ class _Passing:
         self._see_all(name, "in", [*enumerate(args), *kwargs.items()])
 
     def put_out(self, name: str, result: Any) -> None:
-        """Take what a module puts out; its call is over."""
+        """Take what a module returns; its call is over."""
         several = result if isinstance(result, tuple | list) else (result,)
         self._see_all(name, "out", enumerate(several))
         self.calls[name] += 1
@@ -102,7 +102,7 @@ class _Passing:
 def streams(
     model: nn.Module, example: Mapping[str, Any], names: Sequence[str]
 ) -> dict[str, tuple[_Passage, ...]]:
-    """Run a model once; return where the tensors pass that are added to what consumers put out.
+    """Run a model once; return where the tensors pass that are added to what consumers return.
 
     Returned by name are the consumers that are called once, and to whose output something is added
     that has passed a module before, unchanged since.  It may have other leading dimensions.

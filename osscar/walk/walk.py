@@ -73,7 +73,7 @@ class Waiting:
         self._run.arrived = dataclasses.replace(self._run.arrived, x=x)
 
     def target(self) -> Tensor:
-        """Return what the call is to put out, in float64."""
+        """Return what the call is to return, in float64."""
         arrival = self._run.arrived
         assert arrival is not None
         assert arrival.output is not None
@@ -315,7 +315,7 @@ class Walk:
     # ---- consumers -----------------------------------------------------------------------
 
     def _output(self, name: str, x: Any) -> Any:
-        """Return what a consumer puts out, with products in the format of the dense stream."""
+        """Return what a consumer returns, with products in the format of the dense stream."""
         rough = self._dense_pass is not self._pass
         with bfloat16_products(self._model) if rough else nullcontext():
             return exact_output(holder(self._model, name), x)

@@ -73,7 +73,7 @@ def test_a_drawing_is_xml_whatever_names_hold(tmp_path):
     file = graph.trace(net, (torch.zeros(2, 4),)).draw(tmp_path / "groups.svg")
     text = {element.text for element in ET.parse(file).getroot().iter()}
     shown = (r"a\x1b[31m", r"b\u202e", "c$x$ $y_{", 'd<&>"', r"e\ud800", r"\ufffe")
-    # what the last one puts out is the model's output
+    # what the last one returns is the model's output
     assert {f"{name}.neurons" for name in shown} <= text
     assert {f"{name}.N.weight [0] x1" for name in shown} <= text
     assert all(c.isprintable() or c in "\n\t" for c in file.read_text())

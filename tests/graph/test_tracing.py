@@ -63,7 +63,7 @@ returns_pair = network()(lambda net, x: Pair(x, x + 1))
 
 @network()
 def branches(net, x):
-    """One of whose branches puts out another form: "Expected ..." of it is not about the inputs."""
+    """One of whose branches returns another form: "Expected ..." of it is not about the inputs."""
     return torch.cond(x.sum() > 0, lambda x: x.double(), lambda x: x[:1], (x,))
 
 

@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder with tied embeddings, which puts out scores of the last position alone."""
+    """A decoder with tied embeddings, which returns scores of the last position alone."""
 
     def __init__(self, config):
         super().__init__()

@@ -73,7 +73,7 @@ def test_changed_code_is_noticed_where_a_log_a_sweep_and_a_study_go_on(begun):
 
 
 def test_outputs_that_another_device_rounds_otherwise_are_the_same(begun):
-    """Only there: what the same device puts out is the same to the bit."""
+    """Only there: what the same device returns is the same to the bit."""
     first = DenseOutputs.of(built(), as_inputs(built(), DATA))
     for gain in (1 + 1e-6, 1.01):
         found = DenseOutputs.of(built(gain), as_inputs(built(), DATA))

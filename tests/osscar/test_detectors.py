@@ -91,7 +91,7 @@ def test_a_detector_is_pruned_trained_and_exported(make, monkeypatch, tmp_path):
 
 
 def check_exported(model, place):
-    """ONNX Runtime puts out the same on fresh images."""
+    """ONNX Runtime returns the same on fresh images."""
     import onnxruntime
 
     written = osscar.export_onnx(model, place / "it.onnx", example_inputs=images(2, 0))

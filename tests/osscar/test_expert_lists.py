@@ -166,7 +166,7 @@ class OfThree(SoftmaxThenTopK):
 
 @osscar.mixture(gate="gate", experts="experts")
 class Silent(SoftmaxThenTopK):
-    """Whose gate puts out logits alone, and nothing says what becomes of them."""
+    """Whose gate returns logits alone, and nothing says what becomes of them."""
 
 
 @osscar.mixture(gate="gate", experts="experts", top_k=2, scores="sigmoid")

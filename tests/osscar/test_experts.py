@@ -27,7 +27,7 @@ def of_experts(prepared):
 
 
 def called(model, name, data):
-    """Return what a mixture is called with, and what it puts out."""
+    """Return what a mixture is called with, and what it returns."""
     found = []
 
     def hook(module, args, kwargs, output):

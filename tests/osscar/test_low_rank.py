@@ -19,7 +19,7 @@ ASKED = {"neurons": 0.5, "round_to": 1, "device": "cpu"}
 
 
 class LowRankPair(nn.Module):
-    """Adds a product of two small matrices to what a layer puts out, as adapters do."""
+    """Adds a product of two small matrices to what a layer returns, as adapters do."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Curves that are measured: one group alone is pruned, and what models put out is compared."""
+"""Curves that are measured: one group alone is pruned, and what models return is compared."""
 
 import copy
 import math

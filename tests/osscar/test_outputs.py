@@ -1,4 +1,4 @@
-"""What a model puts out: which of it is scored, and whether two passes agree."""
+"""What a model returns: which of it is scored, and whether two passes agree."""
 
 import random
 

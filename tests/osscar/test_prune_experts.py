@@ -57,7 +57,7 @@ def small(family="mixtral"):
 
 
 def output_of(model, name=NAME):
-    """Return what a module puts out on the calibration data."""
+    """Return what a module returns on the calibration data."""
     seen = []
     hook = model.get_submodule(name).register_forward_hook(lambda _, x, y: seen.append(y))
     with hook, torch.no_grad():
@@ -133,7 +133,7 @@ def test_refits_that_are_worse_together_are_left_away(samples, monkeypatch):
 
 
 def test_later_mixtures_see_what_earlier_ones_have_left():
-    """The second is to put out what the stream behind it lacks, as the first has shaped it."""
+    """The second is to return what the stream behind it lacks, as the first has shaped it."""
     model = mixture("mixtral")
     result = osscar.prune(model, tokens(), experts=3, target="residual", **ALL)
     dense, behind = (output_of(one, "model.layers.1") for one in (model, result.model))

@@ -67,7 +67,7 @@ class Inplace(nn.Module):
 
 
 def passed(model, batch):
-    """Run a model, and return what it puts out as `recorded` does with it."""
+    """Run a model, and return what it returns as `recorded` does with it."""
     with torch.no_grad(), without_cache(model):
         result = forward(model, batch)
     return getattr(result, "logits", result)

@@ -243,7 +243,7 @@ def test_a_language_model_on_meta_keeps_the_scale_of_its_attention_and_how_keys_
 
 
 class Cross(nn.Module):
-    """Attention with both masks, whose weights are put out or not."""
+    """Attention with both masks, whose weights are returned or not."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ def test_what_is_added_to_a_consumer_is_found_in_the_models_own_code():
 
 
 def call(network, name, x):
-    """Return what a module of a network reads, and what it puts out."""
+    """Return what a module of a network reads, and what it returns."""
     seen = []
     hook = network.get_submodule(name).register_forward_hook(
         lambda _, args, y: seen.append((args[0].clone(), y.clone()))

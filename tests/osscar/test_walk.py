@@ -154,7 +154,7 @@ def commit_all(way, early=False):
 
 
 def calls(network, name, batch):
-    """Return what a module reads and puts out, call by call."""
+    """Return what a module reads and returns, call by call."""
     seen = []
     hook = network.get_submodule(name).register_forward_hook(
         lambda _, args, y: seen.append((args[0].clone(), y.clone()))
@@ -183,7 +183,7 @@ def close(found, expected, to):
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_groups_are_measured_alone_or_through_what_was_committed_before(name, monkeypatch):
-    """And with targets that are what the dense model puts out, where nobody adds to that."""
+    """And with targets that are what the dense model returns, where nobody adds to that."""
     monkeypatch.setattr("osscar.walk.walk.streams", lambda *_: {})
     torch.manual_seed(1)
     model, data = (make() for make in CASES[name])
