@@ -161,6 +161,9 @@ def check_json_path(
 
 
 _READ = ("config", "dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
+_ENDINGS = (".npz", ".safetensors", ".txt", ".pt", ".pth")
+"""Of names that stand for nothing but files."""
+
 _WRITTEN = ("json", "svg")
 """Options of commands that name what is read, and single files that are written."""
 
@@ -174,8 +177,12 @@ def check_files(options: object, *read: str | os.PathLike[str], out: Path | None
     """Refuse files of options that must not be written, as `check_json_path` does.
 
     `read` is what the command reads beside what its options name, and `out` where its output goes,
-    if that is no option of that name.
+    if that is no option of that name.  A file of data or weights that is missing is refused here,
+    as a model is loaded before they are.
     """
+    for name in named_files(options):
+        if Path(name).suffix in _ENDINGS and not os.path.exists(os.path.expanduser(name)):
+            raise OptionError(f"there is no file {str(name)!r}; check the path")
     written = [getattr(options, "out", None) if out is None else out]
     for name in _WRITTEN:
         path = getattr(options, name, None)

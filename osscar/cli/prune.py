@@ -47,7 +47,7 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
 from osscar.run.run_log import RunLog
-from osscar.run.target import prune_to_target, usual_draw
+from osscar.run.target import check_samples, prune_to_target, usual_draw
 
 
 def run(model: str, options: PruneOptions) -> None:
@@ -60,6 +60,8 @@ def run(model: str, options: PruneOptions) -> None:
                 f"--recover-text may hold samples that measure {request.quality}; omit it: "
                 "models are recovered on the calibration samples that they are pruned on"
             )
+        if request.quality is not None and options.samples is not None:
+            check_samples(request.quality, options.samples, options.samples)
         recovery = recovery_of(options, request)
         job = _Job(model, options, options.out, request, recovery, ranks)
         run_and_report(

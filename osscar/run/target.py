@@ -85,7 +85,7 @@ def prune_to_target(
     target = request.quality
     assert target is not None
     numbers = copies(inputs)
-    _check_enough(target, len(numbers), int(numbers.max()) + 1)
+    check_samples(target, len(numbers), int(numbers.max()) + 1)
     parts = in_parts(calibration, numbers, request.seed)
     part = parts.pruned_on
     with (
@@ -128,8 +128,8 @@ def usual_draw(target: QualityTarget) -> int:
     return 4 * usual_samples(target.kind, target.most)
 
 
-def _check_enough(target: QualityTarget, samples: int, different: int) -> None:
-    """Refuse too few samples for a test that can pass."""
+def check_samples(target: QualityTarget, samples: int, different: int) -> None:
+    """Refuse too few samples for a test that can pass (DataError)."""
     needed = 4 * fewest_samples(target.kind, target.most)
     if different < needed:
         alike = f" (of {samples}, with copies or windows that overlap)" * (different < samples)

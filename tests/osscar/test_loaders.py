@@ -21,6 +21,7 @@ from tests.osscar.gpts import nano
 from tests.osscar.networks import plain, small_net
 
 MAGNITUDE = {"neurons": 0.5, "backend": "magnitude", "device": "cpu"}
+HALVED = {"neurons": 0.5, "device": "cpu", "distance": "relative"}
 X, Y = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3
 
 
@@ -82,6 +83,22 @@ def test_every_form_is_read_for_the_same_samples_and_labels(form):
     loaded = LoadedModel(rows_net(), "net", None, torch.float32)
     assert len(loaded.calibration(FORMS[form](), samples=40)) == 40
     assert len(load_batches(FORMS[form](), rows_net())) == (300 if form in WHOLE else 256)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda: (X[:256], Y[:256]),
+        lambda: iter([(X[:200], Y[:200]), (X[200:], Y[200:])]),
+        lambda: zip(X.split(64), Y.split(64), strict=True),
+        lambda: map(tuple, [[X[:256], Y[:256].numpy()]]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the data are")
+def test_a_pair_and_an_iterator_of_pairs_prune_as_their_inputs_do(form):
+    found, due = (osscar.prune(rows_net(), data, **HALVED) for data in (form(), X[:256]))
+    assert found.calibration["samples"] == due.calibration["samples"] == 256
+    assert torch.equal(found.model(X), due.model(X))
 
 
 def test_data_without_labels_are_read_as_well():

@@ -60,6 +60,37 @@ def test_a_message_is_the_same_on_the_command_line_and_in_python(run):
     )
 
 
+BEFORE_LOADING = {
+    "prune --memory 0.5": "give the context, too",
+    "prune --max-top1-drop 2% --max-divergence 0.1": "takes one quality target",
+    "prune --params 0.5 --heads 1 --neurons 1 --channels 1": "has nothing to prune",
+    "prune": "nothing to prune: give a budget",
+    "prune --params 0.8 --params 0.7": "--params is given more than once",
+    "prune --max-top1-drop 2% --samples 500": "596 different calibration .* are 500, 96 too few",
+    "prune --max-divergence 0.1 --samples 63": "64 different .* are 63, 1 too few",
+    "prune --params 0.5 --recover-steps 4": "without --recover; give both, or neither",
+    "prune --params 0.5 --calibration none.npz": "there is no file 'none.npz'; check the path",
+    "prune --params 0.5 --weights none.pt": "there is no file 'none.pt'; check the path",
+    "sweep --memory 0.7,0.5": "give the context, too",
+    "sweep --params 0.5 --inputs none.safetensors": "there is no file 'none.safetensors'",
+    "sweep --params 0.5,1.5": "1.5",
+    "recover --steps 0 --dense net.py:build": "steps is 0; give 1 or more",
+}
+
+
+@pytest.mark.parametrize("words", BEFORE_LOADING)
+def test_what_the_arguments_decide_is_said_before_the_model_is_built(
+    words, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("raise RuntimeError('built')")
+    command, *options = words.split()
+    status, out, err = run(command, "net.py:build", *options, "--out", "small")
+    assert (status, out) == (2, "")
+    assert re.search(BEFORE_LOADING[words], " ".join(err.split())), err
+    assert [one.name for one in tmp_path.iterdir()] == ["net.py"]
+
+
 def messages(file):
     """Yield the texts of a file that are no docstrings, with {} for what is filled in."""
     tree = ast.parse(file.read_text())

@@ -400,6 +400,45 @@ def test_budgets_beside_a_target_hold_too(two_attempts, monkeypatch):
         osscar.prune(dense, data, max_divergence=0.0003, params=0.5)
 
 
+class Begun(Exception):
+    """Raised where a run would go on."""
+
+
+def begun(*given, **more):
+    raise Begun(given)
+
+
+@pytest.mark.parametrize(("most", "drawn"), [("2%", 1400), ("4%", 1200), ("20%", 512)])
+def test_the_command_draws_as_many_labelled_images_as_a_drop_takes(
+    most, drawn, tmp_path, monkeypatch
+):
+    """Four times 12 / most, or all that there are, and 512 at least."""
+    np.savez(tmp_path / "data.npz", x=images(1400), labels=torch.arange(1400) % 3)
+    code = "from tests.osscar.networks import images, small_net\n"
+    code += "def build():\n    return small_net(), images(2)\n"
+    (tmp_path / "net.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    words = f"prune net.py:build --calibration data.npz --max-top1-drop {most} --out smaller"
+    monkeypatch.setattr(sys, "argv", ["osscar", *words.split()])
+    monkeypatch.setattr("osscar.cli.prune.prune_to_target", begun)
+    with pytest.raises(Begun) as stop:
+        main()
+    assert len(stop.value.args[0][1]) == drawn
+
+
+def test_samples_that_a_drop_lacks_are_counted_before_the_first_attempt(monkeypatch):
+    dense, data = labelled(532)
+    monkeypatch.setattr("osscar.run.target._Search.smallest", begun)
+    with pytest.raises(DataError, match=r"takes 1196 different .* are 532, 664 too few"):
+        osscar.prune(dense, data, max_top1_drop="1%")
+    few = osscar.TensorSet("images", data.tensors, data.labels.clone())
+    few.labels[40:] = IGNORED
+    with pytest.raises(DataError, match=r"takes 29 different labelled samples in each quarter of"):
+        osscar.prune(dense, few, max_top1_drop="10%")
+    with pytest.raises(Begun):
+        osscar.prune(dense, data, max_top1_drop="3%")
+
+
 def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     tmp_path, monkeypatch, capsys
 ):
