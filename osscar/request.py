@@ -282,18 +282,17 @@ class PruningRequest:
         Fraction of the floating-point operations to keep, such as 0.7 or ``70%``.
     speedup
         Speed of a forward pass to reach within 2 %, as a multiple of the dense model's, above 1.
-        It is timed on this device, where nothing else should run meanwhile.
+        It is measured on this device; run nothing else there meanwhile.
     timed
         With a budget or target of time: what is timed.  ``prefill``: a forward pass over a
         batch of calibration data.  ``decode``: the next token of each of `batch` sequences of a
         language model, with a key/value cache of `context` positions.
     timed_in
-        With a budget or target of time: what runs it, ``torch``, or ``onnxruntime`` on the
-        processor, for which operators and models are exported.
+        With a budget or target of time: the runtime, ``torch``, or ``onnxruntime`` on the CPU.
     max_divergence
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
-        The smallest model within it and within all budgets is searched for by pruning up to four
-        times.  It is tested on a quarter of the calibration samples that no search has seen: its
+        OSSCAR prunes up to four times to find the smallest model within it and within all budgets.
+        A quarter of the calibration samples, which the search does not use, tests that model: its
         loss is at most this with 95 % confidence.
     max_perplexity_increase
         The same search for a language model: largest increase of its perplexity, such as ``5%``.
@@ -302,14 +301,14 @@ class PruningRequest:
         such as ``1%``.
     smallest
         With a quality target: what to make as small as possible, ``params`` (the default),
-        ``flops``, ``size`` in bytes, or ``time``: that of a forward pass on this device, by what
-        its operators take.  The model that is found is timed as a whole.
+        ``flops``, ``size`` in bytes, or ``time`` of a forward pass on this device, predicted from
+        its operators and measured at the end.
     distance
-        How far a model's outputs are from the dense model's, by which widths are chosen: ``nats``,
-        the divergence of scores of classes; ``relative``, the squared error of all outputs over
-        their squares; or a function of (outputs, dense outputs, batch) that returns one number a
-        sample, also as ``file.py:function``.  By default ``nats`` where labels, the name of an
-        output, its values or the model say that it holds scores, else ``relative``.
+        How outputs are compared with the dense model's, to choose widths: ``nats``, the divergence
+        of class scores; ``relative``, the squared error of all outputs divided by their squares; or
+        a function of (outputs, dense outputs, batch) that returns one number for each sample, also
+        as ``file.py:function``.  By default ``nats`` if labels, the name of an output, its values
+        or the model say that it has class scores, else ``relative``.
     allocation
         How the budgets are divided among layers.  ``measured`` chooses widths with which the
         model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
@@ -331,9 +330,9 @@ class PruningRequest:
         What to keep of single groups, by name; takes precedence over the others.
     round_to
         Make the width of every pruned layer a multiple of this, such as 32 for llama.cpp; 1 allows
-        any.  ``auto`` makes it a multiple of 16 where the layer is more than 32 wide, and of 8
-        where it is more than 16 wide, with which devices are fast; heads, and what is kept as a
-        count of units, stay as they are.
+        any.  ``auto`` makes it a multiple of 16 if the layer is more than 32 wide, and of 8 if it
+        is more than 16 wide, since devices are fast with these.  Heads, and counts of units, are
+        not rounded.
     at_least
         Fewest units that a budget leaves in each group: a fraction of the group's, or a count.
     skip
@@ -365,8 +364,8 @@ class PruningRequest:
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     batch_size
-        Samples in a forward pass: by default 8 windows of text, or 64 of anything else, on a CPU
-        fewer of large samples.
+        Samples in a forward pass: by default 8 windows of text, or 64 of anything else, and fewer
+        large samples on a CPU.
     seed
         Random seed of the calibration samples that a command draws, of their parts for a quality
         target, and of the inputs on which the pruned model is verified.

@@ -292,8 +292,8 @@ def bound_arguments(
         signature = inspect.signature(model.forward)
     except ValueError as error:
         raise ExampleInputError(
-            f"{type(model).__name__}.forward does not tell what it takes, as of a TorchScript "
-            "model; give the model that it was made of"
+            f"{type(model).__name__}.forward has no signature, as in a TorchScript model; "
+            "give the original model"
         ) from error
     try:
         return signature.bind(*args, **kwargs)

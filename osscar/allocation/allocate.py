@@ -188,8 +188,8 @@ def _shared_out(
             program = "" if one.dense == one.cost.dense else ", as an exported program,"
             raise RequestError(
                 f"{request.in_words([one.budget])} cannot be met: it allows {one.most:,.0f} "
-                f"{one.kind}, and what may be pruned comes to {reached:,.0f}{program} of "
-                f"{one.dense:,.0f} at least ({reached / one.dense:.3f} of the dense model's); "
+                f"{one.kind}, and at least {reached:,.0f}{program} of "
+                f"{one.dense:,.0f} stay ({reached / one.dense:.3f} of the dense model's); "
                 f"remove less, or prune {_more_to_prune(task, one.budget)}"
             )
     within_reach()

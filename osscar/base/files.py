@@ -126,8 +126,8 @@ def resolved(path: str | os.PathLike[str]) -> Path:
         for place in (given, *given.parents):  # whoever follows a link to nothing makes that
             if place.is_symlink() and not place.exists():
                 raise OutputError(
-                    f"cannot write {given}: {place} is a link to {str(place.readlink())!r}, where "
-                    "there is nothing; make that, remove the link, or give another"
+                    f"cannot write {given}: {place} is a link to {str(place.readlink())!r}, "
+                    "which does not exist; create it, remove the link, or give another path"
                 )
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
@@ -234,7 +234,7 @@ def file_lock(place: Path, work: Path) -> Iterator[None]:
         except filelock.Timeout:
             raise BusyError(
                 f"another process is at work in {work}{_holder(place) or holder}; wait for it, or "
-                "give another place (`--out`)"
+                "give another directory (`--out`)"
             ) from None
         except NotImplementedError:
             pass

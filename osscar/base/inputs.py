@@ -92,7 +92,7 @@ def parse_size(value: object) -> int:
     found = _SIZE.fullmatch(text)
     if isinstance(value, bool) or not isinstance(value, str | Integral) or found is None:
         raise OptionError(
-            f"{safe_repr(value)} is no size of memory; give one such as 8GB or 512MiB"
+            f"{safe_repr(value)} is not a size of memory; give one such as 8GB or 512MiB"
         )
     number, unit, binary = found.groups()
     size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])

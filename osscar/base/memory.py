@@ -73,8 +73,8 @@ class DeviceMemory:
             return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         except OSError:
             raise OptionError(
-                "this system does not tell how much memory a process has, so that no limit can be "
-                "kept; omit max_memory (`--max-memory`)"
+                "this system does not report the memory of a process, so it cannot be limited; "
+                "omit max_memory (`--max-memory`)"
             ) from None
 
     def peak(self) -> int:
@@ -156,7 +156,7 @@ def memory_of(device: torch.device) -> DeviceMemory:
     if device.type == "cuda":
         return _CardMemory(numbered(device))
     raise OptionError(
-        f"how much memory {str(device)!r} has is not known; give device cpu or cuda (`--device`), "
+        f"the memory of {str(device)!r} is unknown; give device cpu or cuda (`--device`), "
         "or omit max_memory (`--max-memory`)"
     )
 

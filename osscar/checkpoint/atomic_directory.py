@@ -153,7 +153,7 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if foreign or manifest is None:
         lost = f", which would be lost: {listed(foreign)}" if foreign else ""
         raise OutputError(
-            f"{path} is not empty: it holds something other than a checkpoint of OSSCAR{lost}; "
+            f"{path} is not empty: it has files that are not a checkpoint of OSSCAR{lost}; "
             "give another directory, or move that away"
         )
     if not overwrite:

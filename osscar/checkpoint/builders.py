@@ -179,7 +179,7 @@ class LibraryOrigin(Origin):
 
     def __post_init__(self) -> None:
         if self.library not in ("torchvision", "timm"):
-            raise CheckpointError(f"the model is of the unknown library {self.library!r}")
+            raise CheckpointError(f"the model's library {self.library!r} is unknown")
         simple = int | float | str | bool | None
         for key, value in self.options.items():
             if key.startswith("weights") or not isinstance(value, simple):

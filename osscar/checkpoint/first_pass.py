@@ -57,7 +57,7 @@ def check_sample(model: nn.Module, source: str) -> None:
     strays = None if sample is None else strays_from(sample, model)
     if strays is not None:
         raise CheckpointError(
-            f"{source} computes something else than the model that was saved: {strays}; build the "
+            f"{source} returns other outputs than the model that was saved: {strays}; build the "
             "dense model with the code that it was pruned with, or download the checkpoint again"
         )
 

@@ -38,8 +38,7 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
     manifest, stored = read_manifest(path), read_headers(path)
     if stored is None:
         raise CheckpointError(
-            f"{path} holds no weights in safetensors, as those that stay on disk have to be; "
-            f"{_ELSEWHERE}"
+            f"{path} has no safetensors files, which weights on disk need; {_ELSEWHERE}"
         )
     with readable(path):
         builder, plans = read_builder(path, manifest)

@@ -57,12 +57,12 @@ def check_config(path: Path) -> dict[str, Any]:
     """
     file = path / CONFIG_FILE
     if (path / "adapter_config.json").exists():
-        raise CheckpointError(f"{path} holds an adapter; merge it into its model first")
+        raise CheckpointError(f"{path} is an adapter; merge it into its model first")
     if not file.is_file():
         old = kept_aside(path)
         also = f"; a killed process left the old one as {old.name!r} beside it: rename that"
         raise CheckpointError(
-            f"{path} holds no config.json; it is not a checkpoint{also if old.is_dir() else ''}"
+            f"{path} has no config.json; it is not a checkpoint{also if old.is_dir() else ''}"
         )
     config = read_object(file)
     for name, why in _REFUSED.items():
@@ -130,7 +130,7 @@ def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], path: Pa
         ):
             raise CheckpointError(
                 f"the weights in {path} do not fit its config: {name!r} is {tensor.dtype} "
-                f"{tensor.shape}, where {mine.dtype} {tuple(mine.shape)} is due; download the "
+                f"{tensor.shape}, not {mine.dtype} {tuple(mine.shape)}; download the "
                 "checkpoint again, or, if it was written by save_pretrained of a pruned model, "
                 "write it with osscar.save"
             )

@@ -132,8 +132,8 @@ def _comparison(
     """Measure a model beside its dense one; None, with a warning, where that has no weights."""
     if original.drawn > _NO_MODEL:
         warn(
-            f"no comparison: most weights of {dense} are freshly drawn, so that it is no dense "
-            "model; give --weights"
+            f"no comparison: most weights of {dense} are randomly initialized; give the "
+            "trained ones (--weights)"
         )
         return None
     other = why_not_dense(loaded.model, original.model)

@@ -37,7 +37,9 @@ def run(model: str, options: InspectOptions) -> None:
     for name, value in given(options).items():
         if name in _OF_TIMES and not options.times:
             option = f"--{name.replace('_', '-')}"
-            raise OptionError(f"{option} is {safe_repr(value)} without --times; give both, or none")
+            raise OptionError(
+                f"{option} is {safe_repr(value)} without --times; give --times, too, or omit it"
+            )
     check_files(options, model)
     form = "" if options.svg is None else options.svg.suffix
     if options.times and form[1:] not in ("", *FORMS):
@@ -100,7 +102,7 @@ def _data(loaded: LoadedModel, options: InspectOptions) -> Any:
     """Return inputs to prepare a model with: where it is timed, of the form of a batch."""
     if loaded.example is None:
         raise OptionError(
-            f"nothing tells what {loaded.source} reads: let the code return (model, example "
+            f"the inputs of {loaded.source} are not known: let the code return (model, example "
             "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
         )
     if options.seqlen is not None and loaded.tokenizer is None:

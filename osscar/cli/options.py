@@ -215,7 +215,7 @@ class PruneOptions(RunOptions, SavedOptions):
     """Directory for the smaller model."""
     config: Path | None = None
     """Read further options from this file: TOML, YAML, or the `osscar_report.json` of a run, which
-    is repeated.  Options that are given here take the place of those in the file."""
+    is repeated.  Options on the command line override the file's."""
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
     data."""

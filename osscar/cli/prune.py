@@ -57,7 +57,7 @@ def run(model: str, options: PruneOptions) -> None:
         request = request_of(options, PruningRequest)
         if request.quality is not None and options.recover_text is not None:
             raise OptionError(
-                f"--recover-text may hold samples that measure {request.quality}; omit it: "
+                f"--recover-text may contain samples that test {request.quality}; omit it: "
                 "models are recovered on the calibration samples that they are pruned on"
             )
         if request.quality is not None and options.samples is not None:

@@ -100,7 +100,7 @@ class _Job:
         path = self.path
         if self.place in path.parents:
             raise OutputError(
-                f"{self.where} lies in {self.name}, which stays as it is; give another directory"
+                f"{self.where} lies in {self.name}, which must not change; give another directory"
             )
         used = [*named_files(self.options), self.options.json]
         if path != self.place:

@@ -288,14 +288,12 @@ def check_signature(model: nn.Module) -> None:
         takes = inspect.signature(model.forward).parameters.values()
     except ValueError as error:
         raise ModelError(
-            f"{kind}.forward does not tell what it takes, as of a TorchScript model; give the "
-            "model that it was made of"
+            f"{kind}.forward has no signature, as in a TorchScript model; give the original model"
         ) from error
     wrapped = [name for name in _WRAPPED if isinstance(getattr(model, name, None), nn.Module)]
     if wrapped and all(one.kind in _ANYTHING for one in takes):
         raise ModelError(
-            f"{kind} wraps a model; give that itself, as model.{wrapped[0]}, and wrap what comes "
-            "of it"
+            f"{kind} wraps a model; give the wrapped one (model.{wrapped[0]}), and wrap the result"
         )
 
 
@@ -409,7 +407,7 @@ def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
     named = _by_name(model, args) if isinstance(args, Tensor) or args else None
     if named is None:
         raise DataError(
-            f"{safe_repr(example)} ({type(example).__name__}) are no example inputs; give a "
+            f"{safe_repr(example)} ({type(example).__name__}) are not example inputs; give a "
             "tensor, a tuple of tensors, or a mapping of their names to tensors"
         )
     return named

@@ -242,8 +242,8 @@ def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> Imag
     check_stated(preprocessing, reader)
     if isinstance(preprocessing, Transform) and not preprocessing.repeats(images.decoded(0)):
         raise DataError(
-            "the transform of images makes another tensor of one image each time; "
-            "give the one for evaluation, which draws nothing"
+            "the transform of images is random: it returns different tensors for one image; "
+            "give the one for evaluation"
         )
     return images
 

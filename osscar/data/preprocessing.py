@@ -117,7 +117,7 @@ class Preprocessing:
             return self
         if self.channels not in (None, example.shape[1]) or not example.is_floating_point():
             raise DataError(
-                f"images are stated to become float tensors of {self.channels or 'any'} channels, "
+                f"the preprocessing makes float tensors of {self.channels or 'any'} channels, "
                 f"and the example inputs are {example.dtype} of {tuple(example.shape)}; state what "
                 "the model reads, or give a function that makes it"
             )
@@ -269,7 +269,7 @@ def check_stated(preprocessing: AnyPreprocessing | None, source: str = "a model"
         missing = preprocessing.missing()
     if missing:
         raise OptionError(
-            f"nothing states the {' and '.join(missing)} of the images that {source} reads. Give "
+            f"{source} does not state the {' and '.join(missing)} of its images. Give "
             "`--mean` and `--std` (or `--no-normalize`) and `--image-size CxHxW`, as in its "
             "training; in "
             "Python preprocessing=osscar.Preprocessing(mean=0.5, std=0.25, crop=32, channels=3), "

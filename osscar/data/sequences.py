@@ -134,8 +134,8 @@ def _checked(name: str, kept: Tensor) -> Tensor:
     if not bool((runs == 1).all()):
         row = int((runs != 1).nonzero()[0])
         raise DataError(
-            f"{name!r} of sequence {row} hides all of it, or leaves gaps in it; give "
-            "sequences with tokens, padded at their ends alone"
+            f"{name!r} of sequence {row} hides all tokens, or has gaps; give "
+            "sequences that are padded only at their ends"
         )
     return kept
 

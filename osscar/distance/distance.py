@@ -139,8 +139,8 @@ class Distance:
             zero = own.each(result, fresh(result), batch).abs().max()
             if not zero <= _ZERO:
                 raise OptionError(
-                    f"distance is {asked}, by which the dense model is {float(zero):.3g} from "
-                    "itself; let it return 0 where both models return the same"
+                    f"distance is {asked}, which returned {float(zero):.3g} for two equal models; "
+                    "let it return 0 where both models return the same"
                 )
             return own
         with watched(dense, inputs, batch) as seen:

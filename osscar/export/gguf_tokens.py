@@ -126,7 +126,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
                 f"the tokenizer has {key} = {model[key]!r:.60}, which llama.cpp does not support"
             )
     if not model["merges"]:
-        raise ModelError("the tokenizer has no merges, and GGUF no empty list of them")
+        raise ModelError("the tokenizer has no merges, and GGUF needs at least one")
     if normalizer is not None and normalizer["type"] != "NFC":  # which llama.cpp leaves to us
         raise ModelError(
             f"the tokenizer normalizes text ({normalizer['type']}); llama.cpp does not"

@@ -84,7 +84,8 @@ def export_onnx(
     # What is replaced names its own.
     if before and not (target.exists() and weights.name.encode() in target.read_bytes()):
         raise OutputError(
-            f"{weights} is there already, where weights might go; give another place (`--out`)"
+            f"{weights} exists, and weights may have to be written there; give another file "
+            "(`--out`)"
         )
     with atomic_write(target) as partial:
         session: Any = None

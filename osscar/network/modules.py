@@ -315,7 +315,7 @@ def in_evaluation(model: M) -> M:
         if isinstance(module, _NormBase) and module.training:
             raise ModelError(
                 f"module {name or 'the model'!r} ({type(module).__name__}) stays in training mode "
-                "after eval(), so that its outputs depend on the rest of the batch; let "
+                "after eval(), so its outputs depend on the rest of the batch; let "
                 "train(False) of every module around it reach it"
             )
     return model

@@ -105,8 +105,8 @@ def refuse_chance(
     apart = distance(first, second)
     by = f" by {apart:.2g} of the largest output" if math.isfinite(apart) else ""
     raise ModelError(
-        f"two passes of {type(model).__name__} over the same inputs differ{by}, so that what is "
-        "measured of it is chance; let it draw random numbers in training alone, as "
+        f"two passes of {type(model).__name__} over the same inputs differ{by}, so it "
+        "cannot be measured; let it draw random numbers only in training, as "
         "F.dropout(x, p, training=self.training) does"
     )
 

@@ -106,7 +106,7 @@ class Journal:
             names = sorted(path.name for path in place.iterdir()) if place.exists() else []
         except NotADirectoryError as error:
             raise JournalError(
-                f"{place} is a file and holds no {what}; give another place (`--out`)"
+                f"{place} is a file, not a {what}; give another directory (`--out`)"
             ) from error
         except OSError as error:
             raise JournalError(f"cannot look into {place}: {reason_of(error)}") from error
@@ -114,7 +114,7 @@ class Journal:
         if foreign and self.manifest_file not in names:
             raise JournalError(
                 f"{place} holds {foreign[0]!r} and no {what}; move that away, or give another "
-                "place (`--out`)"
+                "directory (`--out`)"
             )
 
     @contextmanager

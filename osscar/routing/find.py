@@ -162,7 +162,7 @@ def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMix
     count = _count(name, experts)
     if seen.x.experts.shape[1] >= count:
         raise ModelError(
-            f"every token is sent to all {count} experts of {name!r}, so that none can leave"
+            f"every token is sent to all {count} experts of {name!r}, so no expert can be removed"
         )
     try:
         routing = router_of(model.get_submodule(seen.router), seen.call, count)

@@ -272,10 +272,10 @@ def _hold(one: ExpertList, rest: Tensor, total: Tensor, due: Tensor, logits: Ten
     off = beyond_ties(~(error <= allowed), logits)
     if off:
         raise ModelError(
-            f"{off} of {len(due)} tokens come out of {one.block or 'the model'!r} other than "
-            f"declared: outputs of {one.declared.experts!r} for the rows that "
-            f"{one.declared.gate!r} reads, times weights by the rule, do not add up to what "
-            "experts bring; give the rule of its code, declare a norm and the gate as one module "
-            "(torch.nn.Sequential(norm, gate)), or, where a gate rounds its logits, use dtype "
-            "float32 (`--dtype float32`)"
+            f"{off} of {len(due)} outputs of {one.block or 'the model'!r} differ from its "
+            f"declaration: outputs of {one.declared.experts!r} for the rows that "
+            f"{one.declared.gate!r} reads, times weights by the rule, do not add up to "
+            "the outputs of the block; give the rule of its code, declare a norm and the gate as "
+            "one module (torch.nn.Sequential(norm, gate)), or, if a gate rounds its logits, use "
+            "dtype float32 (`--dtype float32`)"
         )

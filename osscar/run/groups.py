@@ -169,8 +169,8 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
         keep = "keeps its" if len(dense) == 1 else "keep their"
         held = all(report.held for report in reports if report.unrefitted)
         warn(
-            f"{pluralize(len(dense), 'layer')} {keep} dense weights, but for the units that leave, "
-            f"since a refit did worse on {'held-out' if held else 'calibration'} samples: "
+            f"{pluralize(len(dense), 'layer')} {keep} dense weights, except for removed units, "
+            f"since a refit is worse on {'held-out' if held else 'calibration'} samples: "
             f"{listed(dense, 8)}; give more calibration data"
         )
     tied = [label for report in reports for label in report.tied]

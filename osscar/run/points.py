@@ -160,7 +160,7 @@ class SweepDirectory(Journal):
     manifest_file = "asked.json"
     done_files = (f"{_POINTS}/*.json",)
     other_files = (_POINTS,)
-    otherwise = "give another place (`--out`)"
+    otherwise = "give another directory (`--out`)"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(resolved(directory))

@@ -134,7 +134,7 @@ def check_samples(target: QualityTarget, samples: int, different: int) -> None:
     if different < needed:
         alike = f" (of {samples}, with copies or windows that overlap)" * (different < samples)
         raise DataError(
-            f"{target} takes {needed} different calibration samples at least, for a bound that "
+            f"{target} needs at least {needed} different calibration samples, for a bound that "
             "holds with 95 % confidence: half to prune on, a quarter to search on, and a quarter "
             f"to test on; there are {different}{alike}, {needed - different} too few"
         )

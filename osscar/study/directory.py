@@ -64,7 +64,7 @@ class _StudyJournal(Journal):
     manifest_file = "study.json"
     done_files = (_STORE,)
     other_files = (f"{_PROBLEMS}/*{_SUFFIX}", _PROBLEMS, CERTIFICATES)
-    otherwise = "give another place (`--out`)"
+    otherwise = "give another directory (`--out`)"
 
 
 class Study:

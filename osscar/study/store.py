@@ -51,5 +51,6 @@ class Store:
             raise OutputError(f"cannot write {self._path}: {error}; make room there") from error
         except sqlite3.DatabaseError as error:
             raise JournalError(
-                f"{self._path} is not the table of a study: {error}; give another place (`--out`)"
+                f"{self._path} is not the table of a study: {error}; give another directory "
+                "(`--out`)"
             ) from error

@@ -137,9 +137,8 @@ def _check_routes(
         if off:
             raise ModelError(
                 f"{mixture.experts!r} gets {off} of {len(weighed)} tokens of "
-                f"calibration batch {batch.index} with other experts or weights than the logits "
-                f"of its router {mixture.router!r} say: scores that are equal where these are "
-                "not need dtype float32 (`--dtype float32`); what code changes cannot be "
-                "told without some "
-                "experts: leave it out (skip, `--skip`)"
+                f"calibration batch {batch.index} with other experts or weights than follow from "
+                f"the logits of its router {mixture.router!r}; use dtype float32 "
+                "(`--dtype float32`) if scores are tied by rounding, or leave the mixture out "
+                "(skip, `--skip`)"
             )

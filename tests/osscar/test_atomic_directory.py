@@ -56,7 +56,7 @@ def test_what_a_checkpoint_is(tmp_path):
     """It has a manifest of ours: directories of such names, and those of others, are none."""
     (tmp_path / "config.json").mkdir()
     (tmp_path / "config.json" / "tokenizer.json").write_text("{}")
-    with pytest.raises(OutputError, match="something other than a checkpoint"):
+    with pytest.raises(OutputError, match="files that are not a checkpoint"):
         check_output(tmp_path / "config.json", overwrite=True)
     target = tmp_path / "theirs"
     target.mkdir()
@@ -66,7 +66,7 @@ def test_what_a_checkpoint_is(tmp_path):
     for overwrite, more in ((False, {}), (True, {}), (True, other)):
         for name, text in more.items():
             (target / name).write_text(text)
-        with pytest.raises(OutputError, match="something other than a checkpoint of OSSCAR; give"):
+        with pytest.raises(OutputError, match="files that are not a checkpoint of OSSCAR; give"):
             check_output(target, overwrite=overwrite)
     Manifest.of(True, Lineage()).write(target)
     with pytest.raises(OutputError, match=r"or overwrite=True in Python"):

@@ -277,7 +277,7 @@ BAD = [
     ((*NEURONS, "--option", "stages=3"), "has no option stages"),
     ((*NEURONS, "--calibration", "binary.txt"), "binary"),
     ((*NEURONS, "--calibration", "pipe.txt"), "is a pipe or a device"),
-    ((*NEURONS, "--out", "full", "--overwrite"), "something other than a checkpoint"),
+    ((*NEURONS, "--out", "full", "--overwrite"), "files that are not a checkpoint"),
     ((*NEURONS, "--out", ".", "--overwrite"), "is in use"),
     ((*NEURONS, "--out", "link/small"), "is a link to "),
     ((*NEURONS, "--calibration", "short.txt", "--json", "short.txt"), "the command reads"),

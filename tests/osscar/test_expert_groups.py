@@ -204,13 +204,13 @@ OTHERWISE = r"'0\.experts' gets \d+ of 56 tokens of calibration batch 0 with oth
     [
         (Capacity, 1, torch.float32, OTHERWISE),
         (Twice, 1, torch.float32, OTHERWISE),
-        (Block, 100, torch.float32, r"of 56 tokens .* than the logits of its router"),
+        (Block, 100, torch.float32, r"of 56 tokens .* than follow from the logits of its router"),
         (Block, 25, torch.float64, r"'0\.experts' cannot be chosen.*--skip"),
         (
             ListWithCapacity,
             1,
             torch.float32,
-            r"\d+ of 56 tokens come out of '0' other than declared",
+            r"\d+ of 56 outputs of '0' differ from its declaration",
         ),
     ],
 )

@@ -44,7 +44,7 @@ RULES = {
 
 pytestmark = [
     pytest.mark.filterwarnings("error::UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*since a refit did worse on held-out samples:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*since a refit is worse on held-out samples:UserWarning"),
 ]
 
 
@@ -227,7 +227,7 @@ class SumSecond(TopKThenSoftmax):
         return x.clone(), super().forward(x)[0]
 
 
-OTHERWISE = "tokens come out of 'blocks.0' other than declared"
+OTHERWISE = "outputs of 'blocks.0' differ from its declaration"
 
 
 @pytest.mark.parametrize(

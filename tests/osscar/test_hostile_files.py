@@ -166,7 +166,7 @@ def test_a_config_is_refused_by_the_name_of_what_is_wrong(checkpoint):
         refused(checkpoint, (CheckpointError, ModelError), reason)
         file.write_text(whole)
     (checkpoint / "adapter_config.json").write_text("{}")
-    refused(checkpoint, CheckpointError, "holds an adapter")
+    refused(checkpoint, CheckpointError, "is an adapter")
 
 
 # ---- kinds of numbers --------------------------------------------------------------------

@@ -18,7 +18,7 @@ class Things(SavingJournal):
     manifest_file = "thing.json"
     done_files = ("done/*.txt",)
     other_files = ("note", "done")
-    otherwise = "give another place (`--out`)"
+    otherwise = "give another directory (`--out`)"
 
 
 ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
@@ -57,7 +57,7 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
         ({"asked": {"files": ["a"]}}, "batch-size was 4 and is None"),
         ({"asked": {**ASKED.asked, "more": 1}}, "more was None and is 1"),
     ):
-        expected = rf"holds another thing: {message}.* or give another place \(`--out`\)$"
+        expected = rf"holds another thing: {message}.* or give another directory \(`--out`\)$"
         with pytest.raises(JournalError, match=expected):
             again.begin(dataclasses.replace(ASKED, **change))
     assert again.begin(dataclasses.replace(ASKED, asked={}), anew=True).asked == {}
@@ -121,8 +121,11 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     (tmp_path / "mine" / "0.txt").write_text("mine")
     (tmp_path / "file").touch()
     for place, message in (
-        ("mine", r"holds '0.txt' and no thing; move that away, or give another place \(`--out`\)$"),
-        ("file", "is a file and holds no thing"),
+        (
+            "mine",
+            r"holds '0.txt' and no thing; move that away, or give another directory \(`--out`\)$",
+        ),
+        ("file", "is a file, not a thing"),
         ("x" * 300, "cannot look into .*: File name too long"),
     ):
         with pytest.raises(JournalError, match=message):

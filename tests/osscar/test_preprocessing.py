@@ -105,7 +105,7 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
     for arguments in (prune("build"), ("eval", "net.py:build", "--images", "test.npz")):
         status, _, err = run(*arguments)
         assert status == 2
-        assert "nothing states the transform of the images that net.py:build reads. " in err
+        assert "net.py:build does not state the transform of its images. " in err
         for way in ("--mean", "--std", "--no-normalize", "(model, example, transform)"):
             assert way in err
     assert not (place / "small").exists()
@@ -114,7 +114,7 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
     for arguments, message in (
         (
             ("eval", "net.py:alone", "--images", "some", "--no-normalize"),
-            "nothing states the size and channels of the images that net.py:alone reads",
+            "net.py:alone does not state the size and channels of its images",
         ),
         (("inspect", "net.py:alone"), "give --image-size CxHxW"),
         (("prune", "demo", "--sparsity", "0.3", "--out", "o", "--no-normalize"), "reads text, not"),
@@ -124,7 +124,7 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
         assert (status, message in err) == (2, True), err
     status, out, err = run("inspect", "net.py:alone", "--image-size", "3x12x12")
     assert (status, "channels" in out) == (0, True), err
-    with pytest.raises(OptionError, match="nothing states the mean and std"):
+    with pytest.raises(OptionError, match="does not state the mean and std"):
         load_images("train.npz", Preprocessing(crop=10, channels=3))
 
 
@@ -173,7 +173,7 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
     assert "by the transform of net.py:own: <function" in loaded.preprocessing.sentence()
     assert torch.equal(loaded.images("test.npz").tensor(), pixels() * 255 / 127.5 - 1)
     status, _, err = run(*evaluate("build"))
-    assert (status, "nothing states the transform" in err) == (2, True), err
+    assert (status, "does not state the transform" in err) == (2, True), err
     with pytest.warns(UserWarning, match="pruned on images that were prepared otherwise than now"):
         stated = load_model("small", dense="net.py:own", preprocessing=PLAIN)
     torch.testing.assert_close(stated.images("test.npz").tensor(), pixels())

@@ -39,7 +39,7 @@ from tests.osscar.mixtures import mixture
 
 pytestmark = [
     pytest.mark.filterwarnings("error::UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*since a refit did worse on held-out samples:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*since a refit is worse on held-out samples:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*the Gram matrix is rank-deficient:UserWarning"),
 ]
 """Tiny models have few samples, and are told so."""
