@@ -161,7 +161,8 @@ class Distance:
                 f"scores of classes ({there}); call it 'logits', or give a function"
             )
         table, whole = found.table(result, batch), one.outputs[found.output]
-        at = " at each position" if whole.ndim > 2 else ""
+        one_only = whole[0].numel() == table.shape[-1]
+        at = f" at {'one' if one_only else 'each'} position" if whole.ndim > 2 else ""
         padded = _REAL if table.ndim < whole.ndim else ""
         over = f"{found.output!r}, {table.shape[-1]} classes{at}{padded}"
         return cls(

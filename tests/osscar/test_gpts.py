@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graph
 import osscar
+from osscar.data.batches import as_inputs
 from osscar.data.samples import TensorSet
+from osscar.distance.distance import Distance
 from osscar.evaluation.quality import score
 from osscar.network.modules import own_methods
 from osscar.network.operations import count_flops
@@ -68,6 +70,15 @@ def test_of_labels_of_a_window_all_are_scored_where_the_model_predicts_all_or_el
     for reads, predictions in ((["idx"], 8), (["idx", "targets"], 80)):
         data = TensorSet("tokens", {name: inputs[name] for name in reads}, labels)
         assert score([gpts.nano()[0].eval()], data)[0].predictions == predictions
+
+
+def test_it_is_said_where_a_distance_is_over_one_position_of_each_window():
+    inputs, labels = gpts.drawn(["idx", "targets"], 8, 0)
+    for reads, positions in ((["idx"], "one"), (["idx", "targets"], "each")):
+        given = TensorSet("tokens", {name: inputs[name] for name in reads}, labels)
+        model = gpts.nano()[0].eval()
+        found = Distance.from_outputs(model, as_inputs(model, given), dict(given.tensors))
+        assert found.compared.over.endswith(f" classes at {positions} position")
 
 
 # ---- methods of a user's class -----------------------------------------------------------
