@@ -95,9 +95,6 @@ class Consumer:
     damping
         The lambda that `H`, `G` and `e` include for every input alike.  They may include others,
         input by input, which nothing tells from the data.
-    variance
-        Variances of the inputs, (p,) float64, on the scale of `H`; no part of the objective, but
-        what some scores ask for.  None: what the diagonal of `H` holds, as of centred inputs.
     scale
         What losses are relative to, no less than `e`; None: `e`.  Where rows that stay have been
         eliminated (`solvers.closed_forms.fixed_rows`), `e` is what is lost without any unit once
@@ -119,7 +116,6 @@ class Consumer:
     W0: Tensor
     rows: Tensor
     damping: float = 0.0
-    variance: Tensor | None = None
     scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -154,15 +150,13 @@ class Consumer:
         self._check_rows()
 
     def _check_rows(self) -> None:
-        """Refuse units that do not own each row once, and variances of other rows."""
+        """Refuse units that do not own each row once."""
         p, owned = len(self.W0), self.rows[self.rows != NO_ROW].sort().values
         if self.rows.ndim != 2 or not torch.equal(owned, torch.arange(p, device=owned.device)):
             raise ProblemError(
                 f"units must own each of the {p} rows exactly once; they own {owned.numel()} rows, "
                 f"{len(set(owned.tolist()))} of them distinct"
             )
-        if self.variance is not None and self.variance.shape != (p,):
-            raise ProblemError(f"variance must be ({p},), not {tuple(self.variance.shape)}")
 
     def __repr__(self) -> str:
         p, m = self.G.shape
@@ -177,8 +171,7 @@ class Consumer:
     @property
     def _tensors(self) -> dict[str, Any]:
         """The tensors by name, H as it is held."""
-        names = _TENSORS if self.variance is None else (*_TENSORS, "variance")
-        return {name: vars(self)[name] for name in names}
+        return {name: vars(self)[name] for name in _TENSORS}
 
     @property
     def _numbers(self) -> dict[str, Any]:
@@ -190,7 +183,7 @@ class Consumer:
     def _owning(cls, **given: Any) -> Consumer:
         """Return a consumer of tensors that nobody else holds, as they are."""
         made = object.__new__(cls)
-        vars(made).update({"variance": None, "scale": None, **given})
+        vars(made).update({"scale": None, **given})
         return made
 
     @classmethod
@@ -203,7 +196,6 @@ class Consumer:
         e: float | None = None,
         units: Units | None = None,
         damp: float = 0.01,
-        variance: Tensor | None = None,
         scale: float | None = None,
         overwrite: bool = False,
     ) -> Consumer:
@@ -215,8 +207,6 @@ class Consumer:
             Undamped Gram matrix, dense weights, target and relative damping.
         units
             What each unit owns; by default every row is a unit.
-        variance
-            Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
         scale
             What losses are relative to, where `e` with its damping is not more; by default that.
         overwrite
@@ -233,7 +223,6 @@ class Consumer:
         consumer = cls._owning(
             **terms,
             rows=_unit_rows(units, len(terms["H"])).to(terms["H"].device),
-            variance=None if variance is None else as_owned(variance),
             scale=None if scale is None else max(float(scale), terms["e"]),
         )
         consumer._check_rows()
@@ -292,7 +281,6 @@ class Consumer:
             W0=self.W0,
             rows=self.rows,
             damping=self.damping / number,
-            variance=None if self.variance is None else self.variance / number,
             scale=None if self.scale is None else self.scale / number,
         )
         vars(made).update(self._known())  # which is relative to the size of the terms
@@ -368,7 +356,6 @@ class SubsetProblem:
         e: float | None = None,
         units: Units | None = None,
         damp: float = 0.01,
-        variance: Tensor | None = None,
         name: str = "",
         overwrite: bool = False,
     ) -> SubsetProblem:
@@ -386,16 +373,12 @@ class SubsetProblem:
             What each unit owns; by default every row is a unit.
         damp
             lambda relative to the mean of the diagonal of `H`.
-        variance
-            Variances of the inputs, (p,); by default the diagonal of `H`, as of centred inputs.
         name
             What the problem is called in reports.
         overwrite
             Whether matrices may be taken over and written to, as of `Consumer.from_gram`.
         """
-        consumer = Consumer.from_gram(
-            H, W0, G=G, e=e, units=units, damp=damp, variance=variance, overwrite=overwrite
-        )
+        consumer = Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp, overwrite=overwrite)
         return cls((consumer,), keep, name)
 
     @property
@@ -502,7 +485,7 @@ class SubsetProblem:
             (`Consumer.violation`).
         """
         header, tensors = storage.read(path)
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
+        if header.get("format") != FORMAT:
             raise ProblemError(f"{path} is not a problem file of format {FORMAT!r}")
         try:
             consumers = tuple(
@@ -511,7 +494,6 @@ class SubsetProblem:
                     e=terms["e"],
                     damping=terms["damping"],
                     scale=terms.get("scale"),
-                    variance=tensors.get(f"{i}.variance"),
                 )
                 for i, terms in enumerate(header["consumers"])
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from solvers.errors import (
 )
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Selection
-from solvers.registry import BACKENDS, backends, make_backend
+from solvers.registry import BACKENDS, make_backend
 from solvers.solution import Solution
 from solvers.verification import check_fields, check_support
 
@@ -84,7 +83,9 @@ def solve(
         problem = problem.to(device)
     refusal = chosen.capabilities.refusal(problem)
     if refusal is not None:
-        raise BackendError(f"backend {name!r} {refusal}; choose another: {_takers(problem, name)}")
+        raise BackendError(
+            f"backend {name!r} {refusal}; choose another (`osscar solve --list-problem`)"
+        )
     problem.check_definite()
     start = time.perf_counter()
     try:
@@ -95,8 +96,8 @@ def solve(
             selection = dataclasses.replace(selection, **claims)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise BackendError(
-            f"backend {name!r}: H is too close to singular with {_damping(problem)}; build the "
-            f"problem with a larger damp ({error})"
+            f"backend {name!r}: H is too close to singular; build the problem with a larger damp "
+            f"({error})"
         ) from error
     return Solution(
         problem=problem,
@@ -139,12 +140,8 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
 
     Raises BackendError if the answer is none, or not well formed.
     """
-    if not isinstance(selection, Selection):
-        raise BackendError(
-            f"backend {name!r} answered with {reprlib.repr(selection)}; it must be a Selection"
-        )
     try:
-        checked = dataclasses.replace(
+        checked: Selection = dataclasses.replace(
             selection,
             support=torch.as_tensor(selection.support).sort().values,
             lower_bound=float(selection.lower_bound),
@@ -155,29 +152,8 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
         )
         check_fields(checked, [field.name for field in dataclasses.fields(Selection)])
         check_support(problem, checked.support)
-    except (ValueError, VerificationError, TypeError) as error:
+    except (AttributeError, ValueError, VerificationError, TypeError) as error:
         raise BackendError(
             f"backend {name!r} answered with what is no selection: {error}"
         ) from error
     return checked
-
-
-def _damping(problem: SubsetProblem) -> str:
-    """Name the damping of each consumer, for an error message."""
-    shares = [
-        c.damping / max(float(c.hessian.diagonal().mean()) - c.damping, c.damping, 1e-300)
-        for c in problem.consumers
-    ]
-    return f"damp={', '.join(f'{share:.2g}' for share in shares)}"
-
-
-def _takers(problem: SubsetProblem, refused: str) -> str:
-    """Name the backends that take `problem`, for an error message."""
-    takers = [
-        info.name
-        for info in backends()
-        if info.name != refused
-        and info.unavailable is None
-        and info.capabilities.refusal(problem) is None
-    ]
-    return ", ".join(takers) or "none does"

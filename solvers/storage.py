@@ -15,14 +15,6 @@ from torch import Tensor
 from solvers.errors import ProblemError
 
 _HEADER = "header"
-_LONGEST_REASON = 300
-"""Characters of a reader's message that are passed on."""
-
-_UNREADABLE = (
-    # What a foreign file does to json and to the reader: wrong types, too deep nesting.
-    *(TypeError, ValueError, OverflowError, OSError, RuntimeError, MemoryError),
-    safetensors.SafetensorError,
-)
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -57,17 +49,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     _check_suffix(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_HEADER)
-            if text is None:
-                raise ValueError("it holds tensors alone, such as weights of a model")
-            header: dict[str, Any] = json.loads(text)
+            header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ProblemError(f"there is no problem file {path}") from error
-    except _UNREADABLE as error:
-        # A file can put anything into what its reader says.
-        reason = ascii(str(error) or type(error).__name__)[1:-1][:_LONGEST_REASON]
-        raise ProblemError(f"{path} is not a problem file: {reason}") from error
+    except (OSError, LookupError, ValueError, safetensors.SafetensorError) as error:
+        raise ProblemError(f"{path} is not a problem file: {error}") from error
 
 
 def _check_suffix(path: str | os.PathLike[str]) -> None:

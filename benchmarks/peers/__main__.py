@@ -44,11 +44,8 @@ def methods(task: str) -> Mapping[str, Method]:
     theirs = depgraph.TEXT if text else depgraph.IMAGES
     torch_pruning = depgraph.prune_text if text else depgraph.prune_images
     return {
-        **{
-            name: partial(prune, method=method)
-            for name, method in backends.METHODS.items()
-            if not (text and name == backends.FLAP)
-        },
+        **{name: partial(prune, method=method) for name, method in backends.METHODS.items()},
+        **({} if text else {backends.FLAP: backends.flap_shares}),
         "the paper's public code": backends.public_code,
         **{f"Torch-Pruning, {name}": partial(torch_pruning, name=name) for name in theirs},
         **({"FLAP": flap, "SliceGPT": slice_gpt, "ShortGPT": short_gpt} if text else {}),

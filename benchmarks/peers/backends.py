@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import solvers
 from benchmarks import official
 from benchmarks.case import Case, Smaller
 from benchmarks.page import OURS
 from benchmarks.quality import BASELINES, NO_REFIT, PAPER, UNIFORM, prune, run
-from solvers.heuristics.scores import Scored, unit_sums
+from osscar.preparation.prepare import prepare
+from osscar.walk.gram import GramAccumulator
+from osscar.walk.walk import Walk
+from solvers.heuristics.scores import Scored
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,27 @@ class Flap(Scored):
     """
 
     summary: ClassVar[str] = "largest norm of dense weights times deviation of their inputs"
+    fluctuations: Mapping[str, Tensor]
+    """By the name of the group."""
 
     def scores(self, problem: solvers.SubsetProblem) -> Tensor:
-        """Return ``sum over rows of |W0_r|^2 var(x_r)`` for each unit."""
-        pairs = [(c.W0, _variance(c)) for c in problem.consumers]
-        return unit_sums(problem, [W0.square().sum(1) * variance for W0, variance in pairs])
+        """Return what was measured of the group."""
+        return self.fluctuations[problem.name]
 
 
-def _variance(consumer: solvers.Consumer) -> Tensor:
-    if consumer.variance is None:  # of centred inputs
-        return consumer.hessian.diagonal() - consumer.damping
-    return consumer.variance
+def fluctuations(model: nn.Module, data: Any, seed: int) -> dict[str, Tensor]:
+    """Return ``sum over rows of |W0_r|^2 var(x_r)`` for each unit of each group, dense."""
+    with prepare(model, data, seed=seed) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        steps = Walk(prepared, groups, in_turn=False)
+        return {step.group.name: sum(map(_fluctuation, step.grams)) for step in steps}
+
+
+def _fluctuation(gram: GramAccumulator) -> Tensor:
+    sums, own = gram.fitted, gram.linear_map
+    variance = sums.gram.diagonal() / sums.positions - sums.means()[0].square()
+    rows = own.read_unit_weight().square().sum(1) * variance[own.fixed :]
+    return torch.stack([rows[list(unit)].sum() for unit in own.unit_rows])
 
 
 FLAP = "FLAP, equal shares"
@@ -44,18 +58,29 @@ METHODS: dict[str, dict[str, Any]] = {
     OURS: BASELINES[OURS],
     PAPER: BASELINES[PAPER],
     "wanda, biases alone": {**UNIFORM, "backend": "wanda", "damp": NO_REFIT},
-    FLAP: {**UNIFORM, "backend": Flap(), "damp": NO_REFIT},
 }
 """Fields of the request.  Sun et al., "A simple and effective pruning approach for large language
-models" (Wanda), ICLR 2024, arXiv 2306.11695, in its structured form; An et al.,
-"Fluctuation-based adaptive structured pruning" (FLAP), AAAI 2024, arXiv 2312.11983: neither refits
-weights.  FLAP's mean output of what leaves is added to the bias of what reads it, where it has
-one, and batch-norm statistics are corrected."""
+models" (Wanda), ICLR 2024, arXiv 2306.11695, in its structured form, which refits no weights."""
+
+
+def flap_shares(case: Case) -> Smaller:
+    """Prune equal shares by FLAP's score on the dense model, with biases alone.
+
+    An et al., "Fluctuation-based adaptive structured pruning" (FLAP), AAAI 2024, arXiv 2312.11983:
+    the mean output of what leaves is added to the bias of what reads it, where it has one, and
+    batch-norm statistics are corrected.
+    """
+    return prune(case, _flap(case))
 
 
 def with_counts(case: Case, counts: dict[str, int]) -> Smaller:
     """Prune to so many units of each group, by FLAP's score, with biases alone."""
-    return run(case, {**METHODS[FLAP], "allocation": "measured", "groups": counts})
+    return run(case, {**_flap(case), "allocation": "measured", "groups": counts})
+
+
+def _flap(case: Case) -> dict[str, Any]:
+    backend = Flap(fluctuations(case.model, case.data, case.seed))
+    return {**UNIFORM, "backend": backend, "damp": NO_REFIT}
 
 
 def public_code(case: Case) -> Smaller:

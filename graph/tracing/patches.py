@@ -7,7 +7,6 @@ no longer.  Locks see to it that nothing stays replaced, however many threads th
 from __future__ import annotations
 
 import builtins
-import gc
 import io
 import itertools
 import logging
@@ -41,13 +40,7 @@ def exporting(lines: bool) -> Iterator[None]:
     lines: Whether it is to note which lines of Python call each operator.
     """
     with _EXPORT, _stack_traces(lines), symbolic_lengths(), compiled_when_run(), _quiet():
-        collects = gc.isenabled()
-        gc.disable()  # it would look through all of torch again and again, a sixth of the time
-        try:
-            yield
-        finally:
-            if collects:
-                gc.enable()
+        yield
 
 
 @contextmanager
@@ -127,35 +120,20 @@ def every_size() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def shapes_computed() -> Iterator[None]:
-    """Compute the shape of each result, where torch looks up what it was of an equal call.
-
-    If sizes are open, it takes longer to put a known shape together than to compute it, but for
-    those of convolutions: a third of the export of a language model of four layers, and nothing of
-    one with thirty.
-    """
-    from torch._dynamo import config  # which an export loads
-
-    with config.patch(fake_tensor_cache_enabled=False):
-        yield
-
-
-_MOST_QUESTIONS, _MOST_OF_IMAGES = 80, 200
-"""About open sizes: language models ask 10 to 40, and code that pads to windows or chunks 120.  Of
-images, shapes that torch looks up ask again."""
+_MOST_QUESTIONS = 200
+"""About open sizes: language models ask 10 to 40, and code that pads to windows or chunks 120; and
+shapes that torch looks up ask again."""
 
 
 @contextmanager
-def few_questions(images: bool = False) -> Iterator[None]:
+def few_questions() -> Iterator[None]:
     """Give up an export whose code asks too much about open sizes: it would take minutes."""
-    most = _MOST_OF_IMAGES if images else _MOST_QUESTIONS
     name, asked = "_evaluate_expr", itertools.count(1)
     original = getattr(symbolic_shapes.ShapeEnv, name)
 
     def counted(env: symbolic_shapes.ShapeEnv, *args: Any, **options: Any) -> Any:
-        if next(asked) > most:
-            raise RuntimeError(f"the code compares sizes more than {most} times")
+        if next(asked) > _MOST_QUESTIONS:
+            raise RuntimeError(f"the code compares sizes more than {_MOST_QUESTIONS} times")
         return original(env, *args, **options)
 
     # A guard notes the innermost frame that is none of its own file.

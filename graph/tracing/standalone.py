@@ -31,12 +31,7 @@ from graph.tracing.export import (
     tensors_of,
     varies,
 )
-from graph.tracing.patches import (
-    compiled_when_run,
-    every_size,
-    few_questions,
-    shapes_computed,
-)
+from graph.tracing.patches import compiled_when_run, every_size, few_questions
 
 LARGEST = 2**16
 """A limit of a size beyond this is that of an index, and not one of the code."""
@@ -151,13 +146,7 @@ def export_standalone(
     bound = bound_arguments(model, (), example).arguments
     inputs = {name: value for name, value in bound.items() if name in example} | dict(example)
     sizes = {name: _sizes(given, left_open.get(name, ())) for name, given in inputs.items()}
-    leaves = pytree.tree_leaves(inputs)
-    images = any(isinstance(leaf, Tensor) and leaf.dim() > 3 for leaf in leaves)
-    with (
-        few_questions(images),
-        nullcontext() if images else shapes_computed(),
-        every_size() if exact else nullcontext(),
-    ):
+    with few_questions(), every_size() if exact else nullcontext():
         exported = run_export(model, (), inputs, sizes, lines=lines)
     with compiled_when_run():
         unlifted = exported.module()

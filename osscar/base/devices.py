@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -32,20 +32,15 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """Turn ``"auto"``, ``"cpu"`` or ``"cuda"`` (or ``"cuda:1"``) into a device that exists."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise OptionError(
-            f"unknown device {safe_repr(device)}; give 'auto', 'cpu' or 'cuda'"
-        ) from error
-    if resolved.type not in ("cpu", "cuda") or (resolved.type == "cpu" and resolved.index):
-        raise OptionError(f"cannot run on {str(device)!r}; give 'auto', 'cpu' or 'cuda'")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"no device {str(device)!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices; "
-            "give 'cpu' or 'auto'"
-        )
-    return resolved
+    with suppress(RuntimeError, TypeError):
+        found = torch.device(device)
+        there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(found.type, 0)
+        if (found.index or 0) < there:
+            return found
+    raise OptionError(
+        f"cannot run on {safe_repr(device)}; give 'auto', 'cpu' or 'cuda' (PyTorch sees "
+        f"{torch.cuda.device_count()} CUDA devices)"
+    )
 
 
 def resolve_dtype(
@@ -98,17 +93,7 @@ def default_torch() -> Iterator[None]:
     Tensors are made on the CPU, models run in their own number format, and gradients can be
     computed.  The caller's default number format, deterministic kernels and precision of products
     hold.
-
-    Raises
-    ------
-    OptionError
-        If a transform of `torch.func` is at work, in which nothing can be copied.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise OptionError(
-            "a transform of torch.func, such as vmap or grad, cannot go through this call; call it "
-            "outside of the transform"
-        )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import BusyError, FileError, OutputError
-from osscar.base.inputs import check_regular, file_name, read_bytes
+from osscar.base.inputs import file_name
 
 LOCK_FILE = ".osscar.lock"
 """The file by which one process at a time locks a directory."""
@@ -112,33 +112,13 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 def resolved(path: str | os.PathLike[str]) -> Path:
     """Return a path that is to be written without links in it.
 
-    An OutputError is raised if it cannot be one: links that lead nowhere or in a circle, a user
-    without a home, NUL, bytes that are not UTF-8, more than a system takes; or the root of all.
+    An OutputError is raised if it cannot be one, such as of a user without a home.
     """
     name = file_name(path, "the output", "the name of a file or directory")
     try:
-        given = Path(name).expanduser().absolute()
-        found = given.resolve()
-        if not is_text(str(found)):  # pages, JSON and the writers of tokenizers could not hold it
-            raise OutputError(
-                f"cannot write {str(found)[:300]!a}: the name is not UTF-8; give another"
-            )
-        for place in (given, *given.parents):  # whoever follows a link to nothing makes that
-            if place.is_symlink() and not place.exists():
-                raise OutputError(
-                    f"cannot write {given}: {place} is a link to {str(place.readlink())!r}, "
-                    "which does not exist; create it, remove the link, or give another path"
-                )
+        return Path(name).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
-    if not found.name:
-        raise OutputError(f"cannot write {found}, the root directory; give a path in it")
-    return found
-
-
-def is_text(name: str) -> bool:
-    """Tell whether a name is Unicode: what Python makes of other bytes cannot be encoded again."""
-    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -220,39 +200,25 @@ def system_errors() -> Iterator[None]:
 def file_lock(place: Path, work: Path) -> Iterator[None]:
     """Hold a lock file; the system releases it when the process ends, however.
 
-    It says who holds it, for those who find it held (BusyError), and stays where it is when it is
-    released.  `work` is what it guards.  On a file system without locks, unguarded is better than
-    not at all.
+    Those who find it held raise a BusyError; it stays where it is when it is released.  `work` is
+    what it guards.  On a file system without locks, unguarded is better than not at all.
     """
-    holder = _holder(place)  # now: some versions of filelock empty the file when they try it
     import filelock  # here, since help needs none, and it takes 40 ms to load
 
-    lock = filelock.FileLock(place, timeout=0)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            held.enter_context(lock)
+            stack.enter_context(filelock.FileLock(place, timeout=0))
         except filelock.Timeout:
             raise BusyError(
-                f"another process is at work in {work}{_holder(place) or holder}; wait for it, or "
-                "give another directory (`--out`)"
+                f"another process is at work in {work}; wait for it, or give another "
+                "directory (`--out`)"
             ) from None
         except NotImplementedError:
             pass
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise _unwritable(place, error) from error
-        if lock.is_locked:
-            with suppress(OSError):  # who holds it is good to know, and no more
-                place.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield
-
-
-def _holder(place: Path) -> str:
-    """Return who wrote that it holds a lock, as part of a message; empty where nobody did."""
-    with suppress(OSError, ValueError):
-        found = re.fullmatch(r"(\d{1,10}) ([\w.-]{1,255})\n", read_bytes(place, 300).decode())
-        return f" (process {found[1]} on {found[2]})" if found else ""
-    return ""
 
 
 # ---- digests -----------------------------------------------------------------------------
@@ -271,7 +237,6 @@ def short_hash(data: bytes | str) -> int:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, read piece by piece (FileError if it cannot be read)."""
     try:
-        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import re
 import reprlib
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from annotated_types import Interval
@@ -22,9 +20,6 @@ from osscar.base.errors import OptionError, OsscarError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
-
-
-TEXT_LIMIT = 2**30
 
 
 _SHOWN = reprlib.Repr()
@@ -64,26 +59,6 @@ def whole_number(value: object, what: str, least: int) -> int:
 
     found: int = checked(what, Annotated[int, Strict(), count_from(least)], value)
     return found
-
-
-def check_regular(path: Path) -> None:
-    """Refuse pipes, sockets and devices, reading which may never end, as an OSError."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most so many bytes.
-
-    Anything else is an OSError with the reason as ``strerror``.
-    """
-    check_regular(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = b"" if size > limit else file.read(limit + 1)  # files in /proc tell 0
-    if max(size, len(data)) > limit:
-        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
-    return data
 
 
 def parse_size(value: object) -> int:

@@ -121,8 +121,6 @@ def check_output(
         for need in _existing((os.curdir, *inputs)):
             if path == need or path in need.parents:
                 raise OutputError(f"{path} would replace {need}, which is in use; give another")
-        if path.is_mount():
-            raise OutputError(f"{path} is a mount point and cannot be renamed; give a path in it")
         finish_killed(path)
         _check_replaceable(path, overwrite)
         _check_writable(path, needed_bytes)
@@ -172,8 +170,6 @@ def _is_known(entry: Path, written: frozenset[str]) -> bool:
 def _check_writable(path: Path, needed_bytes: int) -> None:
     """Make a directory beside the output, and compare free bytes with needed ones."""
     parent = next(above for above in path.parents if above.exists())
-    if not parent.is_dir():
-        raise OutputError(f"cannot write {path}: {parent} is a file; give another directory")
     try:
         with uninterrupted():
             os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=parent))

@@ -29,7 +29,7 @@ from osscar.checkpoint.manifest import CONFIG_FILE, MANIFEST_FILE, Manifest
 from osscar.checkpoint.validation import check_config, check_tensors, structure
 from osscar.network.detectors import DetectorNetwork
 from osscar.network.tensor_files import read_headers
-from osscar.proof.lineage import Origin, lineage_of, note
+from osscar.proof.lineage import Library, Origin, lineage_of, note
 from osscar.proof.plan import PruningPlan
 from osscar.proof.program import ProgramModule
 
@@ -41,7 +41,7 @@ class TransformersOrigin:
     `kind` is the class, or an automatic one; `config` that of the dense model.
     """
 
-    library: ClassVar = "transformers"
+    library: ClassVar[Library] = "transformers"
 
     kind: Any
     config: Any
@@ -76,14 +76,8 @@ class TransformersOrigin:
         validated(described[SHAPES], _Shapes, f"{SHAPES} in {path / CONFIG_FILE}")
         names = described.get("architectures")
         name = names[0] if isinstance(names, list) and names else None
-        try:
-            kind = getattr(modeling_pruned, str(name))
-            return cls(kind, kind.config_class.from_pretrained(path, local_files_only=True))
-        except AttributeError as error:
-            raise CheckpointError(
-                f"{path / CONFIG_FILE} lists shapes of the architecture {name!r:.60}, which "
-                f"transformers {transformers.__version__} does not have"
-            ) from error
+        kind = getattr(modeling_pruned, str(name))
+        return cls(kind, kind.config_class.from_pretrained(path, local_files_only=True))
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
@@ -176,14 +170,6 @@ class LibraryOrigin(Origin):
 
     `options` are keyword arguments of its builder, such as ``num_classes``; no weights.
     """
-
-    def __post_init__(self) -> None:
-        if self.library not in ("torchvision", "timm"):
-            raise CheckpointError(f"the model's library {self.library!r} is unknown")
-        simple = int | float | str | bool | None
-        for key, value in self.options.items():
-            if key.startswith("weights") or not isinstance(value, simple):
-                raise ValueError(f"{self.library} model {self.name!r} has option {key} = {value!r}")
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched."""

@@ -17,7 +17,6 @@ from osscar.proof.lineage import Lineage, structure_of
 from osscar.proof.plan import combined_groups
 
 CARD_FILE = "README.md"
-PICTURE_FILE = "kept.png"
 
 _TEMPLATE = jinja2.Template(Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8"))
 
@@ -36,7 +35,6 @@ def model_card(
     stock: bool,
     auto: str | None,
     own_code: bool,
-    picture: bool,
 ) -> str:
     """Return the model card of a checkpoint.
 
@@ -52,8 +50,6 @@ def model_card(
         The class of transformers that reads it with the code that it brings.
     own_code
         Whether it is read only beside the dense model, of code that is not known here.
-    picture
-        Whether `PICTURE_FILE` lies beside it.
     """
     schema = str(report.get("schema"))
     pruning = report if schema.startswith("osscar.prune/") else {}
@@ -69,7 +65,6 @@ def model_card(
         stock=stock,
         own_code=own_code,
         auto=auto,
-        picture=PICTURE_FILE if picture else "",
         removed=removed,
         kinds=" and ".join(kind for kind, *_ in removed) or "units",
         before=before,

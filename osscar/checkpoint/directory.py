@@ -26,7 +26,7 @@ from osscar.base.errors import OsscarError, first_line, warn
 from osscar.base.files import system_errors, write_json, write_text
 from osscar.checkpoint.atomic_directory import atomic_directory, check_output
 from osscar.checkpoint.builders import TransformersOrigin, builder_of
-from osscar.checkpoint.card import CARD_FILE, PICTURE_FILE, model_card
+from osscar.checkpoint.card import CARD_FILE, model_card
 from osscar.checkpoint.formats import cast, saved_format, written_tensors
 from osscar.checkpoint.fresh_process import fresh_process
 from osscar.checkpoint.hf_config import (
@@ -98,7 +98,6 @@ def save(
     tokenizer: Any = None,
     report: Mapping[str, Any] | None = None,
     page: str | None = None,
-    picture: bytes | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     example_inputs: Inputs | None = None,
@@ -119,8 +118,6 @@ def save(
         Written as ``osscar_report.json``, for people and tools.
     page
         The same as HTML, written as ``report.html``.
-    picture
-        A PNG file of what each group keeps, which the model card shows.
     dtype
         Number format of the weights on disk; by default that in which the dense model lay there,
         and where that is not known, the model's.
@@ -164,7 +161,7 @@ def save(
                 with system_errors():
                     manifest = _write(
                         model, lineage, form, new,
-                        tokenizer=tokenizer, report=report, page=page, picture=picture,
+                        tokenizer=tokenizer, report=report, page=page,
                     )  # fmt: skip
                 try:
                     fresh = read_back(model, new, form.kind, expected, elsewhere)
@@ -259,7 +256,6 @@ def _write(
     tokenizer: Any,
     report: Mapping[str, Any] | None,
     page: str | None,
-    picture: bytes | None,
 ) -> Manifest:
     """Write all files of a checkpoint."""
     known, builder = lineage, builder_of(model)
@@ -280,12 +276,10 @@ def _write(
         write_json(path / REPORT_FILE, report)
     if page is not None:
         write_text(path / PAGE_FILE, page)
-    if picture is not None:
-        (path / PICTURE_FILE).write_bytes(picture)
     card = model_card(
         model, known, report or {},
         stock=form.stock, auto=None if form.stock else form.kind,
-        own_code=builder is None, picture=picture is not None,
+        own_code=builder is None,
     )  # fmt: skip
     write_text(path / CARD_FILE, card)
     origin = None if builder is None else builder.origin

@@ -1,7 +1,4 @@
-"""The first forward pass of a model that was read: the first thing that computes decides.
-
-A config may hold any number in any field, and most of them nobody reads before the model runs.
-"""
+"""The first forward pass of a model that was read: whether it computes what it should."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from osscar.base.errors import CheckpointError, ModelError, NonFiniteError, first_line
-from osscar.base.memory import attempt
+from osscar.base.errors import CheckpointError, ModelError
 from osscar.network.modules import context_length, device_of
 from osscar.network.predictions import named_logits
 from osscar.offload.on_disk import is_on_disk
@@ -25,27 +21,6 @@ def vocabulary_of(model: nn.Module) -> int | None:
         return None
     size = getattr(model.config, "vocab_size", None)
     return size if isinstance(size, int) else None
-
-
-def check_runs(model: nn.Module, source: str) -> None:
-    """Let a language model read a few tokens, and refuse one that cannot.
-
-    `source` says in words where it comes from.
-    """
-    with attempt() as tried:  # whatever the model's code makes of a number that is none
-        logits = _logits_of_two(model)
-    if tried.failed:
-        raise CheckpointError(
-            f"{source} can be read, and its first forward pass fails: "
-            f"{first_line(tried.error):.300}; its config.json does not match its weights: "
-            "download it again"
-        ) from tried.error
-    if logits is not None and bool(logits.isnan().any()):
-        raise NonFiniteError(
-            f"{source} can be read, and its first forward pass gives NaN in {logits.dtype}: a "
-            "number in its config.json, or its weights, are damaged; download it again, or try "
-            "float32"
-        )
 
 
 def check_sample(model: nn.Module, source: str) -> None:

@@ -14,7 +14,7 @@ from osscar import __version__
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.files import write_json
 from osscar.base.inputs import file_name
-from osscar.base.json_files import MEGABYTE, STRICT, read_json
+from osscar.base.json_files import STRICT, read_json
 from osscar.proof.lineage import Lineage
 
 MANIFEST_FILE = "osscar.json"
@@ -25,9 +25,6 @@ PAGE_FILE = "report.html"
 """The same as a page, which is replaced only where `Manifest.files` names it."""
 
 CONFIG_FILE = "config.json"
-
-_LONGEST = 512 * MEGABYTE
-"""A plan of a million units takes ten."""
 
 
 @with_config(STRICT)
@@ -78,7 +75,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     """Return what a directory says of its checkpoint; None if we did not write it."""
     file = directory / MANIFEST_FILE
     try:
-        return read_json(file, Manifest, limit=_LONGEST) if file.is_file() else None
+        return read_json(file, Manifest) if file.is_file() else None
     except FileError as error:
         raise CheckpointError(
             f"{error.path} is not the description of a checkpoint that this version of OSSCAR "

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from osscar.base.errors import CheckpointError, first_line
-from osscar.base.json_files import read_object
-from osscar.checkpoint.atomic_directory import kept_aside
+from osscar.base.json_files import read_json
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.checkpoint.manifest import CONFIG_FILE
 from osscar.offload.places import StoredTensor
@@ -59,12 +58,8 @@ def check_config(path: Path) -> dict[str, Any]:
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter; merge it into its model first")
     if not file.is_file():
-        old = kept_aside(path)
-        also = f"; a killed process left the old one as {old.name!r} beside it: rename that"
-        raise CheckpointError(
-            f"{path} has no config.json; it is not a checkpoint{also if old.is_dir() else ''}"
-        )
-    config = read_object(file)
+        raise CheckpointError(f"{path} has no config.json; it is not a checkpoint")
+    config = read_json(file, dict[str, Any])
     for name, why in _REFUSED.items():
         if config.get(name) is not None:
             raise CheckpointError(f"{file} has a {name}: {why}")

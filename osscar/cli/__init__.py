@@ -6,8 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from osscar.base.errors import OptionError, RanksError
-from osscar.base.files import is_text
+from osscar.base.errors import RanksError
 from osscar.base.process import ends_at_once, handling, launched
 from osscar.cli import commands
 from osscar.cli.common import err, guard, out
@@ -23,19 +22,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     with handling(ends_at_once), guard():
         arguments = sys.argv[1:]
-        _check_arguments(arguments)
         _check_launch(arguments)
         commands.app(arguments)
     sys.exit(0)
-
-
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse names that no report could hold, before any work is done."""
-    for argument in arguments:
-        if not is_text(argument):
-            raise OptionError(
-                f"the argument {argument[:300]!a} is not UTF-8; rename the file or directory"
-            )
 
 
 def _check_launch(arguments: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,6 @@ from osscar import __version__
 from osscar.base import files
 from osscar.base.errors import BusyError, OptionError, OsscarError, OutputError, RanksError
 from osscar.base.files import resolved
-from osscar.base.inputs import check_regular
 from osscar.base.printable import capitalized, printable
 from osscar.report.sections import Section
 from osscar.report.terminal import print_section
@@ -126,91 +125,64 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
 
 
 def check_json_path(
-    path: Path | None,
-    inputs: Sequence[str | os.PathLike[str] | None] = (),
-    written: Sequence[Path | None] = (),
-    option: str = "--json",
+    path: Path | None, used: Iterable[str | Path] = (), option: str = "--json"
 ) -> None:
     """Refuse a file that could not or must not be written, before any work is done.
 
-    Its directory has to exist; it must neither be nor lie in what the command reads or writes, nor
-    replace a file of another sort.  Names in `inputs` that are no paths do no harm.
+    Its directory has to exist; it must neither be nor lie in what is `used`.  Names in `used` that
+    are no paths do no harm.
     """
     if path is None:
         return
     try:
-        place = resolved(path)
-        for used, verb in [
-            *((name, "reads") for name in inputs),
-            *((name, "writes") for name in written),
-        ]:
-            if used is not None and _covers(Path(used), place):
+        for one in used:
+            if _covers(one, resolved(path)):
                 raise OutputError(
-                    f"{option} {path} would write to {used}, which the command {verb}; give "
-                    "another file"
+                    f"{option} {path} would write to {one}, which the command reads or writes; "
+                    "give another file"
                 )
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise OutputError(f"cannot write {path}: give a file in a directory that exists")
-        if path.is_file() and path.open("rb").read(1) not in (b"", b"{", b"<", b"\x89", b"%"):
-            raise OutputError(
-                f"{path} exists, and is no JSON or drawing of OSSCAR; give another file"
-            )
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {path}: {reason}") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _covers(used: str | Path, place: Path) -> bool:
+    """Return whether `place` is `used`, under whatever name, or lies in it."""
+    with suppress(OSError, RuntimeError, ValueError):
+        found = Path(used).resolve()
+        return place.is_relative_to(found) or place.samefile(found)
+    return False
+
+
+def check_files(options: object, *more: str | Path) -> None:
+    """Refuse files of options that must not be written, as `check_json_path` does.
+
+    `more` is what the command reads or writes beside what its options name.  A file of data or
+    weights that is missing is refused here, as a model is loaded before they are.
+    """
+    for file in named_files(options):
+        if Path(file).suffix in _ENDINGS and not os.path.exists(os.path.expanduser(file)):
+            raise OptionError(f"there is no file {str(file)!r}; check the path")
+    used = [*more, *named_files(options)]
+    written = {name: getattr(options, name, None) for name in ("out", "json", "svg")}
+    for name, path in written.items():
+        if path is not None:
+            if name != "out":
+                check_json_path(path, used, f"--{name}")
+            used.append(path)
 
 
 _READ = ("config", "dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
+"""Options of commands that name what is read."""
+
 _ENDINGS = (".npz", ".safetensors", ".txt", ".pt", ".pth")
 """Of names that stand for nothing but files."""
-
-_WRITTEN = ("json", "svg")
-"""Options of commands that name what is read, and single files that are written."""
 
 
 def named_files(options: object) -> list[str | Path]:
     """Return what options name to be read."""
     return [found for name in _READ if (found := getattr(options, name, None)) is not None]
-
-
-def check_files(options: object, *read: str | os.PathLike[str], out: Path | None = None) -> None:
-    """Refuse files of options that must not be written, as `check_json_path` does.
-
-    `read` is what the command reads beside what its options name, and `out` where its output goes,
-    if that is no option of that name.  A file of data or weights that is missing is refused here,
-    as a model is loaded before they are.
-    """
-    for name in named_files(options):
-        if Path(name).suffix in _ENDINGS and not os.path.exists(os.path.expanduser(name)):
-            raise OptionError(f"there is no file {str(name)!r}; check the path")
-    written = [getattr(options, "out", None) if out is None else out]
-    for name in _WRITTEN:
-        path = getattr(options, name, None)
-        check_json_path(path, (*read, *named_files(options)), written, f"--{name}")
-        written.append(path)
-
-
-def check_input(file: Path) -> None:
-    """Refuse a pipe or a device, reading which may never end.
-
-    Whoever reads the file will say what else is wrong.
-    """
-    try:
-        check_regular(file)
-    except OSError as error:
-        raise OptionError(
-            f"cannot read {str(file)!r}: {error.strerror}; copy it to a file first"
-        ) from error
-
-
-def _covers(used: Path, place: Path) -> bool:
-    """Return whether `place` is `used`, under whatever name, or lies in it."""
-    with suppress(OSError, RuntimeError):
-        resolved = used.resolve()
-        if resolved == place or resolved in place.parents:
-            return True
-        return used.exists() and place.exists() and used.samefile(place)
-    return False
 
 
 @contextmanager

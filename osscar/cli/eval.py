@@ -24,9 +24,6 @@ from osscar.proof.lineage import Computed, lineage_of, why_not_dense
 from osscar.proof.seen import refuse_overlap
 from osscar.shrinking.shrink import prove
 
-_NO_MODEL = 0.5
-"""Share of a dense model's parameters beyond which, drawn anew, they are compared with nothing."""
-
 
 def run(model: str, options: EvalOptions) -> None:
     """Measure quality, speed, size and memory."""
@@ -128,14 +125,8 @@ def _comparison(
     dense: str,
     data: TextSet | SampleSet,
     options: dict[str, Any],
-) -> Comparison | None:
-    """Measure a model beside its dense one; None, with a warning, where that has no weights."""
-    if original.drawn > _NO_MODEL:
-        warn(
-            f"no comparison: most weights of {dense} are randomly initialized; give the "
-            "trained ones (--weights)"
-        )
-        return None
+) -> Comparison:
+    """Measure a model beside its dense one."""
     other = why_not_dense(loaded.model, original.model)
     if other is not None:
         warn(

@@ -23,8 +23,6 @@ def run(directory: Path, options: ExportOptions) -> None:
     """Write a model for llama.cpp, ONNX Runtime or torch.export."""
     check_files(options, directory)
     format, dense = options.format, options.dense
-    if format != "gguf" and format not in _TRACED:
-        raise OptionError(f"--format is {format!r:.60}; give gguf, onnx or pt2")
     for name in ("dense", "inputs") if format == "gguf" else ("dtype",):
         if getattr(options, name) is not None:
             formats = "gguf" if name == "dtype" else "onnx and pt2"

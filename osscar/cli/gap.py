@@ -17,7 +17,7 @@ from osscar.base.files import file_digest
 from osscar.base.inputs import checked, from_percent, whole_number
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
-from osscar.cli.common import check_files, check_input, document, say, show, way_back, write_json
+from osscar.cli.common import check_files, document, say, show, way_back, write_json
 from osscar.cli.instances import tell_known
 from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, given
@@ -162,7 +162,6 @@ def _problems(sources: Sequence[str]) -> list[_Problem]:
     for source in sources:
         if source.endswith(_PROBLEM_SUFFIX):
             file = Path(source)
-            check_input(file)
             described = {"file": file.name, "sha256": file_digest(file)}
             found[source] = _Problem(described, partial(_load, file))
         elif names := known.matching(source):

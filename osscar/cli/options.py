@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 from cyclopts import Group, Parameter, Token
 
@@ -383,7 +383,7 @@ class InspectOptions:
 class ExportOptions:
     """What `osscar export` takes."""
 
-    format: str = "gguf"
+    format: Literal["gguf", "onnx", "pt2"] = "gguf"
     """Format of the file: gguf (llama.cpp), onnx (ONNX Runtime) or pt2 (torch.export)."""
     out: Path | None = None
     """File to write.  [default: beside the directory, such as smaller-f16.gguf]"""
@@ -512,15 +512,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise OptionError(f"--option {safe_repr(pair)} is not NAME=VALUE")
         try:
-            options[name.strip()] = json.loads(value, parse_constant=_refuse_constant)
-        except RecursionError as error:
-            raise OptionError(
-                f"--option {safe_repr(pair)} is nested too deeply; give a number, a text, or a list"
-            ) from error
+            options[name.strip()] = json.loads(value)
         except ValueError:
             options[name.strip()] = value
     return options
-
-
-def _refuse_constant(text: str) -> Any:
-    raise OptionError(f"--option cannot be {text}; give a finite number")

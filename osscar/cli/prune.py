@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from osscar.base.errors import OptionError
 from osscar.base.files import resolved
 from osscar.base.ranks import Ranks, together
@@ -17,7 +15,6 @@ from osscar.base.timing import Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.directory import SavedCheckpoint, renew_report, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE
-from osscar.checkpoint.reading import load
 from osscar.cli.common import (
     check_files,
     named_files,
@@ -29,12 +26,11 @@ from osscar.cli.common import (
 from osscar.cli.opening import limit_of, opened, tell_data
 from osscar.cli.options import PruneOptions, recovery_of, request_of
 from osscar.cli.recover import LOG, tell_recovery
-from osscar.cli.saving import run_and_report, saved_line, words_of, write_copy
+from osscar.cli.saving import run_and_report, saved_line, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
-from osscar.network.modules import device_of, number_format
 from osscar.offload.on_disk import is_on_disk
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
@@ -66,14 +62,10 @@ def run(model: str, options: PruneOptions) -> None:
         job = _Job(model, options, options.out, request, recovery, ranks)
         run_and_report(
             options,
-            options.out,
             (job.log, job.training) if options.recover else (job.log,),
             ranks,
-            words=job.words,
-            anew=options.overwrite or options.restart,
             check=job.check_output,
             work=job.work,
-            complete=job.complete,
         )
 
 
@@ -94,17 +86,19 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.path = resolved(self.where)
-        self.words = words_of(self.options, "max_memory", model=self.model)
         self.log = RunLog(self.path.with_name(f"{self.path.name}.run"))
         self.training = RecoveryLog(self.path.with_name(f"{self.path.name}.{LOG}"))
+        # What is there where a run was ended is what it has saved, or was asked to replace.
+        goes_on = self.log.exists and not self.options.restart
+        self.overwrite = self.options.overwrite or goes_on
 
     def check_output(self) -> None:
         """Refuse what must not be written to."""
         used = [self.model, *named_files(self.options), self.options.json]
-        check_output(self.path, overwrite=self.options.overwrite, inputs=used)
+        check_output(self.path, overwrite=self.overwrite, inputs=used)
 
-    def load(self, *, saves: bool) -> tuple[LoadedModel, CalibrationData]:
-        """Open the model, whose smaller one is to be saved or not, and draw its data."""
+    def load(self) -> tuple[LoadedModel, CalibrationData]:
+        """Open the model, and draw its data."""
         options, request = self.options, self.request
 
         def room(loaded: LoadedModel) -> None:
@@ -113,9 +107,9 @@ class _Job:
                     "--recover needs the weights in memory, and --max-memory keeps them on disk; "
                     "omit one of them"
                 )
-            if saves and self.ranks.first:
+            if self.ranks.first:
                 needed = weight_bytes(loaded.model, loaded.stored_dtype)
-                check_output(self.path, overwrite=options.overwrite, needed_bytes=needed)
+                check_output(self.path, overwrite=self.overwrite, needed_bytes=needed)
 
         def drawn(loaded: LoadedModel) -> dict[str, Any]:
             if request.quality is None:
@@ -147,7 +141,7 @@ class _Job:
     def work(self) -> Callable[[], None]:
         """Prune into a directory, and return what tells of it."""
         options, ranks = self.options, self.ranks
-        loaded, data = self.load(saves=True)
+        loaded, data = self.load()
         trains_on = self._trains_on(loaded, data)
         result, recovery = self._made(loaded, data, trains_on)
         if not ranks.first:
@@ -156,13 +150,15 @@ class _Job:
             loaded.model, data, source=loaded.source, classes=loaded.classes, recovery=recovery,
             measure=False,
         )  # fmt: skip
-        self.log.note(self.words, content)
         with timed(Stage.SAVE):
             saved = result.save(
-                self.path, tokenizer=loaded.companion, report=content, overwrite=options.overwrite
+                self.path, tokenizer=loaded.companion, report=content, overwrite=self.overwrite
             )
-        whole = self._measured(content, saved, loaded, lambda: result.model, data)
-        return lambda: _tell(whole, saved, self.where)
+        with timed(Stage.REPORT):  # whatever becomes of it, the model is saved
+            content |= measured(loaded.model, result.model, data)
+            renew_report(saved, content, prune_page(content, saved.path.name))
+        write_copy(options, content, saved)
+        return lambda: _tell(content, saved, self.where)
 
     def _trains_on(self, loaded: LoadedModel, data: CalibrationData) -> CalibrationData:
         """Return what the smaller model is recovered on: the calibration data, or other text."""
@@ -207,35 +203,6 @@ class _Job:
         training = self.training if first else None
         recovery = recover_as_asked(result, model, trains_on, self.recovery, training, ranks, tell)
         return dataclasses.replace(result, model=recovery.model), recovery
-
-    def complete(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
-        """Measure and write what a run has not that was ended after its save."""
-        if "forward" in content:
-            write_copy(self.options, content, saved)
-            return
-        loaded, data = self.load(saves=False)
-        dense = loaded.model
-        dtype, device = number_format(dense), device_of(dense)
-
-        def smaller() -> nn.Module:
-            return load(saved.path, dense=dense, dtype=dtype).to(device)
-
-        self._measured(content, saved, loaded, smaller, data)
-
-    def _measured(
-        self,
-        content: Mapping[str, Any],
-        saved: SavedCheckpoint,
-        loaded: LoadedModel,
-        smaller: Callable[[], nn.Module],
-        data: CalibrationData,
-    ) -> dict[str, Any]:
-        """Measure what a saved model takes, and return the document of its run with that."""
-        with timed(Stage.REPORT):
-            whole = {**content, **measured(loaded.model, smaller, data)}
-            renew_report(saved, whole, prune_page(whole, saved.path.name))
-            write_copy(self.options, whole, saved)
-        return whole
 
 
 def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:

@@ -11,8 +11,7 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
 from osscar.base.errors import OptionError, first_line
-from osscar.base.inputs import check_regular
-from osscar.base.json_files import MEGABYTE, read_json
+from osscar.base.json_files import read_json
 
 _REPORT = "osscar.prune/"
 
@@ -28,7 +27,6 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 def _options(path: Path) -> dict[str, Any]:
     """Read options by their names on the command line."""
     try:
-        check_regular(path)
         found = _content(path)
     except OSError as error:
         raise OptionError(f"cannot read {str(path)!r}: {error.strerror}") from error
@@ -55,7 +53,7 @@ def _content(path: Path) -> Any:
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from error
     if path.suffix == ".json":
-        return read_json(path, dict[str, Any], limit=64 * MEGABYTE)
+        return read_json(path, dict[str, Any])
     raise OptionError(f"--config is {str(path)!r}; give a .toml, .yaml or .json file")
 
 

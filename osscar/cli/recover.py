@@ -8,24 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from osscar.base.errors import DataError, ModelError, OutputError
+from osscar.base.errors import DataError, ModelError
 from osscar.base.files import resolved
-from osscar.base.json_files import MEGABYTE, read_json
+from osscar.base.json_files import read_json
 from osscar.base.printable import published
 from osscar.base.ranks import Ranks, together
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.builders import builder_of
-from osscar.checkpoint.card import PICTURE_FILE
-from osscar.checkpoint.directory import SavedCheckpoint, save, weight_bytes
+from osscar.checkpoint.directory import save, weight_bytes
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory, read_manifest
 from osscar.cli.common import check_files, document, named_files, out, say, show
 from osscar.cli.opening import stated_preprocessing, tell_data
 from osscar.cli.options import RecoverOptions, request_of
-from osscar.cli.saving import run_and_report, saved_line, words_of, write_copy
+from osscar.cli.saving import run_and_report, saved_line, write_copy
 from osscar.data.batches import CalibrationData
-from osscar.data.text import CalibrationSet
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO_SOURCE, ModelKind, kind_of
@@ -40,8 +36,6 @@ from osscar.report.sections import facts
 
 LOG = "recover"
 """Ends the name of the directory that holds the log of a recovery."""
-
-_LONGEST_REPORT = 64 * MEGABYTE
 
 
 def run(directory: Path, options: RecoverOptions) -> None:
@@ -60,18 +54,14 @@ def run(directory: Path, options: RecoverOptions) -> None:
         if where is None:
             named = directory if directory.name not in ("", "..") else place
             where = named.with_name(f"{named.name}-recovered")
-        check_files(options, directory, out=where)
+        check_files(options, directory, where)
         job = _Job(place, str(directory), options, where, request, ranks)
         run_and_report(
             options,
-            where,
             (job.log,),
             ranks,
-            words=job.words,
-            anew=options.restart,
             check=job.check_output,
             work=job.work,
-            complete=job.complete,
         )
 
 
@@ -92,50 +82,45 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.path = resolved(self.where)
-        self.words = words_of(self.options, directory=self.name)
         self.log = RecoveryLog(self.path.with_name(f"{self.path.name}.{LOG}"))
+        # What is there where a run was ended is what it has saved, or was asked to replace.
+        goes_on = self.log.exists and not self.options.restart
+        self.overwrite = self.options.overwrite or goes_on
 
     def check_output(self) -> None:
         """Refuse what must not be written to; the pruned model may be, where it is asked for."""
         path = self.path
-        if self.place in path.parents:
-            raise OutputError(
-                f"{self.where} lies in {self.name}, which must not change; give another directory"
-            )
         used = [*named_files(self.options), self.options.json]
         if path != self.place:
             used.append(self.place)
-        check_output(path, overwrite=self.options.overwrite, inputs=used)
+        check_output(path, overwrite=self.overwrite, inputs=used)
 
     def work(self) -> Callable[[], None]:
         """Recover into a directory, and return what tells of it."""
         options, ranks, path = self.options, self.ranks, self.path
-        report, picture = (self.place / name for name in (REPORT_FILE, PICTURE_FILE))
+        report = self.place / REPORT_FILE
         before = None
         if report.is_file():  # whatever is in it
-            before = read_json(report, dict[str, Any], limit=_LONGEST_REPORT)
+            before = read_json(report, dict[str, Any])
         smaller, dense, data = self._load()
         if ranks.first:
             needed = weight_bytes(smaller.model, smaller.stored_dtype)
-            check_output(path, overwrite=options.overwrite, needed_bytes=needed)
+            check_output(path, overwrite=self.overwrite, needed_bytes=needed)
             tell_data("recovery", smaller, data, always=True)
         log = self.log if ranks.first else None
         recovery = recover_as_asked(smaller.model, dense.model, data, self.request, log, ranks, say)
         if not ranks.first:
             return lambda: None
         content = self._document(recovery, dense.source, before)
-        self.log.note(self.words, content)
         saved = save(
             recovery.model,
             path,
             tokenizer=smaller.companion,
             report=content,
             page=recover_page(content, path.name),
-            # Of what the groups keep, which recovery does not change.
-            picture=picture.read_bytes() if picture.is_file() else None,
-            overwrite=options.overwrite,
+            overwrite=self.overwrite,
         )
-        self.complete(content, saved)
+        write_copy(options, content, saved)
 
         def tell() -> None:
             tell_recovery(content["recovery"])
@@ -181,23 +166,7 @@ class _Job:
             seqlen=options.seqlen,
             seed=request.seed,
         )
-        if isinstance(data, CalibrationSet):
-            self._check_same_tokens(data, dense)
         return smaller, dense, data
-
-    def _check_same_tokens(self, data: CalibrationSet, dense: LoadedModel) -> None:
-        """Refuse a dense model that reads other tokens."""
-        theirs = dense.training(
-            text=self.options.text,
-            windows=data.samples,
-            seqlen=data.seqlen,
-            seed=self.request.seed,
-        )
-        if not (isinstance(theirs, CalibrationSet) and torch.equal(data.tokens, theirs.tokens)):
-            raise ModelError(
-                f"{self.name} and {self.options.dense} have other tokenizers, so that they read "
-                "other tokens in the same text; give the dense model that the first was pruned from"
-            )
 
     def _document(
         self, recovery: Recovery, source: str, before: dict[str, Any] | None
@@ -213,10 +182,6 @@ class _Job:
             "before": before,
         }
         return document("recover", 1, content)
-
-    def complete(self, content: Mapping[str, Any], saved: SavedCheckpoint) -> None:
-        """Write what a run has not written that was ended after its save."""
-        write_copy(self.options, content, saved)
 
 
 def tell_recovery(recovery: Mapping[str, Any]) -> None:

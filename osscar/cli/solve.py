@@ -13,7 +13,6 @@ from osscar.base.errors import OptionError
 from osscar.base.printable import are, pluralize
 from osscar.cli.common import (
     check_files,
-    check_input,
     check_json_path,
     document,
     say,
@@ -45,7 +44,6 @@ def run(file: Path, options: SolveOptions) -> None:
     """Solve one problem, verify the answer from the problem alone, and show both."""
     check_files(options, file)
     target = resolve_device(options.device)
-    check_input(file)
     problem = SubsetProblem.load(file)
     if options.keep is not None:
         problem = problem.with_keep(options.keep)

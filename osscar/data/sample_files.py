@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import reason_of
-from osscar.base.inputs import check_regular, file_name
+from osscar.base.inputs import file_name
 from osscar.base.memory import attempt
 from osscar.data.batches import accepted_arguments, check_arguments, named_example, needed_arguments
 from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet, kind_of_numbers
@@ -36,7 +36,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     # Of a damaged file zipfile, numpy and safetensors raise whatever they meet.
     with attempt() as tried:
-        check_regular(path)
         if path.suffix == ".safetensors":
             found = load_file(path)
         else:

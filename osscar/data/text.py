@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from osscar.base.errors import DataError, ModelError, OptionError, first_line, optional, warn
-from osscar.base.inputs import TEXT_LIMIT, file_name, read_bytes, whole_number
+from osscar.base.inputs import file_name, whole_number
 from osscar.base.printable import pluralize
 from osscar.data.samples import columns_of, named_generator
 from osscar.network.modules import context_length
@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
     """
     name = file_name(path, "the text", "a file of plain text")
     try:
-        text = read_bytes(Path(name).expanduser(), TEXT_LIMIT).decode("utf-8-sig")
+        text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"no text file at {name!r}; check the path") from None
     except UnicodeDecodeError as error:

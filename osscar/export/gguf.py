@@ -90,8 +90,6 @@ _BLOCK = 32
 Where other rows are, its program leaves the matrix as it is (``Q4_K_M``) or fails (``Q8_0``).
 """
 
-_MAGIC = b"GGUF"
-
 
 @default_torch()
 def export_gguf(
@@ -134,7 +132,7 @@ def export_gguf(
     library = optional("gguf", "gguf", "writing GGUF")
     source = checkpoint_directory(directory)
     given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
-    target = checked_target(given, "GGUF", _is_gguf, overwrite=overwrite)
+    target = checked_target(given, overwrite=overwrite)
     graph = Graph(load(source), dtype, library)
     fields = graph.fields() | vocabulary_fields(source, graph.config.vocab_size, library)
     with atomic_write(target) as partial:
@@ -144,11 +142,6 @@ def export_gguf(
         target, target.stat().st_size,
         architecture=graph.architecture, dtype=dtype, padding=graph.padding,
     )  # fmt: skip
-
-
-def _is_gguf(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(len(_MAGIC)) == _MAGIC
 
 
 # ---- the graph ---------------------------------------------------------------------------

@@ -364,7 +364,7 @@ def _known_example(model: nn.Module) -> Batch | None:
     if reads_tokens(model):
         length = min(_TOKENS, context_length(model) or _TOKENS)
         return _with_tokens({_IDS: torch.zeros(2, length, dtype=torch.int64)}, config)
-    recorded = recorded_example(type(model).__name__, lineage_of(model).inputs)
+    recorded = recorded_example(lineage_of(model).inputs)
     if recorded is not None:
         return recorded
     if sample is not None:
@@ -389,4 +389,4 @@ def _images_of(model: nn.Module, config: Any) -> Batch | None:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)
     kind = Input((channels, height, width), "float32")
-    return recorded_example(type(model).__name__, {name: kind})
+    return recorded_example({name: kind})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,13 +62,11 @@ def traced_target(
             raise OutputError("a model in memory needs the name of the file to write; give out=")
         source = checkpoint_directory(model)
         out = source.with_name(f"{source.name}{suffix}")
-    return checked_target(out, suffix, lambda file: file.suffix == suffix, overwrite=overwrite)
+    return checked_target(out, overwrite=overwrite)
 
 
-def checked_target(
-    out: str | os.PathLike[str], sort: str, is_one: Callable[[Path], bool], *, overwrite: bool
-) -> Path:
-    """Return the file to write, before any work is done; what is no file of the sort stays."""
+def checked_target(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Return the file to write, before any work is done."""
     target = resolved(out)
     try:
         if target.is_dir():
@@ -80,8 +78,6 @@ def checked_target(
                 f"{target} is there already; give another, or replace it "
                 "(`--overwrite`, or overwrite=True in Python)"
             )
-        if target.exists() and not is_one(target):
-            raise OutputError(f"{target} is no {sort} file, and would be lost; give another")
     except OSError as error:
         raise OutputError(f"cannot write {target}: {reason_of(error)}") from error
     return target

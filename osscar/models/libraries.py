@@ -18,7 +18,7 @@ from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.weights import fill, matched, read_state
 from osscar.network.detectors import DetectorNetwork
-from osscar.proof.lineage import lineage_of, stored_dtype
+from osscar.proof.lineage import Library, lineage_of, stored_dtype
 
 _OPTIONS: dict[str, dict[str, bool]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
@@ -34,7 +34,8 @@ _FRAMES, _FLOW_SIDE = 16, 128
 
 def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
     """Load ``LIBRARY:NAME`` with weights of a file, of its library, or none that were trained."""
-    library, _, own = name.partition(":")
+    prefix, _, own = name.partition(":")
+    library: Library = "timm" if prefix == _TIMM else "torchvision"
     options = {} if library == _TIMM else dict(_OPTIONS.get(own, {}))
     origin = LibraryOrigin(library, own, options)
     _check_known(origin)
@@ -66,7 +67,6 @@ def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> 
         stored_dtype=stored_dtype(model),
         preprocessing=preprocessing_of(origin, model),
         classes=_classes(origin, model),
-        drawn=1.0 if random else 0.0,
     )
 
 

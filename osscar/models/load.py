@@ -135,7 +135,7 @@ def load_model(
         if kind in LIBRARIES.values():
             loaded = load_of_library(text, weights, pretrained)
         elif kind is ModelKind.CODE:
-            loaded = _from_code(text, weights, pretrained)
+            loaded = _from_code(text, weights)
         else:
             loaded = _from_directory(text, kind, dense, number_format)
         return _prepared(loaded, number_format, target, stated)
@@ -178,7 +178,7 @@ def _prepared(
     )
 
 
-def _from_code(name: str, weights: str | Path | None, pretrained: bool) -> LoadedModel:
+def _from_code(name: str, weights: str | Path | None) -> LoadedModel:
     model, example, preprocessing = user_code.build(name)
     check_usable(model)
     if weights is not None:
@@ -197,7 +197,6 @@ def _from_code(name: str, weights: str | Path | None, pretrained: bool) -> Loade
         path=None,
         stored_dtype=stored_dtype(model),
         stated=example,
-        drawn=user_code.drawn_share(name, model) if weights is None and pretrained else 0.0,
     )
 
 
@@ -222,7 +221,7 @@ def _from_directory(
         brought = transform_of(processor)
     elif isinstance(builder, LibraryOrigin):
         brought = preprocessing_of(builder, model)
-    pruned_with = recorded_example(path, lineage.inputs)
+    pruned_with = recorded_example(lineage.inputs)
     if pruned_with is not None and (example is None or image_of(pruned_with) is not None):
         example = pruned_with
     return LoadedModel(

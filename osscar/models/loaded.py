@@ -59,8 +59,6 @@ class LoadedModel:
         Whether the caller stated what is done to an image.
     classes
         Names of its classes; empty if they are not known, and of a language model.
-    drawn
-        Share of its parameters that are random, as its code draws them in each call.
     """
 
     model: nn.Module
@@ -74,7 +72,6 @@ class LoadedModel:
     preprocessing: AnyPreprocessing | None = None
     states_images: bool = False
     classes: tuple[str, ...] = ()
-    drawn: float = 0.0
 
     def __repr__(self) -> str:
         return (

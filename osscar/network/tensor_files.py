@@ -17,10 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from osscar.base.errors import EquivalenceError, FileError, JournalError
-from osscar.base.files import atomic_write, digest, reason_of
-from osscar.base.inputs import check_regular
-from osscar.base.json_files import MEGABYTE, parse_json, read_json
-from osscar.network.modules import sha256_of
+from osscar.base.files import atomic_write, reason_of
+from osscar.base.json_files import parse_json, read_json
 from osscar.offload.on_disk import values_of
 from osscar.offload.places import Source, StoredTensor, as_bytes
 
@@ -28,8 +26,6 @@ T = TypeVar("T")
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-_LONGEST_INDEX = 100 * MEGABYTE
 
 _FORMATS = {
     "U64": torch.uint64,
@@ -57,7 +53,6 @@ _FORMATS = {
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors in a file by name, without their values (FileError)."""
     try:
-        check_regular(path)
         with safe_open(path, "pt"):  # which refuses headers that make no sense for the file
             pass
         source = Source(path)
@@ -99,7 +94,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor] | None:
         return read_header(directory / WEIGHTS_FILE)
     if not (directory / INDEX_FILE).exists():
         return None
-    names = read_json(directory / INDEX_FILE, _Index, limit=_LONGEST_INDEX).weight_map.values()
+    names = read_json(directory / INDEX_FILE, _Index).weight_map.values()
     # Libraries read all that is in the files, also where the index names only a part of it.
     headers = [read_header(directory / name) for name in sorted(set(names))]
     return {name: stored for header in headers for name, stored in header.items()}
@@ -168,39 +163,23 @@ def check_written(digests: Mapping[str, bytes], file: Path) -> None:
 
 # ---- records -----------------------------------------------------------------------------
 
-_WORDS, _DIGEST = "words", "sha256"
-"""The entries of a record's header."""
+_WORDS = "words"
+"""The entry of a record's header."""
 
 
-def write_record(path: Path, words: Any, tensors: Mapping[str, Tensor], run: str) -> None:
-    """Write a dataclass and tensors; once this returns, they are on the disk.
-
-    `run` says what they are a part of: who reads them has to say the same.
-    """
-    text = json.dumps(dataclasses.asdict(words))
-    header = {_WORDS: text, _DIGEST: _digest(path, run, text, tensors)}
+def write_record(path: Path, words: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Write a dataclass and tensors; once this returns, they are on the disk."""
     with atomic_write(path) as partial:
-        write_tensors(partial, tensors, header)
+        write_tensors(partial, tensors, {_WORDS: json.dumps(dataclasses.asdict(words))})
 
 
-def read_record(path: Path, schema: type[T], run: str) -> tuple[T, dict[str, Tensor]]:
-    """Return what `write_record` wrote, tensors in the order of their names.
-
-    Raises JournalError if it cannot be read, is a part of something else, or was changed.
-    """
+def read_record(path: Path, schema: type[T]) -> tuple[T, dict[str, Tensor]]:
+    """Return what `write_record` wrote, tensors in the order of their names (JournalError)."""
     try:
-        check_regular(path)
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
+            text = (file.metadata() or {}).get(_WORDS, "")
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        text = header.get(_WORDS, "")
-        if header.get(_DIGEST) != _digest(path, run, text, tensors):
-            raise FileError(path, "it belongs to another run, or was changed since it was written")
         return parse_json(text, schema, path), tensors
     except (OSError, SafetensorError, FileError) as error:
         reason = error.reason if isinstance(error, FileError) else error
         raise JournalError(f"{path} cannot be read: {reason}; start over with --restart") from error
-
-
-def _digest(path: Path, run: str, text: str, tensors: Mapping[str, Tensor]) -> str:
-    return digest(json.dumps([path.name, run, text]) + sha256_of(sorted(tensors.items())))

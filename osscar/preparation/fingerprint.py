@@ -6,14 +6,14 @@ a hook.  What it returns on given inputs tells, to the bit, where the same devic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from pydantic import with_config
-from torch import Tensor, nn
+from torch import nn
 
 from osscar.base.devices import this_device
 from osscar.base.json_files import STRICT
@@ -24,10 +24,8 @@ from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
 from osscar.proof.equivalence import proof_outputs, rounding
 from osscar.proof.lineage import lineage_of
+from osscar.proof.sample import Output
 from solvers.own_code import source_digests
-
-_VALUES = 256
-"""Numbers of the outputs that are kept."""
 
 
 @with_config(STRICT)
@@ -38,10 +36,9 @@ class DenseOutputs:
     device: dict[str, str]
     """What it ran on, as `osscar.base.devices.this_device` tells it."""
     sha256: str
-    values: tuple[str, ...]
-    """Some of the outputs, evenly spread, in hexadecimal."""
+    outputs: tuple[Output, ...]
     rounding: float
-    """How far another device may be off, relative to the largest of these."""
+    """How far another device may be off, relative to the size of each."""
 
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs) -> DenseOutputs:
@@ -56,7 +53,7 @@ class DenseOutputs:
         return cls(
             this_device(device_of(model)),
             sha256_of((str(index), one) for index, one in enumerate(found)),
-            tuple(value.hex() for value in _spread(found)),
+            tuple(map(Output.of, found)),
             rounding(found),
         )
 
@@ -71,28 +68,10 @@ class DenseOutputs:
         on_card = not self.device["threads"]
         if not on_card and self.device == before.device:
             return True
-        mine, theirs = (
-            torch.tensor([float.fromhex(value) for value in one.values], dtype=torch.float64)
-            for one in (self, before)
-        )
-        if len(mine) != len(theirs) or not len(mine):
+        if len(self.outputs) != len(before.outputs) or not self.outputs:
             return True
-        largest = torch.where(theirs.isfinite(), theirs.abs(), 0.0).max()
-        allowed = self.rounding * float(largest)
-        return not torch.allclose(mine, theirs, rtol=0.0, atol=allowed, equal_nan=True)
-
-
-def _spread(outputs: Sequence[Tensor]) -> Iterator[float]:
-    """Yield values evenly spread over all outputs, of complex numbers the real and other parts."""
-    flat = [
-        (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one).flatten()
-        for one in outputs
-    ]
-    each = max(1, _VALUES // max(1, len(flat)))
-    for one in flat:
-        count = min(each, len(one))
-        places = torch.arange(count, device=one.device) * len(one) // max(1, count)
-        yield from one[places].double().tolist()
+        apart = max(map(Output.distance, self.outputs, before.outputs))
+        return apart > self.rounding
 
 
 def own_code(*code: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from pydantic import JsonValue, with_config
 
 from osscar.base.errors import FileError, JournalError, RanksError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
-from osscar.base.json_files import MEGABYTE, STRICT, read_json
+from osscar.base.json_files import STRICT, read_json
 from osscar.base.process import uninterrupted
 from osscar.base.ranks import Ranks
 from osscar.preparation.fingerprint import Fingerprint
@@ -93,6 +93,11 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._locked = self._known = False
+
+    @property
+    def exists(self) -> bool:
+        """Whether a command has begun, and has not ended."""
+        return (self.directory / self.manifest_file).exists()
 
     @property
     def done(self) -> list[Path]:
@@ -180,9 +185,7 @@ class Journal:
             self._known = True
         return before or manifest
 
-    def read(
-        self, name: str, schema: type[T], *, limit: int = 16 * MEGABYTE, otherwise: str = ""
-    ) -> T | None:
+    def read(self, name: str, schema: type[T], *, otherwise: str = "") -> T | None:
         """Return what a file holds, as `read_json` does; None if there is none.
 
         `otherwise` is what to do about one that cannot be read.
@@ -191,7 +194,7 @@ class Journal:
         if not file.exists():
             return None
         try:
-            return read_json(file, schema, limit=limit)
+            return read_json(file, schema)
         except FileError as error:
             raise JournalError(f"{error}; {otherwise or self.otherwise}") from error
 
@@ -235,41 +238,3 @@ class Journal:
         for path in self.directory.rglob("*"):
             if _PARTIAL.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-# ---- of commands that save something else in the end ---------------------------------------
-
-REPORT = "report.json"
-"""What a command is about to save, and how it was asked for."""
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class _Noted:
-    """What a command has noted before its save."""
-
-    asked: dict[str, str]
-    report: dict[str, Any]
-
-
-class SavingJournal(Journal):
-    """A journal beside what its command saves, which goes when that is saved."""
-
-    def note(self, asked: Mapping[str, str], report: Mapping[str, Any]) -> None:
-        """Write down what is about to be saved, so that `saved` knows it again."""
-        self.write(REPORT, _Noted(dict(asked), dict(report)))
-
-    def saved(self, asked: Mapping[str, str], report: Path) -> Mapping[str, Any] | None:
-        """Return the report of a command that was ended between its save and the end of its log.
-
-        None where that is not how things are.  The file that it has saved tells seconds, so that no
-        two are alike.
-        """
-        try:
-            noted = read_json(self.directory / REPORT, _Noted)
-            found = read_json(report, dict[str, Any])
-        except (FileError, OSError):  # whatever is wrong with the path is said when it is written
-            return None
-        # What is measured after the save is added to it.
-        known = {name: found.get(name) for name in noted.report}
-        return found if (noted.asked, noted.report) == (dict(asked), known) else None

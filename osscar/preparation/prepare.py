@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import graph
 from graph import CouplingGroup
-from graph.tracing.patches import assignments_told
 from graph.tracing.preserve import forget_cached, without_cache
 from osscar.base.devices import default_torch, multiplies_bfloat16
 from osscar.base.errors import EquivalenceError
@@ -262,7 +261,6 @@ def prepare(
             torch.compiler.set_stance("force_eager"),  # else it is compiled with each new hook
             torch.random.fork_rng(graphics_cards(work)),
             without_cache(work),
-            assignments_told(lambda module, name: None),  # the first to listen changes all classes
             torch.no_grad(),
         ):
             with timed(Stage.OPEN):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import with_config
@@ -31,15 +31,17 @@ LINEAGE = "osscar_lineage"
 """The attribute of a model that holds its `Lineage`."""
 
 
+Library: TypeAlias = Literal["transformers", "torchvision", "timm"]
+
+
 @dataclass(frozen=True)
 class Origin:
     """What builds the dense model, without any code from a checkpoint.
 
-    `library` is ``transformers``, where ``config.json`` says the rest, ``torchvision`` or
-    ``timm``.
+    Where it is transformers, ``config.json`` says the rest.
     """
 
-    library: str
+    library: Library
     name: str = ""
     options: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeAlias
 import torch
 from annotated_types import Interval, Len, Predicate
 from pydantic import AfterValidator, with_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
 from osscar.base.devices import NUMBERS
@@ -23,30 +23,7 @@ from osscar.base.json_files import STRICT, validated
 _MOST = 2**31
 """No dimension of a tensor has as many entries."""
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))
-"""Attributes that hold a module together; no plan is about them."""
-
-
-def _checked_name(name: str) -> str:
-    if name and not all(part and part not in _OF_EVERY_MODULE for part in name.split(".")):
-        raise ValueError(f"{name!r} is no name of a module or a tensor")
-    return name
-
-
-_Name: TypeAlias = Annotated[str, AfterValidator(_checked_name)]
-"""The qualified name of a module or a tensor; the whole model is ""."""
-
 _Identifier: TypeAlias = Annotated[str, Predicate(str.isidentifier)]
-
-
-def _checked_slot(slot: Slot) -> Slot:
-    least = {"dim": 0, "units": 1, "outer": 1, "inner": 1, "offset": 0, "order": 0}
-    for name, smallest in least.items():
-        if not smallest <= getattr(slot, name) < _MOST:
-            raise ValueError(f"slot has {name} {getattr(slot, name)}")
-    _checked_name(slot.tensor)
-    _checked_name(slot.module)
-    return slot
 
 
 def _checked_group(group: GroupPlan) -> GroupPlan:
@@ -78,7 +55,7 @@ class GroupPlan:
     kind: UnitKind
     units: int
     kept: tuple[int, ...]
-    slots: tuple[Annotated[Slot, AfterValidator(_checked_slot)], ...]
+    slots: tuple[Slot, ...]
 
     @classmethod
     def of(cls, group: CouplingGroup, kept: tuple[int, ...]) -> GroupPlan:
@@ -107,8 +84,8 @@ _Number: TypeAlias = Annotated[int, Interval(gt=-_MOST, lt=_MOST)]
 class Integer:
     """A number, or a tuple of them, that a module keeps and that follows a group."""
 
-    module: _Name
-    attribute: Annotated[_Identifier, AfterValidator(_checked_name)]
+    module: str
+    attribute: _Identifier
     value: _Number | tuple[_Number, ...]
 
 

@@ -42,14 +42,6 @@ class Drawn:
     low: float
     high: float
 
-    def __post_init__(self) -> None:
-        if self.dtype not in NUMBERS:
-            raise ValueError(f"{self.dtype!r:.40} is no number format")
-        if min(self.shape, default=1) < 1 or math.prod(self.shape) > _MOST:
-            raise ValueError(f"{self.shape} is the shape of no input")
-        if not -math.inf < self.low <= self.high < math.inf:
-            raise ValueError(f"there are no numbers from {self.low} to {self.high}")
-
     @classmethod
     def like(cls, tensor: Tensor) -> Drawn:
         """Return the form of a tensor: its shape, number format and range."""

@@ -29,7 +29,7 @@ from osscar.distance.distance import Reference
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of, tensors_in
 from osscar.network.tensor_files import read_record, write_record
-from osscar.preparation.journal import REPORT, SavingJournal
+from osscar.preparation.journal import Journal
 from osscar.recovery.memory import checkpointing
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import CHECKED, Setup, in_batches, shifted
@@ -134,13 +134,13 @@ class Progress:
     points: tuple[Check, ...]
 
 
-class RecoveryLog(SavingJournal):
+class RecoveryLog(Journal):
     """The state of a training, in a directory: one that is killed goes on to the same bytes."""
 
     what = "recovery"
     manifest_file = "log.json"
     done_files = ("[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].safetensors",)
-    other_files = (REPORT,)
+    other_files = ()
     otherwise = "start over with --restart"
 
     @property
@@ -151,13 +151,13 @@ class RecoveryLog(SavingJournal):
 
     def last(self) -> tuple[Progress, dict[str, Tensor]] | None:
         """Return the last state that was kept; None if there is none."""
-        return read_record(self.done[-1], Progress, self.what) if self.done else None
+        return read_record(self.done[-1], Progress) if self.done else None
 
     def keep(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Keep the state of a training in the place of the last one."""
         before = self.done
         place = self.directory / f"{progress.points[-1].step:08}.safetensors"
-        write_record(place, progress, tensors, self.what)
+        write_record(place, progress, tensors)
         for old in before:
             old.unlink(missing_ok=True)
 

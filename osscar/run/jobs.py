@@ -71,8 +71,6 @@ _SIZES = (BudgetKind.SIZE, BudgetKind.MEMORY)
 def _number(budget: BudgetKind, value: Any) -> float | int:
     """Return a value as a plain number, which names its point."""
     value = checked(budget, PruningRequest.__annotations__[budget], value)
-    if value is None:
-        raise OptionError(f"a budget is None; give a list such as {budget.examples} for {budget}")
     if budget in (BudgetKind.PARAMS, *_SIZES):
         value = parse_size_kept(value)
     return value if isinstance(value, int) else float(value)

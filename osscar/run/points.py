@@ -13,7 +13,6 @@ from pydantic import with_config
 from torch import nn
 
 from osscar.allocation.task import SkippedGroup
-from osscar.base.errors import JournalError
 from osscar.base.files import resolved
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
@@ -184,14 +183,7 @@ class SweepDirectory(Journal):
     def point(self, job: SweepJob) -> SweepPoint | None:
         """Return a point; None if it is not finished."""
         again = "remove it, and it is measured again"
-        point = self.read(_file(job), SweepPoint, otherwise=again)
-        if point is not None and (point.method, point.budget, point.value) != (
-            (job.method, job.budget, job.value)
-        ):
-            raise JournalError(
-                f"{self.directory / _file(job)} holds the result of another budget; {again}"
-            )
-        return point
+        return self.read(_file(job), SweepPoint, otherwise=again)
 
     def keep(self, point: SweepPoint) -> None:
         """Keep a point."""

@@ -22,7 +22,7 @@ from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.tables import comparison_rows
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
-from osscar.report.figures import color, file_of, from_zero, legend, new_figure, shares
+from osscar.report.figures import color, from_zero, legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -103,12 +103,6 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     yield facts("How it went", run_facts(document))
     yield stages_table(document["stages"])
     yield skipped_table(document.get("skipped") or ())
-
-
-def kept_picture(document: Mapping[str, Any]) -> bytes | None:
-    """Return the figure over depth as a PNG file; None where no group lost units."""
-    layers = document["layers"]
-    return file_of(depth_figure(_groups(document), layers), "png") if layers else None
 
 
 def _groups(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from osscar.proof.plan import Certificate, Form, PruningPlan
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import PruningRequest
-from osscar.run.prune_page import kept_picture, prune_page, sections
+from osscar.run.prune_page import prune_page, sections
 from osscar.run.target_search import TargetReport
 from osscar.walk.layer_report import LayerReport
 
@@ -210,7 +210,7 @@ class PruningResult(Shown):
             "calibration": {**self.calibration, **data_record(calibration)},
             "computed": dataclasses.asdict(Computed.of(dense)),
             "recovery": None if recovery is None else recovery.document(),
-            **(measured(dense, lambda: self.model, calibration) if measure else {}),
+            **(measured(dense, self.model, calibration) if measure else {}),
         }
 
     def save(
@@ -235,18 +235,16 @@ class PruningResult(Shown):
             tokenizer=tokenizer,
             report=report,
             page=prune_page(document, Path(directory).name) if is_run else None,
-            picture=kept_picture(document) if is_run else None,
             dtype=dtype,
             overwrite=overwrite,
         )
 
 
-def measured(dense: nn.Module, pruned: Callable[[], nn.Module], calibration: Any) -> dict[str, Any]:
+def measured(dense: nn.Module, smaller: nn.Module, calibration: Any) -> dict[str, Any]:
     """Return what a document tells of a forward pass of both models, or why that is not known."""
     if is_on_disk(dense):  # its time is that of reading weights
         return {"forward": None, "unmeasured": ""}
     with attempt() as tried:  # no figure of a report is worth a run
-        smaller = pruned()
         # A program knows nothing of tokens, so the inputs are those of the dense model.
         first = as_inputs(dense, calibration).first(dense)
         sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}

@@ -27,13 +27,12 @@ from osscar.allocation.budget import Allocated
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.times import Table
 from osscar.base.errors import warn
-from osscar.base.files import digest
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.fingerprint import Fingerprint, own_code
-from osscar.preparation.journal import REPORT, JournalManifest, SavingJournal
+from osscar.preparation.journal import Journal, JournalManifest
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
@@ -90,7 +89,7 @@ class _Times:
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 
 
-class RunLog(SavingJournal):
+class RunLog(Journal):
     """The records of a run, in the order of their groups; attempts to a target have logs inside."""
 
     what = "run"
@@ -98,22 +97,16 @@ class RunLog(SavingJournal):
     done_files = (_GROUPS, f"attempt-[1-9]/{_GROUPS}")
     other_files = (
         *("attempt-[1-9]/recovery/*", "attempt-[1-9]/recovery", "attempt-[1-9]/*", "attempt-[1-9]"),
-        *(REPORT, _ATTEMPTS, _ALLOCATION, _TIMES),
+        *(_ATTEMPTS, _ALLOCATION, _TIMES),
         *("walks.json", "allocation.json"),  # of logs before version 6
     )
     otherwise = "start over with --restart"
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self._run = ""
-        """Digest of the manifest, by which records are known to be of this run."""
 
     @contextmanager
     def begun(self, manifest: JournalManifest) -> Iterator[tuple[LayerRecord, ...]]:
         """Begin a run, or go on with one, and hold its lock; yield what was committed before."""
         with self.locked():
-            first = self.begin(manifest)
-            self._run = digest(json.dumps(dataclasses.asdict(first), sort_keys=True))
+            self.begin(manifest)
             yield tuple(self._read(index) for index in range(self.committed))
 
     def allocation(self) -> Allocated | None:
@@ -122,7 +115,7 @@ class RunLog(SavingJournal):
 
     def note_allocation(self, allocated: Allocated) -> None:
         """Keep what was decided, so that a run that goes on decides nothing anew."""
-        write_record(self.directory / _ALLOCATION, allocated, {}, self._run)
+        write_record(self.directory / _ALLOCATION, allocated, {})
 
     def attempt(self, number: int) -> RunLog:
         """Return the log of one attempt of a run with a quality target, from 1 on."""
@@ -135,14 +128,14 @@ class RunLog(SavingJournal):
 
     def note_attempts(self, attempts: Sequence[Attempt]) -> None:
         """Keep what was measured, so that a run that goes on tries the same sizes."""
-        write_record(self.directory / _ATTEMPTS, _Attempts(tuple(attempts)), {}, self._run)
+        write_record(self.directory / _ATTEMPTS, _Attempts(tuple(attempts)), {})
 
     def times(self) -> CountedCost | None:
         """Return the times by which sizes are asked for; None if nothing was timed yet."""
         path = self.directory / _TIMES
         if not path.exists():
             return None
-        words, tensors = read_record(path, _Times, self._run)
+        words, tensors = read_record(path, _Times)
         arrays = (tensor.numpy() for tensor in tensors.values())
         terms = [
             Table(names, tuple(next(arrays) for _ in names), next(arrays)) for names in words.names
@@ -156,11 +149,11 @@ class RunLog(SavingJournal):
         arrays = [array for one in tables for array in (*one.grids, one.seconds)]
         numbers = {f"{at:05}": torch.tensor(array) for at, array in enumerate(arrays)}
         words = _Times(times.fixed, dict(times.units), times.assumed, names)
-        write_record(self.directory / _TIMES, words, numbers, self._run)
+        write_record(self.directory / _TIMES, words, numbers)
 
     def _noted(self, name: str, schema: type[T]) -> T | None:
         path = self.directory / name
-        return read_record(path, schema, self._run)[0] if path.exists() else None
+        return read_record(path, schema)[0] if path.exists() else None
 
     @property
     def committed(self) -> int:
@@ -181,10 +174,10 @@ class RunLog(SavingJournal):
         """Write the record of the group with this number."""
         weights = {f"{number:05}": one for number, one in enumerate(record.weights)}
         words = dataclasses.replace(record, weights=())
-        write_record(self._place(index), words, weights, self._run)
+        write_record(self._place(index), words, weights)
 
     def _read(self, index: int) -> LayerRecord:
-        words, weights = read_record(self._place(index), LayerRecord, self._run)
+        words, weights = read_record(self._place(index), LayerRecord)
         return dataclasses.replace(words, weights=tuple(weights.values()))
 
 

@@ -16,7 +16,7 @@ from graph.tracing.preserve import forget_derived, preserved
 from osscar.base.errors import ModelError, warn
 from osscar.network.modules import check_module, identity_of, is_deformable
 from osscar.proof.lineage import lineage_of, note, remember_structure
-from osscar.proof.plan import Form, GroupPlan, Integer, PruningPlan, combined_groups
+from osscar.proof.plan import Form, GroupPlan, PruningPlan, combined_groups
 from osscar.shrinking.fold import fold
 from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 
@@ -58,25 +58,8 @@ def slice_units(model: nn.Module, plan: PruningPlan) -> None:
         for refusal in forget_derived(model):
             warn(refusal)
         for integer in plan.integers:
-            _set_number(model, integer)
+            setattr(model.get_submodule(integer.module), integer.attribute, integer.value)
         note(model, plans=plans)
-
-
-def _set_number(model: nn.Module, integer: Integer) -> None:
-    """Let a number of a module follow; only what is a number there already may become one."""
-    try:
-        module = model.get_submodule(integer.module)
-        old = vars(module)[integer.attribute]
-    except (AttributeError, KeyError):
-        old = None
-    sizes = old if isinstance(old, tuple) else (old,)
-    alike = isinstance(old, tuple) == isinstance(integer.value, tuple)
-    if not alike or any(type(size) is not int for size in sizes):
-        raise ModelError(
-            f"module {integer.module!r} has no number {integer.attribute!r} like "
-            f"{integer.value!r}; the plan is for another model"
-        )
-    setattr(module, integer.attribute, integer.value)
 
 
 # ---- tensors -----------------------------------------------------------------------------

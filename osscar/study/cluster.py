@@ -79,9 +79,6 @@ def connected(address: str) -> Iterator[RayCluster]:
             "or give its HOST:PORT"
         ) from error
     try:
-        cluster = RayCluster(ray)
-        if not cluster.workers:
-            raise JournalError(f"the Ray cluster at {address!r} has no core that is free for tasks")
-        yield cluster
+        yield RayCluster(ray)
     finally:
         ray.shutdown()

@@ -201,8 +201,6 @@ class Study:
 
         with self.locked():
             layers = [instance for instance in self.instances if instance.units > 1]
-            if not layers:
-                raise JournalError(f"{self.directory} holds no problem yet; capture some first")
             self._journal.make(CERTIFICATES)
             known = self._store.read(_RECORD, Record)
             send = partial(solve_here, jobs=jobs) if solve is None else solve

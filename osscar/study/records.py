@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import enum
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import with_config
 
-from osscar.base.errors import JournalError
 from osscar.base.files import atomic_write, digest
 from osscar.base.json_files import STRICT
 from osscar.base.printable import command_line, decimals, percent
@@ -200,10 +198,8 @@ def window_name(layer: str, keep: int, units: int, seed: int, index: int) -> str
 
 def window_layer(name: str) -> tuple[str, int]:
     """Return the layer that a window belongs to, and how many units that layer keeps."""
-    match = re.fullmatch(r"(.*)\[keep (\d+), .*\]", name, re.DOTALL)
-    if match is None:
-        raise JournalError(f"{name!r} is not the name of a window")
-    return match[1], int(match[2])
+    layer, _, more = name.rpartition("[keep ")
+    return layer, int(more.partition(",")[0])
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:

@@ -94,15 +94,13 @@ class GramAccumulator:
         The sums that weights are fitted to become its Hessian: only `all_rows`, `bias`, `held_rise`
         and numbers of positions can be asked for afterwards.  Fixed rows are eliminated, and pulled
         towards no change.  Losses stay relative to what is lost without any unit where they do not
-        change; scores of units then go by what they do not explain, and not by variances.
+        change.
         """
         W0, units = self.linear_map.read_unit_weight(), self.linear_map.unit_rows
         fixed, n = self.linear_map.fixed, self.rows
-        H, targets, variance = self.fitted.given_up(W0, correction_weight)
+        H, targets = self.fitted.given_up(W0, correction_weight)
         if not fixed:
-            return damped_by_input(
-                H, W0, targets=targets, units=units, damp=damp, positions=n, variance=variance
-            )
+            return damped_by_input(H, W0, targets=targets, units=units, damp=damp, positions=n)
         # Squares of what is nearly zero vanish in float32 before its products with others do.
         silent = self.linear_map.vacant | (H.diagonal() == 0)
         H.clear(silent)
@@ -183,7 +181,6 @@ def damped_by_input(
     units: Sequence[Sequence[int]],
     damp: float,
     positions: int,
-    variance: Tensor | None = None,
 ) -> Consumer:
     """Return a consumer that is pulled towards its dense weights, input by input.
 
@@ -199,9 +196,7 @@ def damped_by_input(
         G = targets[0].addcmul_(added[:, None], W0)
         e = targets[1] + float(added @ torch.linalg.vector_norm(W0, dim=1).square())
     H.add_diagonal(added)
-    return Consumer.from_gram(
-        H, W0, G=G, e=e, units=units, damp=0.0, variance=variance, overwrite=True
-    )
+    return Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=0.0, overwrite=True)
 
 
 def pose(

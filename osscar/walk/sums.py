@@ -146,11 +146,11 @@ class Sums:
 
     def given_up(
         self, W0: Tensor, correction_weight: float
-    ) -> tuple[Symmetric, tuple[Tensor, float] | None, Tensor]:
+    ) -> tuple[Symmetric, tuple[Tensor, float] | None]:
         """Return least squares with these inputs and the targets ``Y = X W0 + s D``.
 
-        That is half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``; variances
-        of the inputs, (p,): about the means, if a bias takes these up.  The sums are gone then.
+        That is half of ``X'X/N``; ``X'Y/N`` and ``|Y|^2/N``, or None where ``Y = X W0``: about the
+        means, if a bias takes these up.  The sums are gone then.
         """
         n, H, C, energy = self.positions, self.gram, self.cross, self.energy / self.positions
         del self.gram, self.cross
@@ -160,8 +160,6 @@ class Sums:
         if C is not None:
             C.div_(n)
         x, d = self.means()
-        variance = energies - x.square()
-        variance[variance <= CONSTANT * energies] = 0
         if self.centered:
             for start, panel in H.spans():
                 rows, columns = slice(start, start + len(panel)), slice(start + len(panel))
@@ -169,16 +167,15 @@ class Sums:
             # An input that is constant has nothing left but rounding, and is dead.
             constant = H.diagonal() <= CONSTANT * energies
             H.clear(constant)
-            variance = H.diagonal()
             if C is not None:
                 C.addr_(x, d, alpha=-1)
                 C[constant] = 0
                 energy = max(energy - float(d @ d), 0.0)
         if C is None or correction_weight == 0:
-            return H, None, variance
+            return H, None
         G = H.product(W0)
         energy = inner(W0, G) + 2 * correction_weight * inner(W0, C) + correction_weight**2 * energy
-        return H, (G.add_(C, alpha=correction_weight), energy), variance
+        return H, (G.add_(C, alpha=correction_weight), energy)
 
 
 def _summed(X: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
     if is_definite(held):
         # What is left of e may be all rounding, and must not be less than what G' explains.
         e -= min(unexplained(held, G, e)[0], 0.0)
-    return replace(consumer, H=H, G=G, e=e, W0=W0, rows=rows, variance=None)
+    return replace(consumer, H=H, G=G, e=e, W0=W0, rows=rows)
 
 
 def _constant(consumer: Consumer, e: float, units: int) -> Consumer:
@@ -132,6 +132,4 @@ def _constant(consumer: Consumer, e: float, units: int) -> Consumer:
     rows[0] = 0
     nothing = torch.zeros_like(consumer.W0[:1])
     one = torch.ones_like(consumer.G[:1, :1])
-    return replace(
-        consumer, H=one, G=nothing, e=e, W0=nothing, rows=rows, damping=0.0, variance=None
-    )
+    return replace(consumer, H=one, G=nothing, e=e, W0=nothing, rows=rows, damping=0.0)

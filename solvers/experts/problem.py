@@ -261,13 +261,9 @@ class ExpertProblem:
         Raises
         ------
         ProblemError
-            If the router cannot choose among these experts, or they are too few for the candidates.
+            If the router cannot choose among these experts.
         """
         kept = [int(expert) for expert in support]
-        if len(kept) < self.keep:
-            raise ProblemError(
-                f"{len(kept)} experts stay; the problem knows of {self.keep} or more"
-            )
         total = 0.0
         for block in self.tokens:
             chosen, _, weights = self.routed(block, kept)

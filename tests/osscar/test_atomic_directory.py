@@ -187,9 +187,7 @@ def test_a_process_that_is_replacing_a_directory_is_left_alone(tmp_path):
     with temporary_sibling(path) as new:
         finish_killed(path)
         assert [place.exists() for place in (new, old, path)] == [True, True, False]
-        with pytest.raises(
-            CheckpointError, match=r"no config\.json.*'\.out\.osscar-replaced'.*ren"
-        ):
+        with pytest.raises(CheckpointError, match=r"no config\.json"):
             osscar.load(path)
     finish_killed(path)
     assert [place.exists() for place in (old, path)] == [False, True]

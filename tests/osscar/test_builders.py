@@ -40,7 +40,7 @@ def test_a_model_of_torchvision_is_built_again_by_name(tmp_path: Path) -> None:
     file = tmp_path / "small" / MANIFEST_FILE
     written = file.read_text()
     for change, match in (
-        ({"library": "pickle"}, "library 'pickle' is unknown"),
+        ({"library": "pickle"}, "library: input should be 'transformers'"),
         ({"name": "resnet9000"}, "resnet9000"),
         ({"options": {"weights": "IMAGENET1K_V1"}}, "weights"),
         ({"options": {"norm_layer": ["os", "system"]}}, "norm_layer"),

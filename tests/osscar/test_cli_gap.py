@@ -144,12 +144,12 @@ def test_json_never_replaces_what_is_read_or_written(run, file, tmp_path):
     solve, gap = ("solve", file), ("gap", file, *PROBLEM_FILES)
     for place in (file, f"../{tmp_path.name}/nine.safetensors", "hard.safetensors"):
         status, _, err = run(*solve, "--json", place)
-        assert (status, "which the command reads; give another" in err) == (2, True)
+        assert (status, "which the command reads or writes; give another" in err) == (2, True)
     status, _, err = run(*gap, "--json", "soft.safetensors")
-    assert (status, "which the command reads; give another" in err) == (2, True)
+    assert (status, "which the command reads or writes; give another" in err) == (2, True)
     for place in ("study", "study/gap.json", "study/certificates/x.json"):
         status, _, err = run(*gap, "--json", place)
-        assert (status, "which the command writes; give another" in err) == (2, True)
+        assert (status, "which the command reads or writes; give another" in err) == (2, True)
     assert file.read_bytes() == before
     assert not (tmp_path / "study").exists()
 

@@ -16,7 +16,7 @@ from osscar.base.errors import OutputError
 from osscar.data.text import load_calibration
 from osscar.recovery.page import recovery_facts
 from tests.docs.json_schema import missing, undescribed
-from tests.osscar.families import CALIBRATION, framing_tokenizer
+from tests.osscar.families import CALIBRATION
 from tests.osscar.interrupted_cases import pruning
 
 TEXT = builtin_text(Split.TRAINING)[:1500]
@@ -42,11 +42,7 @@ def crowded(tiny, tmp_path_factory):
     torch.manual_seed(1)
     type(loaded.model)(loaded.model.config).save_pretrained(place / "untrained")
     loaded.tokenizer.save_pretrained(place / "untrained")
-    for name in ("unpruned", "framed"):
-        shutil.copytree(tiny, place / name)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (place / "framed" / file).unlink()
-    framing_tokenizer().save_pretrained(place / "framed")
+    shutil.copytree(tiny, place / "unpruned")
     return place
 
 

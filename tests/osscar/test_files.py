@@ -27,7 +27,7 @@ from osscar.base.files import (
     write_json,
     write_text,
 )
-from osscar.base.json_files import STRICT, read_json, read_object
+from osscar.base.json_files import STRICT, read_json
 from osscar.base.process import uninterrupted
 from tests.osscar.forked import PATIENCE, forked
 
@@ -52,8 +52,6 @@ def test_what_is_written_is_read_again(tmp_path):
     value = Outer("n", 0.5, (Inner(1), Inner(2)))
     write_json(tmp_path / "x.json", dataclasses.asdict(value))
     assert read_json(tmp_path / "x.json", Outer) == value
-    (tmp_path / "theirs").write_text('{"a": 1, "time_step_limit": [0.0, Infinity]}')
-    assert read_object(tmp_path / "theirs")["time_step_limit"] == [0.0, float("inf")]
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "nan", float("nan"))
 
@@ -61,18 +59,13 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "Expecting value"),
-        ("[" * 10**5, "nested too deeply"),
+        ("", "invalid JSON"),
+        ("[" * 10**5, "invalid JSON: recursion limit"),
         ("5", "input should be an object"),
         ('{"name": "n"}', "share: field required"),
         ('{"name": "n", "share": true}', "share: input should be a valid number, not True"),
-        ('{"name": "n", "share": NaN}', "NaN is not a finite number"),
-        ('{"name": "n", "share": 1e999}', "1e999 is not a finite number"),
-        ('{"name": "n", "share": 1' + "0" * 5000 + "}", "not a number below 2^63"),
-        ('{"name": "n", "share": 1.0, "inner": [{"size": 9223372036854775808}]}', "below 2^63"),
+        ('{"name": "n", "share": NaN}', "should be a finite number"),
         ('{"name": "n", "share": 1.0, "inner": [{"size": 1, "x": 2}]}', "inner.0.x: unexpected"),
-        ('{"name": "n", "name": "m", "share": 1.0}', "duplicate key 'name'"),
-        ('{"name": "\\ud800", "share": 1.0}', "escapes half of a surrogate pair"),
     ],
 )
 def test_a_file_that_does_not_hold_what_it_should_is_one_error(text, reason, tmp_path):
@@ -178,7 +171,7 @@ def test_files_are_on_the_disk_before_they_take_their_names_and_their_own_is_las
 def test_a_lock_is_held_by_one_who_is_named_until_the_block_ends(tmp_path):
     place = tmp_path / ".lock"
     with file_lock(place, tmp_path):
-        expected = rf"is at work in {tmp_path} \(process {os.getpid()} on .*\); wait for it"
+        expected = rf"is at work in {tmp_path}; wait for it"
         with pytest.raises(BusyError, match=expected):
             file_lock(place, tmp_path).__enter__()
     with pytest.raises(ZeroDivisionError), file_lock(place, tmp_path):

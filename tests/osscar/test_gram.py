@@ -129,7 +129,6 @@ def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
     torch.testing.assert_close(consumer.G, X.T @ Y / 400 + added[:, None] * W0)
     e = float(Y.square().sum() / 400 + (added[:, None] * W0.square()).sum())
     assert consumer.e == pytest.approx(e, rel=1e-10)
-    torch.testing.assert_close(consumer.variance, X.var(0, correction=0), rtol=1e-9, atol=1e-12)
     assert solvers.SubsetProblem((consumer,), 12).dead.tolist() == ([5] if bias else [])
     assert gram.fitted.positions == 400
     assert not hasattr(gram.fitted, "gram")
@@ -174,7 +173,7 @@ class Branches(nn.Module):
         return self.wide(x) + self.point(x)
 
 
-def test_each_layer_counts_relative_to_what_it_puts_out_and_variances_follow():
+def test_each_layer_counts_relative_to_what_it_puts_out():
     torch.manual_seed(0)
     with prepare(Branches().eval(), torch.randn(6, 3, 9, 9)) as prepared:
         [group] = [group for group in prepared.groups if group.units == 8]
@@ -185,4 +184,3 @@ def test_each_layer_counts_relative_to_what_it_puts_out_and_variances_follow():
         together = pose(grams, 4, "some", damp=0.1)
     for one, part in zip(alone, together.consumers, strict=True):
         torch.testing.assert_close(part.H, one.H / one.e)
-        torch.testing.assert_close(part.variance, one.variance / one.e)

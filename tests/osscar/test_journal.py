@@ -1,8 +1,6 @@
 """Journals: of one sort and one process at a time, gone where nothing is done, never believed."""
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,10 +8,10 @@ import pytest
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
-from osscar.preparation.journal import JournalManifest, SavingJournal
+from osscar.preparation.journal import Journal, JournalManifest
 
 
-class Things(SavingJournal):
+class Things(Journal):
     what = "thing"
     manifest_file = "thing.json"
     done_files = ("done/*.txt",)
@@ -22,7 +20,7 @@ class Things(SavingJournal):
 
 
 ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
-DENSE = Fingerprint({}, "w", "d", DenseOutputs({"device": "x"}, "s", ("0x0.0p+0",), 1e-4))
+DENSE = Fingerprint({}, "w", "d", DenseOutputs({"device": "x"}, "s", (), 1e-4))
 
 
 class Killed(BaseException):
@@ -63,21 +61,6 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
     assert again.begin(dataclasses.replace(ASKED, asked={}), anew=True).asked == {}
 
 
-def test_what_was_saved_is_known_again_by_how_it_was_asked_for_and_by_its_report(tmp_path):
-    log, file = Things(tmp_path / "log"), tmp_path / "report.json"
-    asked, report = {"out": "a"}, {"seconds": 1.5}
-    file.write_text(json.dumps({**report, "evaluation": 3}))
-    assert log.saved(asked, file) is None
-    log.make(".")
-    log.note(asked, report)
-    assert log.saved(asked, file) == {"seconds": 1.5, "evaluation": 3}
-    assert log.saved({"out": "b"}, file) is None
-    file.write_text(json.dumps({"seconds": 1.25}))
-    assert log.saved(asked, file) is None
-    file.unlink()
-    assert log.saved(asked, file) is None
-
-
 def test_where_nothing_is_done_nothing_stays(tmp_path, journal):
     for path in journal.done:
         path.unlink()
@@ -110,7 +93,7 @@ def test_another_process_and_other_files_are_left_alone(tmp_path, journal):
     with journal.locked():
         before = names(tmp_path)
         for step in (other.remove, other.locked().__enter__):
-            with pytest.raises(BusyError, match=rf"\(process {os.getpid()} on "):
+            with pytest.raises(BusyError, match="is at work in"):
                 step()
         assert names(tmp_path) == before
     with pytest.raises(Killed), journal.locked():

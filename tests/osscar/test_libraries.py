@@ -52,7 +52,6 @@ def test_models_of_all_tasks_have_names():
     assert (known.resize, known.crop, known.mean) == (520, 520, (0.485, 0.456, 0.406))
     assert segments.classes[:2] == ("__background__", "aeroplane")
     assert segments.source.endswith("lraspp_mobilenet_v3_large, freshly initialized weights")
-    assert segments.drawn == 1.0
     flow = load_model("torchvision:raft_small", pretrained=False)
     with pytest.raises(DataError, match=r"is image1 .*, image2 .*, and images are one tensor"):
         flow.images("images")
@@ -84,7 +83,6 @@ def test_the_network_of_a_detector_is_all_of_it_but_boxes(ssd):
 def test_a_detector_is_loaded_with_what_it_does_to_images(ssd, tmp_path):
     whole, file = ssd
     loaded = load_model(f"torchvision:{SSD}", weights=file)
-    assert loaded.drawn == 0
     known = loaded.preprocessing.record().items()
     assert known >= {"resize": (320, 320), "crop": 320, "mean": (0.5,), "std": (0.5,)}.items()
     picture().save(tmp_path / "a.png")

@@ -111,7 +111,7 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(
             ]
             X = call(prepared.model, f"{block}.down", x)[0].double()
             D = (sums[1] - sums[0]).double()
-            H, (G, e), _ = copy.deepcopy(gram.fitted).given_up(W0, 0.7)
+            H, (G, e) = copy.deepcopy(gram.fitted).given_up(W0, 0.7)
             X, Y = X - X.mean(0), X @ W0 + 0.7 * D
             Y = Y - Y.mean(0)
             torch.testing.assert_close(H.dense(), X.T @ X / 64, atol=1e-5, rtol=1e-4)
@@ -238,7 +238,7 @@ def test_groups_of_one_consumer_correct_what_is_left_of_its_error():
             D = (call(dense, "join", x)[1] - call(prepared.model, "join", x)[1]).double()
             expected = float((D - D.mean(0)).square().sum()) / len(x)
             W = step.consumers[0].read_weight()
-            _, (_, energy), _ = copy.deepcopy(gram.fitted).given_up(torch.zeros_like(W), 1.0)
+            _, (_, energy) = copy.deepcopy(gram.fitted).given_up(torch.zeros_like(W), 1.0)
             assert energy == pytest.approx(expected, rel=1e-3, abs=1e-9)
             W[::2] = 0
             step.commit([W])

@@ -204,7 +204,7 @@ def test_groups_are_measured_alone_or_through_what_was_committed_before(name, mo
                 if gram.linear_map.bias is not None:
                     X, D = X - X.mean(0), D - D.mean(0)
                 for share in (1.0, 0.5):
-                    _, (G, e), _ = copy.deepcopy(gram.fitted).given_up(W0, share)
+                    _, (G, e) = copy.deepcopy(gram.fitted).given_up(W0, share)
                     Y = X @ W0 + share * D
                     close(G, X.T @ Y / len(X), near)
                     expected = float(Y.square().sum() / len(X))

@@ -102,20 +102,16 @@ def unit_rows(consumer, units) -> list[int]:
     return [row for unit in units for row in consumer.rows[unit].tolist() if row != NO_ROW]
 
 
-def build(name, data, keep, units=None, damp=0.01, *, variances=False, given=True) -> Instance:
+def build(name, data, keep, units=None, damp=0.01, *, given=True) -> Instance:
     """Make an instance; `units` is one description a consumer.
 
-    variances: Whether to give them.
     given: Whether to give the targets, which are otherwise those of the dense weights.
     """
     consumers = []
     for d, own in zip(data, units or [None] * len(data), strict=True):
         H, G, e, W0 = d.tensors()
         targets = {"G": G, "e": e} if given else {}
-        variance = torch.from_numpy(d.X.var(0)) if variances else None
-        consumers.append(
-            Consumer.from_gram(H, W0, **targets, units=own, damp=damp, variance=variance)
-        )
+        consumers.append(Consumer.from_gram(H, W0, **targets, units=own, damp=damp))
     return Instance(name, SubsetProblem(tuple(consumers), keep, name), tuple(data))
 
 
@@ -202,7 +198,6 @@ _ALL = [
         damp=0.1,
     ),
     build("sparse", [random_data(21, 5, 3, noise=0.4), random_data(22, 3, 4)], 3, _SPARSE),
-    # Variances that H does not tell.
-    build("uncentred", _UNCENTRED, 3, [None, 6], variances=True),
+    build("uncentred", _UNCENTRED, 3, [None, 6]),
 ]
 INSTANCES = {instance.name: instance for instance in _ALL}

@@ -58,7 +58,6 @@ BAD_FIELDS = [
     ({"e": -1.0}, r"e is -1; a mean squared norm"),
     ({"e": 1e150}, r"e is 1e\+150; a mean squared norm"),
     ({"damping": -3}, r"damping is -3.0; it must be finite"),
-    ({"variance": torch.ones(3).double()}, r"variance must be \(4,\), not \(3,\)"),
     (poked(math.nan, (0, 1)), "H has entries of nan"),
     (poked(0.5, (0, 1)), "H is not symmetric: entries differ by up to"),
     (poked(0.0, (2, 2)), r"H has 0 on its diagonal \(row 2\)"),
@@ -95,9 +94,6 @@ def test_what_is_no_problem():
     for keep in (0, 5):
         with pytest.raises(ProblemError, match=r"keep is .*; it must be from 1 to the 4 units"):
             SubsetProblem((consumer,), keep)
-    with pytest.raises(ProblemError, match=r"^name is .*; it must be a string") as error:
-        SubsetProblem((consumer,), 2, "\x1b[31mred")
-    assert str(error.value).isprintable()
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def test_too_close_to_singular_names_the_damping():
             torch.linalg.cholesky(-torch.eye(2))
 
     problem = SubsetProblem.from_gram(*gram(), keep=2, damp=0.03)
-    message = r"^backend 'Fails': H is too close to singular with damp=0.03; build the problem with"
+    message = r"^backend 'Fails': H is too close to singular; build the problem with"
     with pytest.raises(BackendError, match=message):
         solve(problem, Fails())
 

@@ -151,7 +151,6 @@ def test_problems_and_rules_that_are_none_are_refused():
         (lambda: dataclasses.replace(problem, keep=2), "needs 3"),
         (lambda: dataclasses.replace(problem, keep=4), "11 can be reached"),
         (lambda: CASES["groups"].problem.with_keep(10), "multiple of 3"),
-        (lambda: problem.loss(range(6)), "7 or more"),
         (lambda: problem_of(far), "far apart"),
         (lambda: RoutingRule(1, RouterScores.SOFTMAX, scale=math.nan), "scale must be positive"),
         (
