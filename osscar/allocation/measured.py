@@ -301,10 +301,10 @@ def _steps(few: Prepared, groups: Sequence[CouplingGroup]) -> Iterator[LayerStep
     )
     if units:
         # Layers of a language model all read as many tokens; others differ in how well they fit.
-        held = 0 if few.inputs.tokens else few.inputs.last(samples)
-        yield from Walk(few, units, in_turn=False, held=held, rough=True)
+        held_out = 0 if few.inputs.tokens else few.inputs.last(samples)
+        yield from Walk(few, units, in_turn=False, held_out=held_out, rough=True)
     if experts:
-        yield from ExpertWalk(few, experts, held=few.inputs.last(max(1, samples)))
+        yield from ExpertWalk(few, experts, held_out=few.inputs.last(max(1, samples)))
 
 
 _Refits = list[tuple[list[int], list[torch.Tensor]]]

@@ -60,7 +60,7 @@ def whole_distance(task: PruningTask, keep: Mapping[str, int]) -> float:
         ):
             warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
             for step in Walk(
-                few, groups, target=target, held=few.inputs.last(held_out(fitted.samples))
+                few, groups, target=target, held_out=few.inputs.last(held_out(fitted.samples))
             ):
                 dense = dense_tensors(step.consumers) | dense
                 pruned = partial(_pruned, step, keep[step.group.name], task)

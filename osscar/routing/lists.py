@@ -137,7 +137,7 @@ def expert_list(
         rest = _without_experts(declared, own, own.forward, call, outputs)
         count = len(list(experts.children()))
         one = ExpertList(block, declared, count, outputs, _gate(own, declared, rest, count))
-        with called_as_mixtures(model, [one], held=True):
+        with called_as_mixtures(model, [one], checked=True):
             own.forward(*call[0], **call[1])
         return one, rest.tokens
     raise ModelError(
@@ -209,11 +209,11 @@ def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: T
 
 @contextmanager
 def called_as_mixtures(
-    model: nn.Module, lists: Iterable[ExpertList], *, held: bool = False
+    model: nn.Module, lists: Iterable[ExpertList], *, checked: bool = False
 ) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.  With `held`, each call is compared with what the block
+    What they compute stays the same.  With `checked`, each call is compared with what the block
     returns by itself, and a ModelError raised where they differ.
     """
     with ExitStack() as around:
@@ -223,7 +223,7 @@ def called_as_mixtures(
             block.add_module(_ROUTER, _RuleRouter().eval())
             around.callback(block._modules.pop, _ROUTER)
             forwards = (
-                (block, partial(_forward, one, block, block.forward, held)),
+                (block, partial(_forward, one, block, block.forward, checked)),
                 (experts, partial(_sum_over, experts)),
             )
             around.enter_context(other_forwards(forwards))
@@ -234,7 +234,7 @@ def _forward(
     one: ExpertList,
     block: nn.Module,
     own: Callable[..., Any],
-    held: bool,
+    checked: bool,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -248,7 +248,7 @@ def _forward(
         bias = attrgetter(declared.bias)(block).flatten().double()
     chosen, weights = one.gate.rule.route(logits, None, bias)
     routes = chosen, weights.to(rest.sum)
-    if held:
+    if checked:
         due = tensors_in(own(*args, **kwargs))[0].reshape(rest.sum.shape)
         _hold(one, rest.sum, _sum_over(experts, rest.tokens, *routes), due, logits)
     _, chosen, weights = block.get_submodule(_ROUTER)(logits, bias, *routes)

@@ -107,7 +107,7 @@ class _Run:
                     prepared,
                     list(left.values()),
                     target=Target(self.task.request.target),
-                    held=self.task.samples_held_out,
+                    held_out=self.task.samples_held_out,
                     committed=self.dense,
                 )
             for step in blaming_refits(walked, self.done):
@@ -167,10 +167,10 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
     dense = [label for report in reports for label in report.unrefitted]
     if dense:
         keep = "keeps its" if len(dense) == 1 else "keep their"
-        held = all(report.held for report in reports if report.unrefitted)
+        held_out = all(report.held_out for report in reports if report.unrefitted)
         warn(
             f"{pluralize(len(dense), 'layer')} {keep} dense weights, except for removed units, "
-            f"since a refit is worse on {'held-out' if held else 'calibration'} samples: "
+            f"since a refit is worse on {'held-out' if held_out else 'calibration'} samples: "
             f"{listed(dense, 8)}; give more calibration data"
         )
     tied = [label for report in reports for label in report.tied]
@@ -234,7 +234,7 @@ def solved(
         correction_weight=layer.correction_weight,
         positions=layer.positions,
         unread=len(layer.unread),
-        held=refits.held,
+        held_out=refits.held_out,
         unrefitted=refits.unrefitted,
         tied=refits.tied,
         fixed=sum(gram.linear_map.fixed_inputs[0] for gram in layer.known),

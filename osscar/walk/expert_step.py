@@ -89,7 +89,7 @@ class ExpertStep:
         self.commit(record.support)
         with timed(Stage.WALK):
             before, layer = self.losses(), self._refitted()
-        if weight is None and not any(gram.held_rows for gram in layer.known):
+        if weight is None and not any(gram.held_out_rows for gram in layer.known):
             weight = 1.0  # targets are what was lost with the experts
         with timed(Stage.DAMPING):
             damp, refits = _refits(layer, damp, weight)
@@ -147,7 +147,7 @@ class ExpertStep:
 
     def _drawn(self) -> dict[int, Tensor]:
         """Return which tokens choose who stays, in order, by batch; all where they are few."""
-        fitted = [batch for batch in self._batches if not batch.held]
+        fitted = [batch for batch in self._batches if not batch.held_out]
         counts = [len(batch.x.hidden) for batch in fitted]
         chance = torch.Generator().manual_seed(0)
         chosen = torch.zeros(sum(counts), dtype=torch.bool)
@@ -212,24 +212,24 @@ class ExpertStep:
         for batch in self._batches:
             y = batch.target()
             lost = y - output_of(self._module, batch.x).double()
-            error[batch.held] += float(lost.square().sum())
-            size[batch.held] += float(y.square().sum())
+            error[batch.held_out] += float(lost.square().sum())
+            size[batch.held_out] += float(y.square().sum())
         found = [e / s if s else e for e, s in zip(error, size, strict=True)]
         return found if size[1] else found[:1]
 
     def _refitted(self) -> LayerStep:
         """Return what the last matrices of those that stay read of the tokens that they now get."""
-        kept, held = self._kept[self.group.name], any(batch.held for batch in self._batches)
+        kept, held_out = self._kept[self.group.name], any(batch.held_out for batch in self._batches)
         maps = [one for expert, one in enumerate(self.consumers) if expert in kept]
         what = f"Gram matrices of {pluralize(len(maps), 'expert')} of {self.group.name!r}"
         with memory_for(what, FOR_MATRICES):
-            grams = [GramAccumulator(one, held=held, corrections=True) for one in maps]
+            grams = [GramAccumulator(one, held_out=held_out, corrections=True) for one in maps]
         for batch in self._batches:
             x = batch.x
             D = batch.target() - output_of(self._module, x).double()
             with timed(Stage.GRAM):
                 for gram in grams:
-                    gram.add_call(x, D, held=batch.held)
+                    gram.add_call(x, D, held_out=batch.held_out)
         name, count = f"{self.group.name}.neurons", len(self.consumers[0].owned)
         neurons = CouplingGroup(name, UnitKind.NEURONS, count, (), removable=0)
         return LayerStep(neurons, tuple(grams))

@@ -49,13 +49,13 @@ def _routed(
     mixtures: Iterable[ExpertMixture],
     kept: Mapping[str, Sequence[int]],
     *,
-    held: bool = False,
+    checked: bool = False,
 ) -> Iterator[None]:
     """Let a model send tokens to the experts that stay while the block runs.
 
     Passes of a walk that are to be as in the dense model send them to all, and so do mixtures that
-    `kept`, by the name of the group, does not have when they are called.  With `held`, declared
-    blocks are held against what they return by themselves.
+    `kept`, by the name of the group, does not have when they are called.  With `checked`, declared
+    blocks are compared with what they return by themselves.
     """
     routers = {one.router: one for one in mixtures}
     lists = [one.listed for one in routers.values() if one.listed is not None]
@@ -67,7 +67,7 @@ def _routed(
             return None
         return mixture.routing.among(staying, mixture.group.units, module, (args, kwargs), y)
 
-    with called_as_mixtures(model, lists, held=held), hooks(model, routers, after=reroute):
+    with called_as_mixtures(model, lists, checked=checked), hooks(model, routers, after=reroute):
         yield
 
 
@@ -99,7 +99,7 @@ class ExpertWalk:
                 scores[group.name][run.index] = found
 
         with (
-            _routed(self._model, self._mixtures.values(), kept, held=True),
+            _routed(self._model, self._mixtures.values(), kept, checked=True),
             hooks(self._model, routers, after=note),
         ):
             for group, batches in self._walk.arrivals():

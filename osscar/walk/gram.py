@@ -43,18 +43,18 @@ class GramAccumulator:
     """Sums of one consumer over all positions seen so far, and of those that are held out."""
 
     def __init__(
-        self, linear_map: LinearMap, *, held: bool = False, corrections: bool = False
+        self, linear_map: LinearMap, *, held_out: bool = False, corrections: bool = False
     ) -> None:
         self.linear_map = linear_map
         self.fitted = Sums(linear_map, corrections=corrections)
-        self.held = Sums(linear_map, corrections=corrections) if held else None
+        self.held_out = Sums(linear_map, corrections=corrections) if held_out else None
         self._fixed: FixedRows | None = None
         """What gives fixed rows back, once the problem is posed."""
 
     @property
     def parts(self) -> tuple[Sums, ...]:
         """What weights are fitted to, and what is held out."""
-        return (self.fitted,) if self.held is None else (self.fitted, self.held)
+        return (self.fitted,) if self.held_out is None else (self.fitted, self.held_out)
 
     @property
     def rows(self) -> int:
@@ -62,39 +62,39 @@ class GramAccumulator:
         return self.fitted.rows
 
     @property
-    def held_rows(self) -> int:
+    def held_out_rows(self) -> int:
         """The same of the positions that were held out."""
-        return 0 if self.held is None else self.held.rows
+        return 0 if self.held_out is None else self.held_out.rows
 
-    def add_call(self, x: Any, D: Tensor | None, *, held: bool = False) -> None:
+    def add_call(self, x: Any, D: Tensor | None, *, held_out: bool = False) -> None:
         """Add what the consumer reads in a call, with corrections in the shape of its output."""
         corrections = None if D is None else self.linear_map.read_corrections(D, x)
-        self.parts[held].positions += self.linear_map.passed_over(x)
+        self.parts[held_out].positions += self.linear_map.passed_over(x)
         done = 0
         for X in self.linear_map.read_inputs(x):
             D_part = None if corrections is None else corrections[done : done + len(X)]
-            self.add(X, D_part, held=held)
+            self.add(X, D_part, held_out=held_out)
             done += len(X)
 
-    def add(self, X: Tensor, D: Tensor | None = None, *, held: bool = False) -> None:
+    def add(self, X: Tensor, D: Tensor | None = None, *, held_out: bool = False) -> None:
         """Add inputs, (positions, p), and corrections of the targets, (positions, m)."""
-        self.parts[held].add(X, D)
+        self.parts[held_out].add(X, D)
 
-    def held_rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
+    def held_out_rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
         """Return by how much the held-out error rises from one W, (p, m), to another.
 
         Targets have their corrections in full, and a bias takes up what it does of `fitted`.
         """
-        assert self.held is not None
-        return self.held.centred(about=self.fitted).rise(W0, before, after)
+        assert self.held_out is not None
+        return self.held_out.centred(about=self.fitted).rise(W0, before, after)
 
     def consumer(self, damp: float, correction_weight: float = 1.0) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
-        The sums that weights are fitted to become its Hessian: only `all_rows`, `bias`, `held_rise`
-        and numbers of positions can be asked for afterwards.  Fixed rows are eliminated, and pulled
-        towards no change.  Losses stay relative to what is lost without any unit where they do not
-        change.
+        The sums that weights are fitted to become its Hessian: only `all_rows`, `bias`,
+        `held_out_rise` and numbers of positions can be asked for afterwards.  Fixed rows are
+        eliminated, and pulled towards no change.  Losses stay relative to what is lost without any
+        unit where they do not change.
         """
         W0, units = self.linear_map.read_unit_weight(), self.linear_map.unit_rows
         fixed, n = self.linear_map.fixed, self.rows

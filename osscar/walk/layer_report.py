@@ -62,7 +62,7 @@ class LayerReport(SolutionRecord):
     unread
         Consumers that read nothing at any position: experts to which no token was sent.  They keep
         the weights of the units that stay.
-    held
+    held_out
         Held-out positions at which its refit was compared with the dense weights of the units that
         stay, at the consumer with the fewest.
     unrefitted
@@ -110,7 +110,7 @@ class LayerReport(SolutionRecord):
     correction_weight: float
     positions: int
     unread: int
-    held: int
+    held_out: int
     fixed: Annotated[int, Column("fixed >", _count, note="inputs that no unit owns, refitted too")]
     fixed_dense: Annotated[
         int,

@@ -46,7 +46,7 @@ class Refits:
     """One matrix (p, m) for each consumer that is `known`."""
     unrefitted: tuple[str, ...]
     growth: float
-    held: int
+    held_out: int
     tied: tuple[str, ...] = ()
     """These four as `osscar.LayerReport` has them."""
 
@@ -121,7 +121,7 @@ class LayerStep:
 
         Where no samples were held out, there are no corrections, unless they are asked for.
         """
-        if not any(gram.held is not None for gram in self.known):
+        if not any(gram.held_out is not None for gram in self.known):
             return DEFAULT_DAMP if damp is None else damp, correction_weight or 0.0
         damps = DAMPS if damp is None else (damp,)
         return best_regularization(self.known, keep, damps, correction_weight)
@@ -142,7 +142,7 @@ class LayerStep:
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
         tied: list[str] = []
-        growth, held = 0.0, min(gram.held_rows for gram in self.known)
+        growth, held_out = 0.0, min(gram.held_out_rows for gram in self.known)
         for gram, refitted in zip(self.known, self.all_rows(weights), strict=True):
             dense, plain = gram.linear_map.read_weight(), self._without(gram.linear_map, kept)
             rows = _rows(gram.linear_map, kept)
@@ -151,7 +151,7 @@ class LayerStep:
             if gram.linear_map.tied:
                 tied.append(gram.linear_map.label)
                 W = plain
-            elif gram.held_rows and not gram.held_rise(dense, plain, W) <= 0:
+            elif gram.held_out_rows and not gram.held_out_rise(dense, plain, W) <= 0:
                 # What is no number is no improvement.
                 unrefitted.append(gram.linear_map.label)
                 W = plain
@@ -159,8 +159,8 @@ class LayerStep:
             growth = max(growth, float(W.abs().max()) / largest if largest else 0.0)
             chosen.append(W)
             if not more:
-                gram.held = None
-        return Refits(tuple(chosen), tuple(unrefitted), growth, held, tuple(tied))
+                gram.held_out = None
+        return Refits(tuple(chosen), tuple(unrefitted), growth, held_out, tuple(tied))
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
         """Write one refitted matrix (p, m) for each `known` consumer; batches go on through them.

@@ -55,7 +55,7 @@ def best_regularization(
     parts = [
         _Part(one, fitted, rows, sizes[one.linear_map.name])
         for (one, fitted), rows in zip(read, _kept_rows(read, sizes, keep), strict=True)
-        if one.held is not None
+        if one.held_out is not None
     ]
     default = DEFAULT_DAMP if DEFAULT_DAMP in damps else damps[0]
     best, least = (default, correction_weight or 0.0), math.inf
@@ -97,8 +97,8 @@ class _Part:
     """One consumer on r rows, its outputs, (m,), seen in q directions; its error is over a size."""
 
     def __init__(self, one: GramAccumulator, fitted: Centred, rows: Tensor, size: float) -> None:
-        assert one.held is not None
-        held, W0 = one.held.centred(about=one.fitted), one.linear_map.read_unit_weight()
+        assert one.held_out is not None
+        held_out, W0 = one.held_out.centred(about=one.fitted), one.linear_map.read_unit_weight()
         m = W0.shape[1]
         if m <= _DIRECTIONS:
             seen = torch.eye(m, dtype=W0.dtype, device=W0.device)
@@ -107,13 +107,13 @@ class _Part:
             seen = torch.randn(m, _DIRECTIONS, generator=drawn, dtype=W0.dtype).to(W0.device)
             seen /= math.sqrt(_DIRECTIONS)
         W0 = W0 @ seen
-        corrections, held_corrections = fitted.corrections(seen), held.corrections(seen)
+        corrections, held_out_corrections = fitted.corrections(seen), held_out.corrections(seen)
         energies = fitted.diagonal.masked_fill(one.linear_map.vacant, 0.0)
-        held_G = held.product(W0)
-        if held_corrections is not None:
-            held_G += held_corrections
-        self.H, self.held_H, self.size = fitted.part(rows), held.part(rows), size
-        self.W0, self.plain, self.held_G = W0[rows], fitted.product(W0)[rows], held_G[rows]
+        held_out_G = held_out.product(W0)
+        if held_out_corrections is not None:
+            held_out_G += held_out_corrections
+        self.H, self.held_out_H, self.size = fitted.part(rows), held_out.part(rows), size
+        self.W0, self.plain, self.held_out_G = W0[rows], fitted.product(W0)[rows], held_out_G[rows]
         self.corrections = None if corrections is None else corrections[rows]
         self.pulls = pulls(energies, one.rows, one.linear_map.fixed)[rows]
 
@@ -126,13 +126,13 @@ class _Part:
         base = self.plain + added[:, None] * self.W0
         factor.forward(base)
         factor.backward(base)
-        seen = self.held_H.product(base)
-        error = float((base * (seen - 2 * self.held_G)).sum())
+        seen = self.held_out_H.product(base)
+        error = float((base * (seen - 2 * self.held_out_G)).sum())
         if self.corrections is None:
             return error / self.size, 0.0, 0.0
         step = self.corrections.clone()
         factor.forward(step)
         factor.backward(step)
-        slope = float((step * (self.held_G - seen)).sum())
-        curve = float((step * self.held_H.product(step)).sum())
+        slope = float((step * (self.held_out_G - seen)).sum())
+        curve = float((step * self.held_out_H.product(step)).sum())
         return error / self.size, slope / self.size, curve / self.size

@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 class Waiting:
     """A batch that stands before a call, until the walk goes on."""
 
-    held: bool
+    held_out: bool
     """Whether no weight is fitted to it."""
     _run: Coroutine
     _dense: Coroutine | None
@@ -101,7 +101,7 @@ class Walk:
         What consumers are to reproduce.  Where that depends on the dense model, each batch also
         runs through the dense weights: it passes a consumer before new weights are committed, so
         that no second model is held.
-    held
+    held_out
         How many samples, the last ones, no weight is fitted to: they choose how much of the
         corrections targets have (`LayerStep.regularization`).
     committed
@@ -122,15 +122,15 @@ class Walk:
         *,
         in_turn: bool = True,
         target: Target = Target.WEIGHTS,
-        held: int = 0,
+        held_out: int = 0,
         committed: Mapping[str, DenseTensors] | None = None,
         rough: bool = False,
     ) -> None:
         self.passes = 0
         self._prepared, self._target, self._model = prepared, target, prepared.model
-        fitted = prepared.batches(stop=prepared.inputs.samples - held)
-        self._batches = [*fitted, *prepared.batches(prepared.inputs.samples - held)]
-        self._held_from = len(fitted)
+        fitted = prepared.batches(stop=prepared.inputs.samples - held_out)
+        self._batches = [*fitted, *prepared.batches(prepared.inputs.samples - held_out)]
+        self._held_out_from = len(fitted)
         self._mine = shared_out(self._batches, prepared.ranks)
         self._consumers = {group.name: prepared.linear_maps(group) for group in groups}
         every = [one for maps in self._consumers.values() for one in maps]
@@ -193,7 +193,10 @@ class Walk:
                 output = output_of(module, run.arrived.x)
                 run.arrived = dataclasses.replace(run.arrived, output=output)
         both = itertools.zip_longest(self._runs, self._dense)
-        yield group, tuple(Waiting(run.index >= self._held_from, run, other) for run, other in both)
+        yield (
+            group,
+            tuple(Waiting(run.index >= self._held_out_from, run, other) for run, other in both),
+        )
 
     def _steps_of(self, groups: tuple[CouplingGroup, ...]) -> Iterator[LayerStep]:
         """Walk from the first call that reads one of these groups to the last."""
@@ -222,14 +225,16 @@ class Walk:
     def _empty_sums(self, group: CouplingGroup) -> tuple[GramAccumulator, ...]:
         """Begin all sums of a group at once, on all ranks alike, whichever batches they have."""
         maps = self._consumers[group.name]
-        held, corrections = self._held_from < len(self._batches), self._target.needs_dense
+        held_out, corrections = self._held_out_from < len(self._batches), self._target.needs_dense
         inputs = " and ".join(str(consumer.rows) for consumer in maps)
-        needed = sum((1 + held) * sum_bytes(one, corrections=corrections) for one in maps)
+        needed = sum((1 + held_out) * sum_bytes(one, corrections=corrections) for one in maps)
         with (
             memory_for(f"Gram matrices of {group.name!r} with {inputs} inputs", FOR_MATRICES),
             room_for(self._model, needed, beside=True),
         ):
-            return tuple(GramAccumulator(one, held=held, corrections=corrections) for one in maps)
+            return tuple(
+                GramAccumulator(one, held_out=held_out, corrections=corrections) for one in maps
+            )
 
     def _start(self) -> None:
         self._end()
@@ -260,7 +265,7 @@ class Walk:
                 x = afresh(arrival.x)
                 with timed(Stage.GRAM):
                     for gram in grams:
-                        gram.add_call(x, D, held=run.index >= self._held_from)
+                        gram.add_call(x, D, held_out=run.index >= self._held_out_from)
         self._at = call
 
     def _bring(self, run: Coroutine, call: int) -> Arrival:

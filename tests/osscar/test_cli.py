@@ -274,7 +274,7 @@ BAD = [
     ((*NEURONS, "--seqlen", "513"), "the model takes 512"),
     ((*NEURONS, "--option", "stages=3"), "has no option stages"),
     ((*NEURONS, "--calibration", "binary.txt"), "binary"),
-    ((*NEURONS, "--out", "full", "--overwrite"), "something other than a checkpoint"),
+    ((*NEURONS, "--out", "full", "--overwrite"), "files that are not a checkpoint"),
     ((*NEURONS, "--out", ".", "--overwrite"), "is in use"),
 ]
 

@@ -192,7 +192,7 @@ def test_the_report_counts_fixed_rows_and_those_too_many_to_refit(
 def test_a_refit_that_does_worse_on_held_out_samples_leaves_fixed_rows_dense():
     model, x = joined(), inputs()
     with prepare(model, x) as prepared:
-        (step,) = Walk(prepared, [reading(prepared, "one")], held=20)
+        (step,) = Walk(prepared, [reading(prepared, "one")], held_out=20)
         dense, kept = step.consumers[0].read_weight(), [0, 1, 2]
         problem = step.problem(3, 0.01)
         weights, _ = solvers.refit(problem, torch.tensor(kept))

@@ -138,16 +138,16 @@ def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
 @pytest.mark.parametrize("corrected", [False, True])
 def test_moments_without_a_dense_matrix_are_those_of_the_samples(bias, corrected, monkeypatch):
     monkeypatch.setattr(symmetric, "PANEL_ROWS", 7)
-    gram = accumulator(bias=bias, held=True, corrections=corrected)
+    gram = accumulator(bias=bias, held_out=True, corrections=corrected)
     X = activations(torch.float64)[:500]
     X[:, 5] = 3.0
     D = torch.randn(500, 6).double() + 2 if corrected else None
     gram.add(X[:300], None if D is None else D[:300])
-    gram.add(X[300:], None if D is None else D[300:], held=True)
+    gram.add(X[300:], None if D is None else D[300:], held_out=True)
     rows, B = torch.tensor([0, 3, 5, 6, 7, 15, 23]), torch.randn(P, 4).double()
     x = X[:300].mean(0) if bias else torch.zeros(P)
     d = D[:300].mean(0) if bias and corrected else torch.zeros(6)
-    found = gram.fitted.centred(), gram.held.centred(about=gram.fitted)
+    found = gram.fitted.centred(), gram.held_out.centred(about=gram.fitted)
     for lean, some in zip(found, (slice(300), slice(300, 500)), strict=True):
         off = X[some] - x  # about the means of what weights are fitted to
         H = off.T @ off / len(off)

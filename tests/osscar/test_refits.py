@@ -66,14 +66,14 @@ def measured(bias, positions, noisy, seed):
     with prepare(model, torch.randn(8, 5).double()) as prepared:
         (group,) = [g for g in prepared.groups if g.prunable and g.units == 12]
         (consumer,) = linear_maps(prepared.model, group)
-    gram = GramAccumulator(consumer, held=True, corrections=True)
+    gram = GramAccumulator(consumer, held_out=True, corrections=True)
     mixed = torch.randn(12, 12).double()
     M = 0.3 * torch.randn(12, 4).double()
     parts = []
     for held, count in ((False, positions), (True, 60)):
         X = (0.2 + torch.randn(count, 12).double()) @ mixed
         D = 0.1 + X @ M + noisy * torch.randn(count, 4).double()
-        gram.add(X, D, held=held)
+        gram.add(X, D, held_out=held)
         parts.append((X, D))
     return LayerStep(group, (gram,)), parts
 
@@ -105,7 +105,7 @@ def test_no_layer_does_worse_on_held_out_samples_than_without_its_refit(bias):
         assert found == pytest.approx(min(refit, none), rel=1e-9)
         assert refits.unrefitted == (("2",) if none < refit else ())
         assert refits.growth == float(refits.weights[0].abs().max() / W0.abs().max())
-        assert refits.held == 60
+        assert refits.held_out == 60
         fates.add(bool(refits.unrefitted))
     assert fates == {False, True}
 

@@ -126,11 +126,11 @@ def test_the_residual_target_is_what_the_dense_stream_holds_behind_the_block(
 
 def accumulated(positions, noise, outputs=4):
     """Sums of one layer whose corrections are explained in part by its inputs."""
-    gram = accumulator(12, outputs, bias=True, held=True, corrections=True)
+    gram = accumulator(12, outputs, bias=True, held_out=True, corrections=True)
     M, mixed = torch.randn(12, outputs), torch.randn(12, 12)
     for held, count in ((False, positions), (True, 4000)):
         X = torch.randn(count, 12) @ mixed
-        gram.add(X, X @ M + noise * torch.randn(count, outputs), held=held)
+        gram.add(X, X @ M + noise * torch.randn(count, outputs), held_out=held)
     return gram
 
 
@@ -140,7 +140,7 @@ def held_out_error(gram, damp, share):
     support = solvers.make_backend("wanda").select(plain).support
     W = solvers.refit(corrected, support)[0][0]
     W0 = gram.linear_map.read_weight()
-    return gram.held_rise(W0, W0, W)  # above that of the dense weights
+    return gram.held_out_rise(W0, W0, W)  # above that of the dense weights
 
 
 def test_the_share_is_the_one_that_a_search_over_shares_finds():

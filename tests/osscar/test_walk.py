@@ -380,11 +380,11 @@ def test_modes_of_a_suspended_pass_are_not_seen_outside():
 def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
     data = torch.randn(7, 6)
     with prepare(seeded(Plain)(), data, batch_size=BATCH) as prepared:
-        (step,) = Walk(prepared, [group for group in prepared.groups if group.prunable], held=2)
+        (step,) = Walk(prepared, [group for group in prepared.groups if group.prunable], held_out=2)
         (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
-    assert (gram.fitted.positions, gram.held_rows) == (5, 2)
+    assert (gram.fitted.positions, gram.held_out_rows) == (5, 2)
     torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
-    torch.testing.assert_close(gram.held.gram.dense(), (X[5:].T @ X[5:]).detach())
+    torch.testing.assert_close(gram.held_out.gram.dense(), (X[5:].T @ X[5:]).detach())
 
 
 @pytest.mark.parametrize(("side", "sizes"), [(8, [9]), (256, [8, 1]), (640, [1] * 9)])
