@@ -142,7 +142,11 @@ class Prepared:
 
     @property
     def programs(self) -> DensePrograms:
-        """The programs of the model, with all its units; to be asked for before any leaves."""
+        """The programs of the model, with all its units; to be asked for before any leaves.
+
+        The model is then as before any pass: code would read what these keep for the next.
+        """
+        self.untouched.put_back(self.model)
         return self.export()
 
     def traced_on(self, batch: Batch, what: str = "a pass") -> graph.DependencyGraph:
@@ -311,7 +315,12 @@ def _prepared(
     )
     find = cache(lambda: refittable_mixtures(model, mixtures_in(model, example), groups, products))
     rough = cache(lambda: all(ranks.all_gather("a number format", _in_bfloat16(prepared))))
-    export = cache(lambda: dense_programs(model, example, untouched))
+
+    @cache
+    def export() -> DensePrograms:
+        untouched.put_back()  # of this model, where a copy asks
+        return dense_programs(model, example)
+
     return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough, export=export)
 
 

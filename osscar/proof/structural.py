@@ -34,7 +34,7 @@ from graph.extents import Staying, TracedProgram, with_axes
 from graph.tracing.export import canonical_names, module_of
 from graph.tracing.standalone import SYMBOLIC, Standalone, expression
 from osscar.base.errors import AdapterError, EquivalenceError, first_line
-from osscar.network.model_state import ModelState, model_state
+from osscar.network.model_state import model_state
 from osscar.network.modules import named_tensors
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.equivalence import runs
@@ -76,8 +76,7 @@ _Widths: TypeAlias = tuple[frozenset[tuple[str, int]], frozenset[Integer]]
 class DensePrograms:
     """The programs of a dense model; where there is none, `refusal` says why.
 
-    `untried` are sizes that the model takes, and none of these programs, in words.  `untouched` is
-    what modules held before any pass, where passes came before the export.
+    `untried` are sizes that the model takes, and none of these programs, in words.
     `proved` are smaller models that were proved already, with the names of the tensors that their
     programs read.
     """
@@ -85,13 +84,7 @@ class DensePrograms:
     programs: tuple[DenseProgram, ...]
     refusal: str = ""
     untried: tuple[str, ...] = ()
-    untouched: ModelState | None = None
     proved: dict[_Widths, tuple[Structure, frozenset[str]]] = field(default_factory=dict)
-
-    def put_back(self, model: nn.Module) -> None:
-        """Undo on the model, or a copy, what passes keep for the next: code would read numbers."""
-        if self.untouched is not None:
-            self.untouched.put_back(model)
 
     def prove(
         self,
@@ -125,20 +118,16 @@ class DensePrograms:
         return structure
 
 
-def dense_programs(
-    model: nn.Module, example: Mapping[str, Any], untouched: ModelState | None = None
-) -> DensePrograms:
-    """Export a model in evaluation mode, which is left as it was, or as it was `untouched`.
+def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DensePrograms:
+    """Export a model in evaluation mode, which is left as it was.
 
     Sizes of inputs are left open as far as the model lets them be.  Where there are other sizes for
     which that program does not hold, it is exported for the first of these, too.
     """
-    none = DensePrograms((), untouched=untouched)
-    none.put_back(model)
     try:
         left_open, traced = traced_as_open(partial(_traced, model, example), example)
     except GraphError as error:
-        return replace(none, refusal=first_line(error))
+        return DensePrograms((), first_line(error))
     first = DenseProgram(traced, example, left_open)
     others = [
         one
@@ -157,7 +146,7 @@ def dense_programs(
             if not any(program.traced.standalone.takes(one.inputs) for program in found)
             if runs(model, one.inputs)
         ]
-    return replace(none, programs=tuple(found), untried=untried_in_words(untried))
+    return DensePrograms(tuple(found), untried=untried_in_words(untried))
 
 
 class Unproved(Exception):

@@ -102,7 +102,7 @@ def shrink(
         if programs is None:
             fold_named(model, plan, inputs)
             programs = dense_programs(model, by_name(model, inputs[0]))
-        masked = _Masked.from_run(model, plan, inputs, programs)
+        masked = _Masked.from_run(model, plan, inputs)
         try:
             proof = _proved(model, plan, masked, programs)
             structure = proof.certificate.structure
@@ -136,7 +136,7 @@ def rehearse(
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with preserved(model):
-        _proved(model, plan, _Masked.from_run(model, plan, inputs, programs), programs)
+        _proved(model, plan, _Masked.from_run(model, plan, inputs), programs)
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
@@ -207,10 +207,8 @@ class _Masked:
         model: nn.Module,
         plan: PruningPlan,
         inputs: Sequence[Inputs],
-        programs: DensePrograms,
     ) -> _Masked:
-        """Run a model without what a plan removes; earlier passes leave nothing."""
-        programs.put_back(model)
+        """Run a model without what a plan removes."""
         untouched, own = ModelState(model), number_format(model)
         with untouched.watching(), finer_precision(model, inputs[0]):
             distance = distance_from_masked(model, plan, inputs, keeping=True)

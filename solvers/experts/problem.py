@@ -244,11 +244,6 @@ class ExpertProblem:
             counts += torch.bincount(chosen.flatten(), minlength=self.experts)
         return counts
 
-    @property
-    def unreached(self) -> Tensor:
-        """The experts, (u,) int64, to which no token is sent while all stay."""
-        return torch.nonzero(self.load == 0).flatten()
-
     def highest(self, scores: Tensor) -> Tensor:
         """Return the `keep` experts with the highest scores, as many in each group; (experts,)."""
         order = scores.view(self.rule.groups, -1).argsort(dim=1, descending=True, stable=True)
