@@ -171,7 +171,7 @@ def test_weights_too_large_for_one_file_lie_beside_it_and_leave_with_it(tmp_path
     assert list(tmp_path.iterdir()) == [out]
     beside.write_text("mine")
     for there in (True, False):  # which does not name them, or is not there
-        with pytest.raises(OutputError, match=r"net\.onnx\.data is there already"):
+        with pytest.raises(OutputError, match=r"net\.onnx\.data exists"):
             osscar.export_onnx(model, out, example_inputs=x, overwrite=there)
         out.unlink(missing_ok=True)
     assert beside.read_text() == "mine"
@@ -230,7 +230,7 @@ X = torch.randn(2, 4)
         (Returns(lambda y: (y, 3)), X, ModelError, r"returns 3 \(int\), which"),
         (net().double(), X, ModelError, r"float64.*model\.float\(\)"),
         (torch.jit.trace(net(), X), X, ModelError, "TorchScript"),
-        (nn.DataParallel(net()), X, ModelError, r"wraps.* as model\.module"),
+        (nn.DataParallel(net()), X, ModelError, r"wraps.* \(model\.module\)"),
         (Singular(4, 3), X, ModelError, r"cannot write.*svd"),
         (Decides(4, 3), X, ModelError, "cannot follow the model"),
         (net(), None, DataError, "it is not known what this Sequential takes"),

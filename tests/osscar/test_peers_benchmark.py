@@ -6,11 +6,10 @@ import argparse
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from torch import nn
 
-import solvers
 from benchmarks.case import Case
 from benchmarks.measuring import read
 from benchmarks.page import DENSE, OURS
@@ -97,24 +96,12 @@ def rows(theirs, seconds):
     yield {**shared, "method": "broken", "seed": 0, "failed": "IndexError: index 32"}
 
 
-UNITS = ([[3], [0, 4], [6, 5], [1], [2]], [[0], [5, 1], [2], [3], [4]])
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_flap_adds_up_the_variances_that_the_weights_see(known):
-    """Of centred inputs, whose variances the diagonal of H tells, and of others."""
-    draw, scores, consumers = np.random.default_rng(0), np.zeros(5), []
-    for p, m, units in ((7, 3, UNITS[0]), (6, 4, UNITS[1])):
-        X, W0 = (
-            draw.normal(size=(60, p)) + known * 3 * draw.normal(size=p),
-            draw.normal(size=(p, m)),
-        )
-        X -= 0 if known else X.mean(0)
-        rows = X.var(0) * np.square(W0).sum(1)
-        scores += [rows[own].sum() for own in units]
-        H, W0, variance = map(torch.from_numpy, (X.T @ X / 60, W0, X.var(0)))
-        given = {"variance": variance} if known else {}
-        consumers.append(solvers.Consumer.from_gram(H, W0, units=units, damp=0.01, **given))
-    problem = solvers.SubsetProblem(tuple(consumers), 3)
-    kept = solvers.solve(problem, backends.Flap()).support.tolist()
-    assert kept == sorted(np.argsort(-scores)[:3].tolist())
+def test_flap_adds_up_the_variances_that_the_weights_see():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(1, 5) + 2
+    data = x + torch.randn(64, 5)
+    ((_, found),) = backends.fluctuations(model, data, 0).items()
+    with torch.no_grad():
+        variance = model[:2](data).double().var(0, correction=0)
+        expected = model[2].weight.double().square().sum(0) * variance
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
