@@ -61,6 +61,17 @@ def angle(outputs: Any, dense: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return 1 - torch.cosine_similarity(pooled(outputs, batch), pooled(dense, batch))
 
 
+def all_tokens(outputs: Any, dense: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the angle, and half the relative error of the vectors of all tokens, (sentences,).
+
+    These say more of a sentence than its mean does.
+    """
+    own, other = outputs.last_hidden_state, dense.last_hidden_state
+    mask = batch.get("attention_mask", torch.ones(own.shape[:2]))[..., None].to(own.dtype)
+    off = ((own - other) * mask).square().sum((1, 2)) / (other * mask).square().sum((1, 2))
+    return angle(outputs, dense, batch) + off / 2
+
+
 METHODS: dict[str, dict[str, Any]] = {
     PAPER: BASELINES[PAPER],
     "default": {},
@@ -156,7 +167,12 @@ def measured(row: Row, encoder: Encoder, directory: Path) -> dict[str, Any]:
         began = time.process_time()
         asked: dict[str, Any] = {"steps": row.steps, "batch_size": BATCH_SIZE, "seed": row.seed}
         trained = osscar.recover(
-            result, encoder.model, encoder.training, learning_rate=RATE, distance=angle, **asked
+            result,
+            encoder.model,
+            encoder.training,
+            learning_rate=RATE,
+            distance=all_tokens,
+            **asked,
         )
         model, found["seconds"] = trained.model, time.process_time() - began
     return found | encoder.score(model)

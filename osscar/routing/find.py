@@ -1,7 +1,7 @@
 """Whole experts of mixtures as groups: what belongs to each, and which ones cannot leave.
 
 A mixture is a module that is called with tokens, their experts and weights (`Routed`), and a
-router, which put these out.  An expert owns its entry in every dimension of both that is as long as
+router, which chooses these.  An expert owns its entry in every dimension of both that is as long as
 there are experts.  Experts may leave where the router follows a known rule (`routers`), and their
 last matrices can be refitted.
 """
