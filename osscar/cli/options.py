@@ -396,7 +396,7 @@ class ExportOptions:
     """For onnx and pt2: FILE.npz or FILE.safetensors with two example inputs or more.  Needed if
     the directory does not say what the model reads."""
     overwrite: bool = False
-    """Replace an existing file."""
+    """Replace an existing file of that format."""
     json: Json = None
 
 

@@ -132,7 +132,7 @@ def export_gguf(
     library = optional("gguf", "gguf", "writing GGUF")
     source = checkpoint_directory(directory)
     given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
-    target = checked_target(given, overwrite=overwrite)
+    target = checked_target(given, ".gguf", overwrite=overwrite)
     graph = Graph(load(source), dtype, library)
     fields = graph.fields() | vocabulary_fields(source, graph.config.vocab_size, library)
     with atomic_write(target) as partial:

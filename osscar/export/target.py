@@ -62,11 +62,11 @@ def traced_target(
             raise OutputError("a model in memory needs the name of the file to write; give out=")
         source = checkpoint_directory(model)
         out = source.with_name(f"{source.name}{suffix}")
-    return checked_target(out, overwrite=overwrite)
+    return checked_target(out, suffix, overwrite=overwrite)
 
 
-def checked_target(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Return the file to write, before any work is done."""
+def checked_target(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
+    """Return the file to write, before any work; only files of the format are replaced."""
     target = resolved(out)
     try:
         if target.is_dir():
@@ -77,6 +77,10 @@ def checked_target(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
             raise OutputError(
                 f"{target} is there already; give another, or replace it "
                 "(`--overwrite`, or overwrite=True in Python)"
+            )
+        if target.exists() and target.suffix != suffix:
+            raise OutputError(
+                f"{target} exists and is no {suffix} file; give another file (`--out`)"
             )
     except OSError as error:
         raise OutputError(f"cannot write {target}: {reason_of(error)}") from error

@@ -394,6 +394,12 @@ def test_what_cannot_be_exported(uneven, tmp_path, monkeypatch):
             export_gguf(source, **given)
     assert there.read_text() == earlier
     assert export_gguf(uneven, there, overwrite=True).bytes > 1000
+    weights = uneven / "model.safetensors"
+    before = weights.read_bytes()
+    for export in (export_gguf, osscar.export_onnx, osscar.export_pt2):
+        with pytest.raises(errors.OutputError, match=r"exists and is no \.\w+ file"):
+            export(uneven, weights, overwrite=True)
+    assert weights.read_bytes() == before
     assert list(tmp_path.iterdir()) == [there]
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(errors.MissingDependency, match=r"osscar\[gguf\]"):
