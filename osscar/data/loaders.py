@@ -346,8 +346,14 @@ def _joined(
         labelled = any(one.labels is not None for one in batches)
         labels, left_out = None, [*left_out, LABEL_NAMES[0]] if labelled else left_out
     stay = [name for name in hidden if name in samples[0]]
+    unread = [n for n in accepted_arguments(model) if n in {"target", "targets"} - {*samples[0]}]
     told = [
         *(["labels set aside to score by"] if labels is not None else []),
+        *(
+            f"the model gets no {n}: name the inputs to give it"
+            for n in unread
+            if labels is not None
+        ),
         *([f"without {listed(left_out, 8)}"] if left_out else []),
         *(["padding cut off"] if len(stay) < len(hidden) else []),
         *([f"what {listed(stay)} hides counts"] if stay else []),

@@ -101,6 +101,18 @@ def test_a_pair_and_an_iterator_of_pairs_prune_as_their_inputs_do(form):
     assert torch.equal(found.model(X), due.model(X))
 
 
+class ReadsTargets(torch.nn.Linear):
+    def forward(self, input, targets=None):
+        return super().forward(input)
+
+
+def test_what_forward_could_read_of_labels_is_said():
+    net = ReadsTargets(X.shape[1], 3)
+    assert "the model gets no targets: name the inputs" in load_batches((X, Y), net).source
+    assert "targets" not in load_batches({"input": X, "targets": X, "labels": Y}, net).source
+    assert "targets" not in load_batches(X, net).source
+
+
 def test_data_without_labels_are_read_as_well():
     loader = DataLoader(TensorDataset(X), 64)
     for data in ([X[:8], X[8:]], [[X]], loader, [X.numpy()], X.clone().requires_grad_(), X.numpy()):
