@@ -104,10 +104,9 @@ class Axes:
     # ---- relating ------------------------------------------------------------------------
 
     def unify(self, a: Layout, b: Layout) -> bool:
-        """Make two layouts equal, position by position.
+        """Make two layouts equal, position by position; False if they do not align.
 
-        False if their sizes differ or their boundaries do not align; some of their axes may
-            have been related by then, so the caller should freeze both.
+        Some of their axes may have been related by then, so the caller should freeze both.
         """
         a, b = self.resolve(a), self.resolve(b)
         if a == b:
@@ -126,9 +125,7 @@ class Axes:
     def regroup(self, layouts: Sequence[Layout], sizes: Sequence[int]) -> list[Layout] | None:
         """Return the layouts of dimensions of given sizes over the same row-major positions.
 
-        Axes are factored where a boundary of the new shape falls inside them.
-
-        None if a boundary falls where no axis can be factored.
+        Axes are factored where a boundary of the new shape falls inside them; None if that fails.
         """
         rest = self.product(layouts)[0]
         if 0 in sizes or self._length(rest) != math.prod(sizes):
@@ -143,10 +140,7 @@ class Axes:
         return regrouped
 
     def cut(self, layout: Layout, position: int) -> tuple[Layout, Layout] | None:
-        """Cut a layout in two: the first `position` positions, and the others.
-
-        None if the position lies inside an interleaved product.
-        """
+        """Cut a layout after so many positions; None if that is inside an interleaved product."""
         before: list[Segment] = []
         after = list(self.resolve(layout))
         while position > 0:

@@ -55,10 +55,7 @@ class Use:
 
 @dataclass
 class Findings:
-    """What the rules report besides layouts: `Call.record` and the like have them.
-
-    heads: The layouts, each with the module of the attention.
-    """
+    """What the rules report besides layouts; each of `heads` has the module of the attention."""
 
     uses: list[Use] = field(default_factory=list)
     heads: list[tuple[Layout, str]] = field(default_factory=list)

@@ -59,21 +59,14 @@ Extents: TypeAlias = tuple[Extent, ...]
 
 @dataclass(frozen=True, eq=False)
 class TracedProgram:
-    """A program with the axes of all of its values.
-
-    found: The layouts of all values.
-    groups: The coupling groups, by their axes.
-    """
+    """A program with the layouts `found` of all values, and the coupling groups by their axes."""
 
     standalone: Standalone
     found: Propagation = field(repr=False)
     groups: Mapping[int, CouplingGroup] = field(repr=False)
 
     def axis_of(self, slots: Iterable[Slot]) -> int:
-        """Return the axis whose units own the given slots, all of them and no others.
-
-        Raises UnknownGroupError if there is none, or it must not be pruned.
-        """
+        """Return the axis whose units own the given slots alone, or raise UnknownGroupError."""
         wanted = _locations(slots)
         for axis, group in self.groups.items():
             if _locations(group.slots) == wanted:
@@ -170,10 +163,7 @@ def _marked(extent: Extent, size: int | torch.SymInt) -> Extent:
 
 
 def with_axes(standalone: Standalone) -> TracedProgram:
-    """Find the axes of all values of a program.
-
-    Raises RuleError if a propagation rule is wrong.
-    """
+    """Find the axes of all values of a program."""
     found = propagate(standalone.program, PROGRAM)
     groups = groups_by_axis(found, standalone.program.tensors)
     return TracedProgram(standalone, found, groups)

@@ -151,9 +151,8 @@ def _beside(
 
     Heads come first, the outer ones before the inner ones, and what lies beside them is their
     width, even where the heads themselves must stay.  Otherwise an axis whose size the code infers
-    goes before one whose size is written in it, and then the axis with most units wins.
-
-    Returns for every other axis, how it stands to the chosen one.
+    goes before one whose size is written in it, and then the axis with most units wins.  Returned
+    is how every other axis stands to the chosen one.
     """
 
     def rank(axis: int) -> tuple[bool, bool, int, int]:
@@ -280,10 +279,7 @@ class _Naming:
 
     A group is called after the innermost module that holds all of it (``mlp.neurons``).  Where
     several groups would get the same name, each is called after the owner of its first producer.
-
-    propagation: Tells which axes attention runs over, and which operators were called.
-    slots: The slots of each group, by axis.
-    factors: How an axis stands to another one that was preferred to it.
+    `factors` says how an axis stands to another one that was preferred to it.
     """
 
     def __init__(
@@ -328,10 +324,7 @@ class _Naming:
         return UnitKind.NEURONS
 
     def _made_beside(self, axis: int) -> set[int]:
-        """Return the axes that the same tensors produce in other dimensions.
-
-        These are heads and their width, where a weight has a dimension for each.
-        """
+        """Return the axes, such as the width of heads, that the same tensors produce elsewhere."""
         places = {(s.tensor, s.dim) for s in self._slots[axis] if s.role is Role.PRODUCER}
         tensors = {tensor for tensor, _ in places}
         return {

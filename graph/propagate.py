@@ -34,12 +34,10 @@ class Propagation:
 def propagate(
     program: Program, table: RuleTable, opaque: Collection[str | type[torch.nn.Module]] = ()
 ) -> Propagation:
-    """Relate the axes of all tensors of a program.
+    """Relate the axes of all tensors of a program by the rules of a table.
 
-    table: The rule of each operator.
-    opaque: Modules, by qualified name or by class, inside which nothing is related: all that
-        touches them is frozen.
-    Raises RuleError if a rule fails, or returns layouts that do not have the shapes of its outputs.
+    Inside of `opaque` modules, by name or by class, nothing is related, and what touches them is
+    frozen.  Raises RuleError if a rule fails, or its layouts do not have the shapes of its outputs.
     """
     return _Walk(program, table, opaque).run()
 

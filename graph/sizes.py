@@ -18,10 +18,7 @@ from graph.tracing.export import Program
 
 
 class Sizes:
-    """The sizes of layouts.
-
-    names: Groups by their axes; other axes keep all positions.
-    """
+    """The sizes of layouts, given the names of groups by axes; other axes keep all positions."""
 
     def __init__(self, axes: Axes, names: Mapping[int, str]) -> None:
         self._axes, self._names = axes, names

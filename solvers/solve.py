@@ -136,10 +136,7 @@ def chosen_backend(
 
 
 def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
-    """Return what a backend answered with, in plain types; `Solution.verify` believes none of it.
-
-    Raises BackendError if the answer is none, or not well formed.
-    """
+    """Return what a backend answered with, in plain types, or raise BackendError."""
     try:
         checked: Selection = dataclasses.replace(
             selection,

@@ -18,9 +18,7 @@ _HEADER = "header"
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` and a JSON-able `header` to a ``.safetensors`` file.
-
-    The file appears whole or not at all.
+    """Write tensors and a JSON-able header to a ``.safetensors`` file, whole or not at all.
 
     Raises ProblemError if it has another suffix, or cannot be written.
     """

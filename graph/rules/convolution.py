@@ -62,10 +62,7 @@ def _with_bias(call: Call, dims: tuple[Layout, ...], space: int, bias: Value) ->
 
 @rule("torchvision.deform_conv2d")
 def deformed(call: Call) -> Value:
-    """Contract channels that are read at offsets, one field of them for each group of channels.
-
-    Offsets and masks have the fields outermost, and stay whole inside of each.
-    """
+    """Contract channels that are read at offsets, of which each group of channels has a field."""
     value, weight = call.value("input"), call.value("weight")
     names = ("offset", "mask") if call.flag("use_mask") else ("offset",)
     read = [call.value(name) for name in names]

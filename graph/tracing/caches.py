@@ -88,10 +88,7 @@ class _Kept:
             self._note(value)
 
     def _note(self, owner: Any) -> None:
-        """Note the attributes of a class, a file, an object or a cell, and look at them, too.
-
-        Of libraries count those files alone that a class of the model is in.
-        """
+        """Note the attributes of a class, a file, an object or a cell, and look at them, too."""
         place = _place_of(owner)
         if isinstance(owner, type) and not _is_of_torch(place):
             self._queue.append(sys.modules.get(place))

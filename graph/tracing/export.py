@@ -57,12 +57,10 @@ class Program:
 
 
 def export_model(model: torch.nn.Module, example_inputs: ExampleInputs) -> Program:
-    """Export a model in eval mode, on whatever device its parameters are (`meta` included).
+    """Export a model in eval mode, on any device (`meta` included); it is left as it was.
 
-    model: Left exactly as it was, training flags and attributes included.
-    example_inputs: Positional arguments as a tuple, or keyword arguments as a mapping.
-    Raises ExampleInputError if the inputs do not fit the signature of ``model.forward``.
-    Raises TraceError if the model cannot be exported.
+    Raises ExampleInputError if the inputs do not fit the signature of ``model.forward``, and
+    TraceError if the model cannot be exported.
     """
     args, kwargs = _bind(model, example_inputs)
     return _program(model, run_export(model, args, kwargs))
@@ -124,9 +122,7 @@ def run_export(
 ) -> torch.export.ExportedProgram:
     """Call `torch.export` on a model in eval mode, which is left as it was.
 
-    model, args, kwargs: What is called.
-    dynamic: Which sizes of the inputs may differ from those of the example, as `torch.export` has
-        it.
+    dynamic: Which sizes of inputs may differ from those of the example, as of `torch.export`.
     lines: Whether nodes say which lines of code called them.
     Raises TraceError if the model cannot be exported.
     """
@@ -212,10 +208,7 @@ _WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
 def inlined(module: GraphModule) -> Graph:
-    """Return the graph of a module with the graphs called under a mode in place of their calls.
-
-    module: As exported; it is not changed.
-    """
+    """Return the graph of a module with the graphs called under a mode in place of their calls."""
     if not any(_is_wrapper(node) for node in module.graph.nodes):
         return module.graph
     flat = Graph()
@@ -284,10 +277,7 @@ def _bind(
 def bound_arguments(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> inspect.BoundArguments:
-    """Return the arguments of a forward pass as its signature takes them.
-
-    Raises ExampleInputError if they do not fit.
-    """
+    """Return the arguments of a forward pass by its signature, or raise ExampleInputError."""
     try:
         signature = inspect.signature(model.forward)
     except ValueError as error:
@@ -408,10 +398,7 @@ def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
 
 
 def is_of_capture(error: BaseException) -> bool:
-    """Tell whether an operator such as `torch.cond` could not capture what it calls.
-
-    `torch._dynamo` is what captures it, which nothing but an export loads.
-    """
+    """Tell whether `torch._dynamo` could not capture what an operator like `torch.cond` calls."""
     from_capture = any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__)
     called = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
     return from_capture and any(name.startswith("torch._higher_order_ops") for name in called)

@@ -35,10 +35,7 @@ _ASSIGNMENTS = threading.RLock()
 
 @contextmanager
 def exporting(lines: bool) -> Iterator[None]:
-    """Replace what an export needs replaced, one export of the process at a time.
-
-    lines: Whether it is to note which lines of Python call each operator.
-    """
+    """Replace what an export needs, one export at a time; with `lines`, nodes note theirs."""
     with _EXPORT, _stack_traces(lines), symbolic_lengths(), compiled_when_run(), _quiet():
         yield
 
@@ -157,11 +154,7 @@ _LOGGERS = (
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter from telling of what is put back, or raised besides.
-
-    That are attributes that a forward pass assigns (`preserved`), the log of an error, and, on the
-    standard error, the graph of a failed export.
-    """
+    """Keep the exporter from telling of attributes that are put back, and of errors besides."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -183,10 +176,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def shapes_alone(mode: Any) -> Iterator[Any]:
-    """Be in a mode in which torch computes shapes, whose logger prints no errors meanwhile.
-
-    mode: A `FakeTensorMode`.
-    """
+    """Be in a `FakeTensorMode` whose logger prints no errors meanwhile."""
     logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:
@@ -221,13 +211,11 @@ def _telling(module: nn.Module, name: str, value: Any) -> None:
 
 @contextmanager
 def assignments_told(listener: _Listener) -> Iterator[None]:
-    """Tell, while the block runs, of each attribute that is about to be assigned to any module.
+    """Tell a listener, while the block runs, which attribute of which module will be assigned.
 
     What a module keeps for a moment, while modules inside it run, is seen in no comparison of
     before and after; Python looks `__setattr__` up in the class, and a class of its own for each
     module would be seen by code that compares classes.
-
-    listener: Called with the module and the name of the attribute.
     """
     with _ASSIGNMENTS:
         if not _listeners:

@@ -17,15 +17,12 @@ Container: TypeAlias = dict[Any, Any] | list[Any] | set[Any] | deque[Any]
 
 @contextmanager
 def preserved(model: torch.nn.Module, *, on_error: bool = False) -> Iterator[None]:
-    """Put back, on leaving, what every module of a model is and holds.
+    """Put back, on leaving or only `on_error`, what every module of a model is and holds.
 
     A `forward` may assign attributes and append to lists; while it is traced, what it leaves
     there are fake tensors.  `torch.export` itself puts copies in place of lists and dicts.  So
     attributes are restored by identity, and the contents of containers in them, however nested.
     Tensors are not copied: what is written to them stays.
-
-    model: The model, and all modules that its modules hold, registered or not.
-    on_error: Do so only where the block fails.
     """
     contents, failed = Contents.of(model), True
     try:
@@ -38,11 +35,7 @@ def preserved(model: torch.nn.Module, *, on_error: bool = False) -> Iterator[Non
 
 @dataclass(frozen=True)
 class Contents:
-    """What the modules of a model are and hold, as it is when this is made.
-
-    _kinds: Modules with their classes.
-    _held: Containers with their items at that time.
-    """
+    """What the modules of a model are, and what containers in them hold, when this is made."""
 
     _kinds: tuple[tuple[torch.nn.Module, type[torch.nn.Module]], ...]
     _held: tuple[tuple[Container, tuple[Any, ...]], ...]
@@ -98,12 +91,10 @@ def refill(holder: Container, items: tuple[Any, ...]) -> None:
 
 
 def forget_derived(model: torch.nn.Module) -> list[str]:
-    """Let modules drop what they have computed of their tensors, after these have changed.
+    """Let modules drop what they have computed of their tensors, and say which refuse.
 
     A module that keeps such values, as position biases of attention by device, drops them when it
     is moved or converted, which it learns of by its `_apply`.
-
-    Returns what there is to say of modules that refuse, which keep them.
     """
     forget_cached(model)
     refusals = []
@@ -149,11 +140,7 @@ def _keeps_tensors(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def without_cache(model: torch.nn.Module) -> Iterator[None]:
-    """Turn key-value caches off: no size of theirs is known to a graph, and one pass needs none.
-
-    Models of several modalities have a config for each, so all modules are asked for theirs; one
-    that cannot be changed stays as it is.
-    """
+    """Turn key-value caches of all modules off: no size of theirs is known to a graph."""
     before = []
     try:
         for config in {id(config): config for config in caching(model).values()}.values():
@@ -174,11 +161,7 @@ def caching(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def cache_as(pruned: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Let a model that was made while caches were off use them as another one does.
-
-    pruned: Changed in place.
-    model: With modules of the same names.
-    """
+    """Let a model that was made while caches were off use them as another of its modules does."""
     theirs = caching(model)
     for name, mine in caching(pruned).items():
         if name in theirs and mine.use_cache != theirs[name].use_cache:

@@ -131,17 +131,13 @@ def export_standalone(
     lines: bool = False,
     exact: bool = True,
 ) -> Standalone:
-    """Trace a model, with sizes of its inputs left open where it is made for others.
+    """Trace a model in evaluation mode, some sizes of its inputs left open.
 
-    model: In evaluation mode; left as it was.
-    example: Keyword arguments of its forward pass.
-    left_open: Dimensions of the tensors in each argument whose sizes are left open where the model
-        does so.
+    left_open: Dimensions, by argument, whose sizes are left open where the model does so.
     lines: Whether nodes say which lines of code called them, which takes half as long again.
     exact: Whether guards say what the code does for open sizes of 0 and 1; else it is taken for
         granted that it does the same.
-    Raises ExampleInputError if no argument of a name is taken.
-    Raises TraceError if it cannot be exported.
+    Raises ExampleInputError if no argument of a name is taken, TraceError if there is no program.
     """
     bound = bound_arguments(model, (), example).arguments
     inputs = {name: value for name, value in bound.items() if name in example} | dict(example)

@@ -89,10 +89,7 @@ class LinearMap:
 
     @cached_property
     def inputs(self) -> Tensor:
-        """The inputs that are refitted, int64: fixed ones, and those that units own.
-
-        Both are in ascending order.
-        """
+        """The inputs that are refitted, int64, in order: fixed ones, then those that units own."""
         fixed = self.beside if self.fixed else ()
         return torch.tensor([*fixed, *sorted(index for unit in self.owned for index in unit)])
 
@@ -148,10 +145,7 @@ class LinearMap:
         yield from layer.read(self.module, x, inputs)
 
     def read_corrections(self, D: Tensor, x: Any) -> Tensor:
-        """Return the corrections of Y, (positions, m), given those of the module's outputs.
-
-        Positions are in the order of `read_inputs`.
-        """
+        """Return the corrections of Y, (positions, m), given those of the module's outputs."""
         return self._columns(D, self.outputs)
 
     def passed_over(self, x: Any) -> int:
@@ -205,10 +199,7 @@ class LinearMap:
 
     @property
     def vacant(self) -> Tensor:
-        """The fixed rows, (p,) bool, that have no weight but zero and are to have none.
-
-        Such are those of a unit of another group that has left.
-        """
+        """The fixed rows, (p,) bool, that are to stay zero: those of units that have left."""
         found = ~self.read_weight().any(1)
         found[self.fixed :] = False
         return found
@@ -273,8 +264,7 @@ class ExpertMap(LinearMap):
     """What one expert adds to the output of a mixture, which is called with what is `Routed`.
 
     Its inputs are multiplied with the weight of the token at this expert, so that what it returns
-    is its term of the mixture's sum.  For tokens that are not sent to it, both are zero.  `dim` and
-    `form` are of the matrix of one expert.
+    is its term of the mixture's sum.  `dim` and `form` are of the matrix of one expert.
     """
 
     mixture: Mixture

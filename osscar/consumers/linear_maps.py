@@ -27,10 +27,7 @@ _NO_LINEAR = (
 
 
 def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
-    """Return the module with the matrices of several experts that reads a group, if one does.
-
-    The slots are those of one tensor.
-    """
+    """Return the module with the matrices of several experts that reads a group, if one does."""
     name, _, parameter = slots[0].tensor.rpartition(".")
     weight = attrgetter(slots[0].tensor)(model)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 3 or slots[0].dim == 0:
@@ -43,10 +40,7 @@ def _mixture_of(model: nn.Module, slots: Sequence[Slot]) -> Mixture | None:
 def linear_maps(
     model: nn.Module, group: CouplingGroup, products: Mapping[str, Product] | None = None
 ) -> tuple[LinearMap, ...]:
-    """Return the consumers of a group, which can be refitted (`refittable`), in execution order.
-
-    `products` are the weights, by name, that are observed where code multiplies by them.
-    """
+    """Return the consumers of a group, which can be refitted (`refittable`), in execution order."""
     found: list[LinearMap] = []
     for slots in _by_tensor(group):
         product, mixture = (products or {}).get(slots[0].tensor), _mixture_of(model, slots)
@@ -128,10 +122,7 @@ def last_matrices(
     groups: Sequence[CouplingGroup],
     products: Mapping[str, Product] | None = None,
 ) -> tuple[LinearMap, ...]:
-    """Return what reads the neurons of a mixture, one matrix an expert; none if not known.
-
-    `groups` are those of the model, and `products` as of `linear_maps`.
-    """
+    """Return what reads the neurons of a mixture, one matrix an expert; none if not known."""
     name, experts = mixture.experts, model.get_submodule(mixture.experts)
     if not isinstance(experts, nn.ModuleList):
         reading = (

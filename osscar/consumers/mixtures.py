@@ -118,10 +118,7 @@ class Mixture:
 
 @dataclass(frozen=True, eq=False)
 class ListedMixture(Mixture):
-    """A mixture whose experts are a list of modules, each with a last matrix of its own.
-
-    `parameter` is the name of the layer, in every expert, that returns what the expert does.
-    """
+    """A mixture of modules, in each of which the layer `parameter` returns what the expert does."""
 
     @property
     def count(self) -> int:
@@ -153,10 +150,7 @@ class ListedMixture(Mixture):
 def sound_mixtures(
     model: nn.Module, example: Mapping[str, Any], mixtures: Mapping[str, Mixture]
 ) -> frozenset[str]:
-    """Run the model, and return which tensors really are the last matrices of a mixture.
-
-    `mixtures` are those that may be, by the name of the tensor.
-    """
+    """Run the model, and return which tensors really are the last matrices of a mixture."""
     if not mixtures:
         return frozenset()
     found: dict[str, bool] = {}
@@ -173,10 +167,7 @@ def sound_mixtures(
 
 
 def _sound(mixture: Mixture, x: Routed | None, y: Any) -> bool:
-    """Whether a mixture returns the sum over experts of what they are found to read, times W.
-
-    Weights and tokens are drawn: those of a model may be zero.
-    """
+    """Whether a mixture returns the sum over experts of what they are found to read, times W."""
     if x is None or not isinstance(y, Tensor):
         return False
     chance = torch.Generator().manual_seed(0)

@@ -61,10 +61,7 @@ def reads(
 
 
 def output_of(module: nn.Module, x: Any) -> Any:
-    """Return what a module returns on its `argument`, without its hooks.
-
-    Of a recurrent layer, that is what its gates take from the inputs.
-    """
+    """Return what a module returns on its `argument`, without its hooks."""
     if isinstance(x, Routed | Taken):
         return x.output(module)
     layer = layer_of(module)

@@ -120,10 +120,7 @@ class Taken:
         return found
 
     def split(self, columns: int) -> Iterator[Taken]:
-        """Yield the call on some samples at once, where these are read one by one.
-
-        So many columns are made of them, which take no more than windows that are unfolded.
-        """
+        """Yield the call on some samples at once, where these are read one by one."""
         if not self.kind.by_sample or self.multiplied.ndim != self.given[self.weight].ndim:
             yield self
             return

@@ -187,8 +187,7 @@ class Distance:
     ) -> Any:
         """Return what is compared of a model's outputs: rows of logits, tensors, or all.
 
-        Every `step`-th prediction; a model with `logits_to_keep` computes only those.
-        Padded positions are left out, but of all outputs.  `run` makes a forward pass.
+        It is every `step`-th prediction, without padding; `run` makes a forward pass.
         """
         if self.scores is None:
             result = run(model, batch)
@@ -229,11 +228,7 @@ class Distance:
         return values.double()
 
     def summed(self, found: Any, dense: Any, batch: Batch) -> tuple[Tensor, int]:
-        """Return a sum of distances, and over how many predictions or samples it is.
-
-        The outputs of the `dense` model are `normalized`.  An output of another shape, as where
-        fewer boxes are found, is wholly in error.
-        """
+        """Return a sum of distances, and over how many predictions or samples it is."""
         samples = self.inputs.count(batch)
         if self.function is not None:
             return self.each(found, dense, batch).sum(), samples
@@ -299,11 +294,7 @@ class Reference:
         resumable: bool = False,
         bfloat16: bool = False,
     ) -> Reference:
-        """Run the dense model on the samples, and keep one prediction in `step`, or fewer.
-
-        With `resumable`, its passes are recorded, to be resumed where a few weights have changed;
-        with `bfloat16`, passes multiply in bfloat16.
-        """
+        """Run the dense model on the samples, and keep one prediction in `step`, or fewer."""
         mine = [batches[i] for i in ranks.share([1.0] * len(batches))]
         samples = sum(map(distance.inputs.count, batches))
         step = max(step, -(-distance.bytes * samples // MOST_BYTES))
@@ -380,10 +371,7 @@ def spread(rows: Tensor, step: int) -> Tensor:
 
 
 def summed_divergence(dense: Tensor, found: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergences of log-probabilities, summed up in float64.
-
-    Never negative, and zero where both are the same; see `_Divergence`.
-    """
+    """Return the sum, in float64, of Kullback-Leibler divergences of log-probabilities."""
     total: Tensor = _Divergence.apply(dense, found)  # type: ignore[no-untyped-call]
     return total
 

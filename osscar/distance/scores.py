@@ -1,8 +1,4 @@
-"""Which output of a model holds scores of classes, by a table of rules.
-
-That is what a divergence is measured of; nothing else tells scores from embeddings and regressions,
-which are tensors of the same shapes.
-"""
+"""Which output of a model holds scores of classes, of which a divergence is measured."""
 
 from __future__ import annotations
 
@@ -196,10 +192,7 @@ def scores_of(one: Pass) -> Scores | None:
 
 
 def asked_scores(one: Pass) -> Scores | None:
-    """Return that output where it is known that there is one: the only one, if no rule says more.
-
-    Classes are in its last dimension, or as torch has it in the second, as of a segmentation.
-    """
+    """Return the scores, those of the only output where no rule says more."""
     found = scores_of(one)
     if found is None and one.only is not None:
         place = -1 if one.rows is not None else 1

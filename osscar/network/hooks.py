@@ -107,10 +107,7 @@ class InDouble(TorchFunctionMode):
 
 
 def followed_mixtures(model: nn.Module) -> AbstractContextManager[None]:
-    """Let mixtures of transformers run while the block does by the kernel that can be traced.
-
-    The others look at which experts tokens are sent to, or gather a matrix for each token.
-    """
+    """Let mixtures of transformers run while the block does by the kernel that can be traced."""
     return _by_kernels(model, {"eager": "grouped_mm", "batched_mm": "grouped_mm"})
 
 
@@ -136,10 +133,7 @@ def _by_kernels(model: nn.Module, instead: Mapping[str, str]) -> Iterator[None]:
 
 
 def record_layers(model: nn.Module) -> None:
-    """Let transformers add the hooks by which models read layers of others, as of images.
-
-    It adds them in the first pass, but in none that is traced.
-    """
+    """Let transformers add the hooks by which models read layers of others, as of images."""
     installed = "_output_capturing_hooks_installed"
     if output_capturing is None or any(getattr(one, installed, False) for one in model.modules()):
         return

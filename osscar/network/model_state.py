@@ -30,12 +30,7 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 class ModelState:
-    """What the modules of a model hold, as it is when this is made, and what of it passes write.
-
-    It is known by names, so that it can be put back in copies of the model, too.
-
-    written: What its passes are known to write by now.
-    """
+    """What the modules of a model, known by names, hold now, and what of it passes write."""
 
     def __init__(self, model: nn.Module, written: Collection[Attribute] = ()) -> None:
         self._modules = dict(model.named_modules())

@@ -74,10 +74,7 @@ def full_name(kind: type) -> str:
 
 
 def class_name(kind: type[nn.Module] | str, what: str) -> str:
-    """Return the full name of a class of modules, given as a class or as that name.
-
-    Of anything else an OptionError says `what` it was to be.
-    """
+    """Return the full name of a class of modules, given as a class or as that name."""
     if isinstance(kind, str):
         return kind
     if isinstance(kind, type) and issubclass(kind, nn.Module):
@@ -122,10 +119,7 @@ def check_usable(model: nn.Module) -> None:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return a model whose modules run as before `torch.compile`; they are replaced in place.
-
-    Names are those that modules had then, without ``_orig_mod``.
-    """
+    """Return a model whose modules run as before `torch.compile`; they are replaced in place."""
     while isinstance(before := getattr(model, "_orig_mod", None), nn.Module):
         model = before
     for module in list(model.modules()):
@@ -137,14 +131,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def copied(model: M, instead: Mapping[int, Any] | None = None) -> M:
-    """Return a deep copy, in which activations that a module keeps are plain values.
+    """Return a deep copy, not compiled, in which activations that a module keeps are plain values.
 
-    Compiled modules are copied as they were before: compilers look into no hooks, and compile
-    anew for each change.
-
-    A forward pass with gradients may leave tensors behind that hang on a graph, such as an
-    attribute with the last features or the weight under `torch.nn.utils.weight_norm`; torch
-    refuses to copy these.  `instead` says what the copy holds in place of objects, by their `id`.
+    torch refuses to copy tensors that hang on a graph, which a pass with gradients may leave on
+    modules.  `instead` says what the copy holds in place of objects, by their `id`.
     """
     memo: dict[int, Any] = dict(instead or {})
     for module in model.modules():
@@ -191,10 +181,7 @@ _LIBRARIES = frozenset(
 
 
 def own_methods(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of what a class of a user's own does besides `forward`, such as `generate`.
-
-    What initializes weights does not count, nor what any module or a library's class has.
-    """
+    """Return what a class of a user's own does besides `forward`, such as `generate`."""
     own = [kind for kind in type(model).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
     names = (name for kind in own for name, one in vars(kind).items() if inspect.isfunction(one))
     return tuple(
@@ -205,10 +192,7 @@ def own_methods(model: nn.Module) -> tuple[str, ...]:
 
 
 def check_merged(model: nn.Module) -> None:
-    """Refuse adapters of peft that are beside their weights (ModelError).
-
-    Their ranks would be pruned as neurons, and peft could not read what is left.
-    """
+    """Refuse adapters of peft beside their weights, whose ranks would be pruned (ModelError)."""
     adapters = [
         name
         for name, module in model.named_modules()
@@ -283,11 +267,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def token_embeddings(model: nn.Module) -> Tensor | None:
-    """Return the table of a model's tokens, (tokens, width); None where it tells of none.
-
-    Classes of transformers for several kinds of inputs have the method, and raise in it, and what
-    a class of the user's own raises says the same.
-    """
+    """Return the table of a model's tokens, (tokens, width); None where it tells of none."""
     table = None
     with attempt():  # the model may be anyone's code
         table = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]

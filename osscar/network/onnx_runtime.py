@@ -23,10 +23,7 @@ def program_of(
     kwargs: Mapping[str, Any],
     sizes: Mapping[str, Any] | None = None,
 ) -> torch.export.ExportedProgram:
-    """Export a model as `graph.tracing.export.run_export` does.
-
-    A ModelError is raised if it cannot be followed.
-    """
+    """Export a model as `run_export` does; a ModelError says that it cannot be followed."""
     try:
         return run_export(model, args, kwargs, sizes)
     except GraphError as error:
@@ -34,10 +31,7 @@ def program_of(
 
 
 def to_onnx(program: torch.export.ExportedProgram, **names: Any) -> torch.onnx.ONNXProgram:
-    """Write a program as ONNX, `names` as `torch.onnx.export` takes them.
-
-    A ModelError is raised if ONNX has no operator for something in it.
-    """
+    """Write a program as ONNX; a ModelError says which operator has no counterpart."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about itself
@@ -52,10 +46,7 @@ def to_onnx(program: torch.export.ExportedProgram, **names: Any) -> torch.onnx.O
 
 
 def session_of(model: Path | bytes, threads: int = 0) -> Any:
-    """Return a session of so many threads, by default ONNX Runtime's own choice.
-
-    A ModelError is raised if it does not run the model.
-    """
+    """Return a session of so many threads, by default ONNX Runtime's own choice."""
     runtime = optional("onnxruntime", "onnx", "ONNX Runtime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, too

@@ -52,22 +52,13 @@ def multiplies(function: Any) -> bool:
 
 
 class _Untracked(nullcontext[None]):
-    """In the place of what tells the counter of modules.
-
-    That asks for gradients of what a module reads, and fails where it is given a parameter while
-    there are none.
-    """
+    """In the place of what tells the counter of modules, which asks for gradients and may fail."""
 
     parents: ClassVar = {"Global"}
 
 
 def _passed_over() -> dict[Any, Callable[..., int]]:
-    """Return how to count the products which torch's counter passes over.
-
-    These are the products of all experts at once, by torch or by transformers where torch does not
-    take a number format, deformable convolutions, attention by a kernel of a processor other than
-    CUDA's, and LSTMs by that of one.  Operators of other packages exist once these are imported.
-    """
+    """Return how to count products which torch's counter passes over, of loaded packages."""
     operators: Mapping[tuple[str, str], Callable[..., int]] = {
         ("aten", "_grouped_mm"): _grouped,
         ("transformers", "grouped_mm_fallback"): _grouped,

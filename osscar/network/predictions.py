@@ -25,11 +25,7 @@ def named_logits(result: Any) -> Tensor | None:
 
 
 def known_output(result: Any) -> tuple[str, Tensor | None]:
-    """Return the name of the prediction, and the logits or the only floating-point output.
-
-    Where there are several, that is "" and None; a single number, such as a loss, does not count
-    beside others.
-    """
+    """Return the logits, or the only output with fractions, with its name; else "" and None."""
     named = named_logits(result)
     if named is not None:
         return LOGITS, named

@@ -86,10 +86,7 @@ class _Index:
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor] | None:
-    """Return the tensors of a checkpoint in a directory by name, without their values (FileError).
-
-    None is returned where none are in safetensors.
-    """
+    """Return the tensors of a checkpoint in safetensors by name, without values (FileError)."""
     if (directory / WEIGHTS_FILE).exists():
         return read_header(directory / WEIGHTS_FILE)
     if not (directory / INDEX_FILE).exists():

@@ -216,20 +216,14 @@ def weight_cache(model: nn.Module) -> WeightCache | None:
 
 
 def values_of(tensor: Tensor) -> Tensor:
-    """Return the values of any tensor outside of autograd, for reading, on its device.
-
-    ``cpu()`` alone would give a parameter whose values are read once more, and kept in memory.
-    """
+    """Return the values of any tensor outside of autograd, for reading, on its device."""
     return tensor.values() if isinstance(tensor, OnDisk) else tensor.detach()
 
 
 def room_for(
     model: nn.Module, needed: int, *, beside: bool = False
 ) -> AbstractContextManager[None]:
-    """Leave room for other things than weights while the block runs, if these lie on disk.
-
-    What lies `beside` a forward pass comes on top of the room that is left for one already.
-    """
+    """Leave room for other things than weights while the block runs, if these lie on disk."""
     cache = weight_cache(model)
     if cache is None:
         return nullcontext()
@@ -269,10 +263,7 @@ def room_for_pass(model: nn.Module, positions: int) -> AbstractContextManager[No
 
 @contextmanager
 def written(module: nn.Module, name: str) -> Iterator[Tensor]:
-    """Yield a parameter outside of autograd, to be written to in place.
-
-    One that lies on disk is read, and what the block makes of it is written to disk.
-    """
+    """Yield a parameter to be written to in place; one on disk is read, and written back."""
     parameter = getattr(module, name)
     on_disk = isinstance(parameter, OnDisk)
     values = parameter.cache.read(parameter.place) if on_disk else parameter.detach()
@@ -298,8 +289,7 @@ def put_back(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
 def shapes_only(model: nn.Module, example: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Put plain parameters of the same shapes in the place of those on disk, for tracing.
 
-    They lie on the CPU, where the system gives what nobody reads or writes no memory; so do the
-    buffers and the example that is yielded.  A model in memory stays as it is.
+    They lie on the CPU, as does the example that is yielded: nobody reads or writes them there.
     """
     if not is_on_disk(model):
         yield dict(example)

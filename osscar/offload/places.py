@@ -73,10 +73,7 @@ class Source:
 
 
 class Chain(Source):
-    """Stretches of files, one after the other, as if they were one file.
-
-    Each is a file, where it begins there, and how many bytes it has.
-    """
+    """Stretches of files, one after the other, as if they were one file."""
 
     def __init__(self, stretches: Sequence[tuple[Source, int, int]]) -> None:
         self.path = stretches[0][0].path
@@ -192,10 +189,7 @@ class StoredTensor:
     def _pieces(
         self, into: Tensor | None = None, *, pinned: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
-        """Read all values, piece by piece: where each begins, and the piece.
-
-        They are read to where they belong in `into`, else to a buffer that is used again.
-        """
+        """Read all values piece by piece, to `into` or a buffer that is used again."""
         step = max(1, min(PIECE // self.dtype.itemsize, self.elements))
         if into is None:
             buffer = torch.empty(step, dtype=self.dtype, pin_memory=pinned)
@@ -263,10 +257,7 @@ class Place:
         return self._then(lambda values: values.index_fill_(dim, index.to(values.device), 0.0))
 
     def cast(self, dtype: torch.dtype) -> Place:
-        """Return the place of the same values in another number format.
-
-        A format that held them all, and back, is no step.
-        """
+        """Return the place of the same values in another number format."""
         if dtype is self.dtype:
             return self
         casts = [at for at, step in enumerate(self.steps) if _is_cast(step)]

@@ -20,11 +20,7 @@ _SPARE = 64 << 20
 
 
 class WeightCache:
-    """Values that were read, kept for the next reader while there is room; the oldest go first.
-
-    The ceiling is how many bytes the whole process may have in memory, or on the card that values
-    are kept on.
-    """
+    """Values that were read, kept for the next reader while there is room; the oldest go first."""
 
     def __init__(self, ceiling: int, device: torch.device = _CPU) -> None:
         self.ceiling = ceiling

@@ -21,22 +21,10 @@ order round differently, and so do layers that were replaced in between."""
 
 @contextmanager
 def failures_named(model: nn.Module, data: Mapping[str, Tensor] | int) -> Iterator[None]:
-    """Say so where a model fails in the block.
+    """Name the failure of a model in the block on `data`: its arguments, or the number of a batch.
 
-    Parameters
-    ----------
-    data
-        What it runs on: keyword arguments, or the number of a calibration batch.
-
-    Raises
-    ------
-    DataError
-        If it fails.
-    ModelError
-        If the model's code cannot be run here, whatever the data are: what `torch.cond` and the
-        like call is captured, and modules cannot be watched in there.
-    NoMemoryError
-        If that was for want of memory for a batch.
+    Raises a DataError; a ModelError where `torch.cond` and the like capture what they call, as no
+    modules can be watched in there; a NoMemoryError where memory for a batch is missing.
     """
     try:
         yield
@@ -66,15 +54,7 @@ def failures_named(model: nn.Module, data: Mapping[str, Tensor] | int) -> Iterat
 
 
 def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
-    """Run a model twice, and refuse it where the outputs differ; it is left as it was.
-
-    Raises
-    ------
-    ModelError
-        If they differ.
-    EquivalenceError
-        If it returns no tensor.
-    """
+    """Run a model twice, and refuse it where outputs differ (ModelError); it is left as it was."""
     with model_state(model) as state:
         with state.watching():
             first = comparable(call(model, inputs))
@@ -87,15 +67,9 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
 def refuse_chance(
     model: nn.Module, inputs: Inputs, first: Sequence[Tensor], second: Sequence[Tensor]
 ) -> None:
-    """Refuse a model of which two passes over the same inputs return what differs.
+    """Refuse a model of which two passes over the same inputs differ beyond rounding (ModelError).
 
-    Where they do it runs twice more, as it may have been prepared in between: only passes of what
-    it is now tell.
-
-    Raises
-    ------
-    ModelError
-        If they differ by more than rounding.
+    Where they do, two more decide, as it may have been prepared in between.
     """
     if _alike(first, second):
         return

@@ -75,10 +75,7 @@ class DenseOutputs:
 
 
 def own_code(*code: Any) -> dict[str, str]:
-    """Return the digests of files of a user's own code, by name: of a backend, a model, a function.
-
-    Each is named as on the command line, or is an object that such a file defines.
-    """
+    """Return the digests of files of a user's own code, of a backend, a model or a function."""
     found: dict[str, set[str]] = {}
     for one in code:
         for name, digest in source_digests(one).items():

@@ -175,10 +175,7 @@ class Journal:
         return before
 
     def begin(self, manifest: JournalManifest, *, anew: bool = False) -> JournalManifest:
-        """Say what is kept here, or check that it is the same; return it as it was first written.
-
-        `anew` puts it in the place of what stands there, unseen.
-        """
+        """Say what is kept here, or check that it is the same; return it as first written."""
         before = None if anew else self.check(manifest)
         if before is None:
             self.write(self.manifest_file, manifest)
@@ -186,10 +183,7 @@ class Journal:
         return before or manifest
 
     def read(self, name: str, schema: type[T], *, otherwise: str = "") -> T | None:
-        """Return what a file holds, as `read_json` does; None if there is none.
-
-        `otherwise` is what to do about one that cannot be read.
-        """
+        """Return what a file holds, as `read_json` does; None if there is none."""
         file = self.directory / name
         if not file.exists():
             return None
@@ -203,10 +197,9 @@ class Journal:
         write_json(self.directory / name, dataclasses.asdict(content), indent=1)
 
     def remove(self) -> None:
-        """Forget all that was done; what is none of ours stays.
+        """Forget all that was done, and leave what is none of ours.
 
-        A removal that is killed leaves a journal that goes on, or can be removed: what was done
-        last goes first, and the manifest goes last.
+        What was done last goes first and the manifest last, so that a kill leaves a journal.
         """
         if not self.directory.is_dir():
             return

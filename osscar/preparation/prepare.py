@@ -123,11 +123,7 @@ class Prepared:
 
     @property
     def experts(self) -> tuple[ExpertMixture | WholeMixture, ...]:
-        """Its mixtures of experts, which no trace finds, in its own order.
-
-        They are found when they are first asked for, by running parts of the model on trial: before
-        it is pruned.
-        """
+        """Its mixtures of experts in order; trial passes find them when first asked for."""
         return self.find_experts()
 
     @property
@@ -142,18 +138,14 @@ class Prepared:
 
     @property
     def programs(self) -> DensePrograms:
-        """The programs of the model, with all its units; to be asked for before any leaves.
-
-        The model is then as before any pass: code would read what these keep for the next.
-        """
+        """The programs of the model as before any pass; to be asked for before units leave."""
         self.untouched.put_back(self.model)
         return self.export()
 
     def traced_on(self, batch: Batch, what: str = "a pass") -> graph.DependencyGraph:
         """Trace the model once more, on larger inputs: operators have shapes of these.
 
-        It is done once for inputs of the same shapes and `what`, which the caller's hooks have it
-        do, and before any unit leaves.  Raises what `graph.trace` raises.
+        This is done once for inputs of one shape and `what` hooks do, and before any unit leaves.
         """
         shapes = what, *((name, tuple(tensor.shape)) for name, tensor in batch.items())
         if shapes not in self.traces:
@@ -165,11 +157,7 @@ class Prepared:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether the model is a large one in float32 that nearly computes the same in bfloat16.
-
-        Its loss curves, and the dense model's part of the targets, are computed in bfloat16 then,
-        where that is faster.
-        """
+        """Whether the model is a large one in float32 that nearly computes the same in bfloat16."""
         return self.try_bfloat16()
 
     @property
@@ -178,10 +166,7 @@ class Prepared:
         return (*self.groups, *(one.group for one in self.experts))
 
     def linear_maps(self, group: CouplingGroup) -> tuple[LinearMap, ...]:
-        """Return the consumers of a group, in execution order; see `linear_maps`.
-
-        Those that are `idle` are left out.
-        """
+        """Return the consumers of a group, in execution order, but for those that are `idle`."""
         if group.kind.routed:
             mixture = self.mixtures[group.name]
             every = last_matrices(self.model, mixture, self.groups, self.products)
@@ -381,10 +366,9 @@ def widest_output(model: nn.Module, example: Batch) -> int:
 
 
 def _followable(model: nn.Module, example: Batch, expected: list[Tensor], *, heads: bool) -> Folded:
-    """Replace code that cannot be followed, and prove that the model computes what it did.
+    """Replace code that cannot be followed, and prove that the model computes what is `expected`.
 
-    `expected` is what it returns; nothing if it fails, which is reported once it is traced.  With
-    `heads`, fused attention is to call its output layer as a module.  Return what was folded.
+    With `heads`, fused attention is to call its output layer as a module.  Returns what was folded.
     """
     folded = fold(model)
     if folded and not computes(model, example, expected):
@@ -409,10 +393,7 @@ def _followable(model: nn.Module, example: Batch, expected: list[Tensor], *, hea
 def _traced(
     model: nn.Module, example: Batch, small: Batch, programs: bool
 ) -> tuple[graph.DependencyGraph, dict[str, str], tuple[CouplingGroup, ...]]:
-    """Find the groups, and those that only a program can lose units of, by name with the reason.
-
-    Last come groups that are frozen, in code that cannot be traced.
-    """
+    """Find the groups, those that only programs lose units of with reasons, and untraced ones."""
     traced, untraced = _traced_around(model, example, small)
     wide, narrow = graph.PROGRAM_RULES, graph.DEFAULT_RULES
     frozen = (freeze for group in traced.groups for freeze in group.frozen)

@@ -24,10 +24,7 @@ def together(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
 
 
 def computes_alone(model: nn.Module, pair: Batch) -> bool:
-    """Whether a model returns for each of two samples by itself what it does for both together.
-
-    One that takes means over a batch, or compares its samples, does not.
-    """
+    """Whether a model returns for each of two samples by itself what it does for both together."""
     with model_state(model):
         both = outputs_or_none(model, pair)
         rows = [slice(0, 1), slice(1, 2)]

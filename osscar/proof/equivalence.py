@@ -200,9 +200,8 @@ def prove_equal(
 ) -> Match:
     """Compare the outputs of two models, mostly of the masked and of the shrunk one.
 
-    Each output is compared by itself, and each of its columns (an entry of its last dimension, or
-    of its second) relative to its own size; the tolerance is that of the number format.  `names`
-    are what both are in an error.
+    Each column of an output (an entry of its last dimension, or of its second) is compared relative
+    to its own size, by the tolerance of its number format.  `names` are what errors call both.
     """
     worst, ties, compared = 0.0, 0, False
     one, other = names
@@ -363,10 +362,7 @@ def computes(model: nn.Module, example: Inputs, expected: Sequence[Tensor]) -> b
 
 @contextmanager
 def proved_unchanged(model: nn.Module, example: Inputs, names: tuple[str, str]) -> Iterator[None]:
-    """Prove that a model which runs computes after the block what it did before.
-
-    In a coarse number format, sums in another order would differ.
-    """
+    """Prove that a model which runs computes after the block what it did before."""
     with finer_precision(model, example):
         finer = in_format_of(example, model)
         before = outputs_or_none(model, finer)

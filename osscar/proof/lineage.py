@@ -36,10 +36,7 @@ Library: TypeAlias = Literal["transformers", "torchvision", "timm"]
 
 @dataclass(frozen=True)
 class Origin:
-    """What builds the dense model, without any code from a checkpoint.
-
-    Where it is transformers, ``config.json`` says the rest.
-    """
+    """What builds the dense model, without any code from a checkpoint."""
 
     library: Library
     name: str = ""
@@ -127,10 +124,7 @@ def data_record(calibration: Any) -> dict[str, Any]:
 
 
 def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:
-    """Note what a model has seen, where that can be recognized, and its inputs.
-
-    `settings` are what reports say of it: `shapes` and `dtypes` by name, if it is tensors.
-    """
+    """Note what a model has seen, where that can be recognized, and its inputs."""
     shapes, dtypes = settings.get("shapes", {}), settings.get("dtypes", {})
     inputs = {name: Input(tuple(shape), dtypes[name]) for name, shape in shapes.items()}
     known: dict[str, Any] = {"inputs": inputs}
@@ -170,10 +164,7 @@ def why_not_dense(model: nn.Module, dense: nn.Module) -> str | None:
 
 
 def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = None) -> str | None:
-    """Say how far a model is from the outputs of a sample; None if it is not, or there are none.
-
-    dtype: In which these were computed; by default float32.
-    """
+    """Say how far a model is from outputs computed in a format, by default float32; else None."""
     if not sample.outputs:
         return None
     with attempt() as tried, model_state(model):  # the model may be anyone's code
@@ -188,10 +179,7 @@ def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = No
 
 
 def are_swapped(model: nn.Module, dense: nn.Module) -> bool:
-    """Whether, of a smaller model and its dense one, the second is the smaller.
-
-    It was pruned more often, or has fewer parameters.
-    """
+    """Whether, of a smaller model and its dense one, the second is the smaller."""
     often = [len(lineage_of(one).certificates) for one in (model, dense)]
     return often[1] > often[0] or count_parameters(dense) < count_parameters(model)
 
@@ -257,11 +245,7 @@ _STRUCTURE = "osscar_structure"
 
 @dataclass(frozen=True, eq=False)
 class _DenseStructure:
-    """A dense model without the values of its parameters.
-
-    model: As its user would build it, with parameters on 'meta'.
-    device: Where these were.
-    """
+    """A dense model with parameters on 'meta', and the device on which these were."""
 
     model: nn.Module
     device: torch.device

@@ -87,10 +87,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of an operator whose numbers are to follow.
-
-    Its arguments are rewritten in place.
-    """
+    """One call of an operator whose numbers follow, by rewriting its arguments in place."""
 
     node: Node
     program: ShrunkGraph
@@ -139,10 +136,7 @@ class _Call:
             return self.node.graph.call_function(floordiv, (scaled, extent.ratio.denominator))
 
     def fixed(self, number: object, extent: Extent) -> int:
-        """Return a number that counts some of the positions of a dimension.
-
-        Neither may vary with the sizes of the inputs.
-        """
+        """Return a number that counts positions, and that no size of the inputs changes."""
         if not isinstance(number, int) or extent.varies:
             raise self.refuse("it counts positions along a dimension that varies with the inputs")
         return number

@@ -45,11 +45,7 @@ class Form(enum.StrEnum):
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The units of one coupling group that stay.
-
-    name, kind, units, slots: Of the group, as in `graph.CouplingGroup`.
-    kept: The units that stay, in ascending order.
-    """
+    """The units of a `graph.CouplingGroup` that stay, `kept` in ascending order."""
 
     name: str
     kind: UnitKind
@@ -125,10 +121,7 @@ class TracedInput:
 
 
 def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
-    """Say which sizes a program takes no others of; nothing if it takes all that its model does.
-
-    `traced` are the fields of each `TracedInput`.
-    """
+    """Say which sizes a program takes no others of; nothing if it takes all that its model does."""
     dims: dict[int, list[str]] = {}
     for given in traced:
         for dim in given["fixed"]:
@@ -293,10 +286,7 @@ class Certificate:
 
 
 def combined_groups(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
-    """Return one plan for each group, in place of those that were carried out one after the other.
-
-    It counts the units of the dense model, and says how many of them are kept, but not which.
-    """
+    """Return one plan a group for several in a row, which says how many units stay, not which."""
     found: dict[str, GroupPlan] = {}
     for group in (group for plan in plans for group in plan.groups):
         units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))

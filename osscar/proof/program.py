@@ -143,10 +143,8 @@ def traced_as_open(
 ) -> tuple[Mapping[str, range], TracedProgram]:
     """Trace a model with every size open, or else the number of samples alone, or none.
 
-    Where attention looks at images, what is computed from an open resolution (windows, padding)
-    takes minutes to trace, so that it is not left open.  `trace` takes the dimensions of each input
-    that are left open, which are returned with what it found.  If all fail, the first error is
-    raised.
+    The resolution of images is not left open under attention: that takes minutes.  Returned are the
+    open dimensions of each input, which `trace` was given, and what it found.
     """
     images = any(leaf.dim() > 3 for leaf in pytree.tree_leaves(example) if hasattr(leaf, "dim"))
     found: list[tuple[Mapping[str, range], TracedProgram]] = []
@@ -192,10 +190,7 @@ def exported(
 def trace_dense(
     model: nn.Module, example: Mapping[str, Tensor], left_open: Mapping[str, Collection[int]]
 ) -> TracedProgram:
-    """Trace a model in evaluation mode, which is then as it was, with the axes of all values.
-
-    `left_open` is as `export_standalone` takes it; the example has two samples or more.
-    """
+    """Trace a model in evaluation mode, which is then as it was, with the axes of all values."""
     with attempt() as tried:  # the model may be anyone's code, and torch puts it together
         found = exported(model, example, left_open)
         if not found.takes({name: tensor[:1] for name, tensor in example.items()}):
@@ -239,11 +234,7 @@ def shrunk_graph(traced: TracedProgram, plan: PruningPlan) -> ShrunkGraph:
 
 
 def smaller(shrunk: ShrunkGraph) -> ProgramModule:
-    """Return a smaller program, in evaluation mode; it shares no tensor with the traced one.
-
-    It takes its arguments by position or name, and checks their sizes first.  Tied tensors stay
-    tied.
-    """
+    """Return a smaller program in evaluation mode, on tensors of its own; tied ones stay tied."""
     program, standalone = shrunk.graph, shrunk.traced.standalone
     arguments = program.find_nodes(op="placeholder")
     with program.inserting_after(arguments[-1]):

@@ -87,10 +87,7 @@ class Output:
         )
 
     def distance(self, other: Output) -> float:
-        """Return the root mean square of differences, relative to the larger size of the two.
-
-        It is infinite where shapes, or what is finite, differ.
-        """
+        """Return the root mean square of differences over the larger size, or infinity."""
         finite = [[x is not None for x in one.values] for one in (self, other)]
         if self.shape != other.shape or finite[0] != finite[1]:
             return math.inf
@@ -105,20 +102,14 @@ Argument: TypeAlias = Drawn | bool | int | float | None
 
 @dataclass(frozen=True)
 class Sample:
-    """An input by the names of the arguments, and what a model returned on it when it was saved.
-
-    `outputs` is empty as long as nobody has run the model on it.
-    """
+    """An input by the names of the arguments, and what a model returned on it when it was saved."""
 
     inputs: Mapping[str, Argument]
     outputs: tuple[Output, ...] = ()
 
     @classmethod
     def like(cls, inputs: Mapping[str, Any]) -> Sample | None:
-        """Return the form of inputs; None if there are others among them than tensors and numbers.
-
-        inputs: By the name of the argument.
-        """
+        """Return the form of inputs; None if some are neither tensors nor numbers."""
         known: dict[str, Argument] = {}
         for name, value in inputs.items():
             if isinstance(value, Tensor):
@@ -144,10 +135,7 @@ class Sample:
         return dataclasses.replace(self, outputs=found if some else ())
 
     def distance(self, outputs: Sequence[Tensor]) -> float:
-        """Return how far outputs are from those recorded: the most of all; see `Output.distance`.
-
-        It is infinite if there are others.
-        """
+        """Return the largest `Output.distance` of outputs from those recorded."""
         found = tuple(map(Output.of, outputs[:_OUTPUTS]))
         if len(found) != len(self.outputs):
             return math.inf

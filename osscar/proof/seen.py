@@ -112,10 +112,7 @@ class _Scored(Protocol):
 
 
 def refuse_overlap(data: _Scored, calibration: Iterable[Calibration]) -> None:
-    """Refuse to score what a model has seen, as its lineage tells; of little of it, warn.
-
-    A DataError is raised if more than 1 % of the data calibrated or recovered the model.
-    """
+    """Refuse to score what a model has seen, as its lineage tells; of little of it, warn."""
     seen = list(calibration)
     mine: Fingerprints = data.fingerprints() if seen else []
     for known in seen:

@@ -57,11 +57,7 @@ class StructureError(EquivalenceError):
 
 @dataclass(frozen=True, eq=False)
 class DenseProgram:
-    """The program of a dense model, for the sizes of inputs that its guards let pass.
-
-    `example` are the inputs that it was traced with, and `left_open` the dimensions of each whose
-    sizes were left open.
-    """
+    """The program of a dense model, its example, and the dimensions whose sizes were left open."""
 
     traced: TracedProgram
     example: Mapping[str, Any]
@@ -186,10 +182,7 @@ def _compared(dense: DenseProgram, model: nn.Module, plan: PruningPlan) -> _Comp
 def _compare_values(
     model: nn.Module, names: Iterable[str], before: Mapping[str, Tensor], staying: Staying
 ) -> None:
-    """Compare tensors with what stays of the dense ones, bit by bit.
-
-    What lies on disk is a part of the same file.
-    """
+    """Compare tensors in memory with what stays of the dense ones, bit by bit."""
     after, canonical = dict(named_tensors(model)), canonical_names(model)
     for name in sorted(names):
         whole = before[name].detach()

@@ -1,7 +1,4 @@
-"""Which blocks send tokens to a list of modules: declared by the user, and traced around.
-
-`osscar.routing.lists` has how such a block is run.
-"""
+"""Which blocks send tokens to a list of modules: declared by the user, and traced around."""
 
 from __future__ import annotations
 
@@ -31,10 +28,7 @@ Route: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a user says of a class of blocks: what these call their gate and their list.
-
-    And how logits of the gate are made into routes, unless it puts these out itself.
-    """
+    """What a user says of a class of blocks: its gate, its list, and how logits become routes."""
 
     kind: str
     gate: str
@@ -191,10 +185,7 @@ def traced_around(
     small: Mapping[str, Any],
     error: graph.TraceError,
 ) -> tuple[graph.DependencyGraph, tuple[CouplingGroup, ...]]:
-    """Trace a model around its declared blocks, or raise the error that it cannot be traced with.
-
-    Last come frozen groups for the neurons of the experts in these blocks.
-    """
+    """Trace a model around its declared blocks, or raise the error of the plain trace."""
     blocks = {} if is_on_disk(model) else declared_in(model)
     if not blocks:
         lists = [name for name, _ in model.named_modules() if is_named(name)]

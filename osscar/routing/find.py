@@ -247,10 +247,7 @@ def _count(name: str, experts: nn.Module) -> int:
 def _slots(
     model: nn.Module, name: str, count: int, role: Role, order: int, *, recurse: bool = True
 ) -> list[Slot]:
-    """Return where tensors of a module have entries for each of `count` experts.
-
-    Matrices have the role that is given.
-    """
+    """Return where tensors of a module have entries an expert; matrices have the role given."""
     module = model.get_submodule(name)
     if isinstance(module, nn.ModuleList):
         return [Slot(name, 0, role, name, count, order=order)]

@@ -190,10 +190,7 @@ class _RuleRouter(nn.Module):
 
 
 def _sum_over(experts: nn.ModuleList, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum over experts, a list of modules, of what they make of tokens, times weights.
-
-    The arguments behind the list are those of `Routed`.
-    """
+    """Return the sum over a list of experts of what they make of tokens, times weights."""
     parts = [
         (token, expert(hidden[token]) * weights[token, place, None])
         for number, expert in enumerate(experts)
@@ -213,8 +210,7 @@ def called_as_mixtures(
 ) -> Iterator[None]:
     """Let blocks call lists of experts with tokens, their experts and weights, in the block.
 
-    What they compute stays the same.  With `checked`, each call is compared with what the block
-    returns by itself, and a ModelError raised where they differ.
+    With `checked`, each call that differs from what the block returns by itself is a ModelError.
     """
     with ExitStack() as around:
         for one in lists:
@@ -260,11 +256,10 @@ def _forward(
 
 
 def _hold(one: ExpertList, rest: Tensor, total: Tensor, due: Tensor, logits: Tensor) -> None:
-    """Refuse a block that does not return what is beside its experts, and the sum over these.
+    """Refuse a block that does not return what is beside its experts plus the sum over these.
 
-    All are (tokens, outputs).  Rounding may move a token by the root of the rounding unit, for the
-    size of the sum, and by some units of what that is added to; routers round to float32 in models
-    that are finer.
+    All are (tokens, outputs).  Rounding may move a token by the root of the rounding unit for the
+    size of the sum, and by some units of the rest; routers round to float32 in any case.
     """
     eps = max(torch.finfo(kind).eps for kind in (total.dtype, torch.float32))
     error = (rest.double() + total.double() - due.double()).abs().amax(1)

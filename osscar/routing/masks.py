@@ -24,11 +24,9 @@ def without_experts(
 ) -> Iterator[None]:
     """Let no token be sent to experts that leave while the block runs.
 
-    Given are, for each mixture, the slots of its group and the experts that stay.
-
-    Entries that these have in tensors of the code around a router, which may be added to scores for
-    the choice, are at minus infinity.  The model raises a ModelError when it runs if a router
-    follows no rule that is known, or none that can do without these experts.
+    `staying` has the slots of each mixture and the experts that stay.  Biases beside a router are
+    at minus infinity, too.  A router that follows no known rule, or cannot do without these
+    experts, raises a ModelError when the model runs.
     """
     planned = {
         next(slot.module for slot in slots if slot.role is Role.PRODUCER): (slots, kept)

@@ -40,10 +40,7 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What a router has made of some tokens, and what may be biases of its choice, by name.
-
-    Logits are (tokens, experts), experts and weights (tokens, k).
-    """
+    """Logits, (tokens, experts), experts and weights, (tokens, k), and possible biases by name."""
 
     logits: Tensor
     experts: Tensor
@@ -77,10 +74,7 @@ class Router:
         return Scores(logits, None if bias is None else bias.double())
 
     def among(self, kept: Sequence[int], count: int, module: nn.Module, call: Call, y: Any) -> Any:
-        """Return what the module would return if of `count` experts it had those that are kept.
-
-        Experts keep their numbers.
-        """
+        """Return what the module would return with the experts kept alone, by their old numbers."""
         leaves, form = pytree.tree_flatten(y)
         logits, bias = self.scores(module, call, y, count)
         for place, found in zip(self.places, self.rule.route(logits, kept, bias), strict=True):
@@ -114,10 +108,7 @@ def router_of(module: nn.Module, call: Call, count: int) -> Router:
 def rule_of_function(
     route: Callable[[Tensor], tuple[Tensor, Tensor]], block: nn.Module, count: int
 ) -> RoutingRule:
-    """Return which rule a function of logits follows, as `router_of` does of a module.
-
-    The block may say numbers of groups and the scale.
-    """
+    """Return which rule a function of logits follows; `block` may state groups and scale."""
     logits = 2 * torch.randn(_TOKENS, count, generator=torch.Generator().manual_seed(0))
     with InDouble():
         seen = _Seen(logits.double(), *route(logits.double()), {})
@@ -125,10 +116,7 @@ def rule_of_function(
 
 
 def _rule_of(seen: Sequence[_Seen], holder: nn.Module) -> tuple[RoutingRule, str | None]:
-    """Return by which rule tokens were routed, and the name of the bias of the choice, if any.
-
-    `holder` is the module whose code routes, and that may say numbers of groups and the scale.
-    """
+    """Return the rule seen and the bias of its choice; `holder` may state groups and scale."""
     tried = 0
     for rule, bias in _candidates(holder, seen[-1]):
         same, scale = _scale(rule, bias, seen)
@@ -149,10 +137,7 @@ def _in_double(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _draw_tensors(tensors: Iterable[Tensor], count: int) -> None:
-    """Draw, in place, those of some tensors that have an entry for each of `count` experts.
-
-    Logits of drawn tokens are about as far apart as those of a trained router.
-    """
+    """Draw, in place, those of some tensors that have an entry for each of `count` experts."""
     generator = torch.Generator().manual_seed(0)
     for tensor in tensors:
         if tensor.is_floating_point() and count in (tensor.numel(), *tensor.shape):
@@ -191,10 +176,7 @@ def _run(module: nn.Module, call: Call, count: int) -> tuple[_Seen, tuple[int, i
 
 
 def _places(leaves: Sequence[Any], count: int) -> tuple[int, int]:
-    """Find experts and weights by their form, (tokens, k), beside logits, (tokens, experts).
-
-    The logits may be missing.
-    """
+    """Find experts and weights, both (tokens, k), beside logits, which may be missing."""
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     experts = [i for i, t in tensors.items() if sends_tokens(t) and t.ndim == 2]
     weights = [
@@ -220,10 +202,7 @@ def _biases_in(module: nn.Module, call: Call, count: int) -> dict[str, Tensor]:
 
 
 def _candidates(holder: nn.Module, seen: _Seen) -> Iterator[tuple[RoutingRule, str | None]]:
-    """Yield rules with a scale of one, and the name of the bias of the choice.
-
-    Those come first that have as many groups, and open ones, as attributes of the module say.
-    """
+    """Yield rules of scale one, with a bias or None; groups that the module states come first."""
     numbers = [(name, v) for name, v in vars(holder).items() if type(v) is int and v > 0]
     counts = [v for name, v in numbers if re.fullmatch(_GROUPS, name)]
     opened = [v for name, v in numbers if re.fullmatch(_OPEN_GROUPS, name)]
@@ -239,10 +218,7 @@ def _candidates(holder: nn.Module, seen: _Seen) -> Iterator[tuple[RoutingRule, s
 
 
 def _scale(rule: RoutingRule, bias: str | None, seen: Sequence[_Seen]) -> tuple[bool, float | None]:
-    """Return whether a rule chooses the experts seen, and what its weights are to be multiplied by.
-
-    The latter is None where no number makes them those seen.
-    """
+    """Return whether a rule chooses the experts seen, and the scale of its weights, if one fits."""
     mine, theirs = [], []
     for one in seen:
         try:
@@ -312,19 +288,13 @@ def misrouted(
 
 
 def beyond_ties(off: Tensor, logits: Tensor) -> int:
-    """Return how many tokens are `off`, (tokens,) bool; 0 where rounding may make so many so.
-
-    Those do not count whose logits, (tokens, experts), are tied.
-    """
+    """Return how many tokens without ties are `off`, or 0 where rounding may make so many so."""
     off = off & ~_tied(logits)  # as those of padding may be, which is all zero
     return int(off.sum()) if int(off.sum()) > _MOST_TIED * len(off) else 0
 
 
 def _tied(logits: Tensor) -> Tensor:
-    """Tell the tokens, (tokens,) bool, that have the same logit twice: nothing says which is more.
-
-    A router that is not trained may have zeros alone.
-    """
+    """Tell the tokens, (tokens,) bool, that have the same logit twice."""
     return (logits.sort(1).values.diff(dim=1) == 0).any(1)
 
 

@@ -54,10 +54,7 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> Folded:
 
 
 def unfold(folded: Folded, groups: Sequence[CouplingGroup] = ()) -> tuple[str, ...]:
-    """Let weights be computed again, but those of which a group may take a part; name these.
-
-    The model's own class may compute them, and reads a checkpoint only if they are.
-    """
+    """Let weights be computed again, but those of which a group may take a part; name these."""
     cut = {slot.tensor for group in groups if group.prunable for slot in group.slots}
     for name, before in folded.items():
         if name not in cut:

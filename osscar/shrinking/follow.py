@@ -93,10 +93,7 @@ def mend(model: nn.Module, group: GroupPlan) -> None:
 
 
 def _leave_nested_tensors(model: nn.Module, group: GroupPlan) -> None:
-    """Keep torch's encoders around attention that loses something from packing padded sequences.
-
-    Only the fused path of full width reads what they pack.
-    """
+    """Keep torch's encoders around attention that loses something from packing padded sequences."""
     for name in {slot.module for slot in group.slots}:
         within = group.kind is UnitKind.HEADS
         while name:

@@ -52,10 +52,7 @@ _Number: TypeAlias = tuple[str, int | None]
 
 
 class IntegerSearch:
-    """Lets numbers of modules follow until a check of the shrunk model passes.
-
-    `check` proves the model, which is sliced already, and returns how far it is off.
-    """
+    """Lets numbers of modules follow until a check of the shrunk model passes."""
 
     def __init__(self, model: nn.Module, plan: PruningPlan, check: Callable[[], Match]) -> None:
         self.model, self.plan, self.check = model, plan, check
@@ -67,10 +64,7 @@ class IntegerSearch:
                 self.near.setdefault(name, []).append(group)
 
     def run(self) -> tuple[Match, tuple[Integer, ...]]:
-        """Prove, and as long as a module fails, let its numbers follow.
-
-        Return what `check` returned in the end, and the numbers that had to be found.
-        """
+        """Prove, and as long as a module fails, let its numbers follow."""
         outcome = self._attempt()
         while not isinstance(outcome, Match):
             outcome = self._mended(outcome)
@@ -120,10 +114,7 @@ class IntegerSearch:
     def _candidates(
         self, culprit: str | None
     ) -> Iterator[tuple[type[nn.Module], tuple[_Number, ...]]]:
-        """Yield classes with the names of numbers in them, the likeliest and fewest first.
-
-        Modules around the one that failed may hand numbers down to it.
-        """
+        """Yield classes with the names of numbers in them, the likeliest and fewest first."""
         around = [] if culprit is None else culprit.split(".")
         upwards = [".".join(around[:length]) for length in range(len(around), 0, -1)]
         names: dict[type[nn.Module], dict[_Number, None]] = {}
@@ -172,10 +163,7 @@ class IntegerSearch:
         ]
 
     def _of_tensors(self, name: str) -> dict[int, int]:
-        """Return sizes of tensors near a module that have lost units, and what became of them.
-
-        They may be those of several slots together, and may hold more than units.
-        """
+        """Return sizes of tensors near a module that have lost units, and what became of them."""
         cut: dict[tuple[str, int], tuple[int, int]] = {}
         for group in self.near.get(name, ()):
             for slot in group.slots:

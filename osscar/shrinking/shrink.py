@@ -191,11 +191,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
 
 @dataclass(frozen=True)
 class _Masked:
-    """What the masked model returns.
-
-    `distance` tells how far another model is from it, in the next finer number format if `finer`,
-    and `untouched` is what modules held before any pass.
-    """
+    """How far models are from the masked one, in a finer number format if so."""
 
     untouched: ModelState
     distance: Callable[[nn.Module], Match]
@@ -304,10 +300,7 @@ class Feasibility:
         more: Sequence[GroupPlan],
         failure: Exception | None = None,
     ) -> list[GroupPlan]:
-        """Return groups that can go together: some that can already, with as many more as can.
-
-        `failure` is how all of them together fail, if that is known.
-        """
+        """Return groups that can go together: some that can already, with as many more as can."""
         failure = failure or self.failure([*going, *more])
         if failure is None:
             return [*going, *more]

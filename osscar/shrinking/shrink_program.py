@@ -154,11 +154,7 @@ def _noted(program: ProgramModule, model: nn.Module, plan: PruningPlan) -> Progr
 
 
 class ProgramTrial:
-    """The program of a model, and what it is proved on, for one plan after another.
-
-    `inputs` are those on which a program is compared with the masked model, which is in evaluation
-    mode, and stays as it is.
-    """
+    """The program of a model, and what it is proved on, for one plan after another."""
 
     def __init__(
         self, model: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Inputs]
@@ -219,9 +215,7 @@ def _sizes_given_up(
 ) -> dict[str, tuple[int, ...]]:
     """Return the dimensions of which a model takes other sizes, and its program does not.
 
-    They are by the names of the inputs; `example` is what the program was traced with, and `runs`
-    tells whether the model takes inputs of some shapes.  Dimensions of one size may have to be
-    alike, so that all of them are tried together, and then each alone.
+    Dimensions of one size may have to be alike: all are tried together, and then each alone.
     """
     sizes: dict[int, list[tuple[str, int]]] = {}
     for name, shape in shapes.items():

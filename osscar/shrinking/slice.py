@@ -71,10 +71,7 @@ _STAYS, _GOES = 1, -1
 
 
 def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
-    """Check a plan, put smaller tensors wherever the old ones were, and yield the modules there.
-
-    Tied tensors become one.
-    """
+    """Check a plan, put smaller tensors wherever the old ones were, and yield the modules there."""
     tensors: dict[_Storage, Tensor] = {}
     fates: dict[tuple[_Storage, int, bool], Tensor] = {}
     """What becomes of each index of a dimension: of all, and as far as units pass through rows."""
@@ -112,10 +109,7 @@ def _cut(model: nn.Module, plan: PruningPlan) -> Iterator[nn.Module]:
 
 
 def _shorten(model: nn.Module, plan: PruningPlan) -> None:
-    """Let lists of modules have the members alone that stay; these get new numbers.
-
-    Last, since slots of other groups name members by their old ones.
-    """
+    """Let lists of modules have the members alone that stay; these get new numbers."""
     for group in plan.groups:
         for slot in filter(is_list, group.slots):
             try:

@@ -53,10 +53,7 @@ def dense_statistics(
     batches: Sequence[Mapping[str, Any]],
     ranks: Ranks = ALONE,
 ) -> DenseStatistics | None:
-    """Measure what the batch-norm layers of a dense model are called with, on this rank's batches.
-
-    None, and nothing is run, where there are no such layers.
-    """
+    """Measure what batch-norm layers, if any, are called with on this rank's batches."""
     layers = batch_norms(model)
     if not layers:
         return None
@@ -87,12 +84,10 @@ def renew_statistics(
 ) -> int:
     """Renew the running statistics of a pruned model; return how many layers have new ones.
 
-    All keep their own where those of the `dense` model were not measured.  A layer's statistics on
-    a batch are taken when those of all layers before it are renewed for that batch.  They are
-    ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``, so that only what pruning
-    changed matters, and not the choice of the data.  The averages over all batches of all ranks
-    stay; a layer that is never called keeps its own.  If one is not finite, a
-    `NonFiniteError` is raised, and the model keeps its old statistics.
+    A layer's statistics on a batch are taken when those of all layers before it are renewed, as
+    ``mean + (m - m_dense)`` and ``var * (v + eps) / (v_dense + eps)``: only what pruning changed
+    matters, and not the choice of the data.  The averages over all ranks stay.  If one is not
+    finite, a `NonFiniteError` is raised, and the model keeps its old statistics.
     """
     if dense is None:
         return 0

@@ -62,10 +62,7 @@ class Arrival:
 
 
 class Coroutine(greenlet):
-    """The pass of one batch, a `dense` one through the weights of the model as it came.
-
-    The keeper keeps what will be added to the outputs of consumers.
-    """
+    """The pass of one batch, a `dense` one through the weights of the model as it came."""
 
     def __init__(
         self, index: int, dense: bool, run: Callable[[], object], scratch: PassState, keeper: Keeper

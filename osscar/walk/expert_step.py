@@ -65,11 +65,7 @@ class ExpertStep:
     def solve(
         self, keep: int, backend: solvers.Backend, damp: float | None, weight: float | None
     ) -> Solved:
-        """Choose the experts that stay, and commit the refit of these.
-
-        Damping and weight of the corrections are those that serve held-out samples best where they
-        are None.
-        """
+        """Choose the experts that stay, and commit their refit; what is None is chosen for it."""
         sent = {e for batch in self._batches for e in batch.x.experts.flatten().tolist()}
         unreached = [expert for expert in range(self.group.units) if expert not in sent]
         if unreached:
@@ -203,11 +199,7 @@ class ExpertStep:
                 batch.go_on_with(x)
 
     def losses(self) -> list[float]:
-        """Return the error of what the mixture returns now, relative to what it is to return.
-
-        That on the samples that weights are fitted to comes first, that on those held out last, if
-        there are any.
-        """
+        """Return the relative errors of the mixture on fitted samples, and on any held out."""
         error, size = [0.0, 0.0], [0.0, 0.0]
         for batch in self._batches:
             y = batch.target()

@@ -29,10 +29,7 @@ from osscar.walk.walk import Waiting, Walk
 
 @contextmanager
 def without(prepared: Prepared, kept: Mapping[str, Sequence[int]]) -> Iterator[Prepared]:
-    """Let a model send tokens to the experts that stay, by name of the group, in the block.
-
-    Yielded is what is prepared without the consumers that no token is sent to then.
-    """
+    """Let a model send tokens to the experts that stay, by name of the group, in the block."""
     mixtures = [prepared.mixtures[name] for name in kept]
     idle = {
         f"{one.experts}[{expert}]"
@@ -53,9 +50,8 @@ def _routed(
 ) -> Iterator[None]:
     """Let a model send tokens to the experts that stay while the block runs.
 
-    Passes of a walk that are to be as in the dense model send them to all, and so do mixtures that
-    `kept`, by the name of the group, does not have when they are called.  With `checked`, declared
-    blocks are compared with what they return by themselves.
+    Dense passes send them to all, and so do mixtures that `kept` lacks when they are called.  With
+    `checked`, declared blocks are compared with what they return by themselves.
     """
     routers = {one.router: one for one in mixtures}
     lists = [one.listed for one in routers.values() if one.listed is not None]

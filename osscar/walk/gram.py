@@ -81,20 +81,16 @@ class GramAccumulator:
         self.parts[held_out].add(X, D)
 
     def held_out_rise(self, W0: Tensor, before: Tensor, after: Tensor) -> float:
-        """Return by how much the held-out error rises from one W, (p, m), to another.
-
-        Targets have their corrections in full, and a bias takes up what it does of `fitted`.
-        """
+        """Return by how much the held-out error rises from one W, (p, m), to another."""
         assert self.held_out is not None
         return self.held_out.centred(about=self.fitted).rise(W0, before, after)
 
     def consumer(self, damp: float, correction_weight: float = 1.0) -> Consumer:
         """Return the quadratic terms of the problem to reproduce the targets on these inputs.
 
-        The sums that weights are fitted to become its Hessian: only `all_rows`, `bias`,
-        `held_out_rise` and numbers of positions can be asked for afterwards.  Fixed rows are
-        eliminated, and pulled towards no change.  Losses stay relative to what is lost without any
-        unit where they do not change.
+        The sums that weights are fitted to are given up for its Hessian.  Fixed rows are
+        eliminated, and pulled towards no change; losses stay relative to what is lost without any
+        unit.
         """
         W0, units = self.linear_map.read_unit_weight(), self.linear_map.unit_rows
         fixed, n = self.linear_map.fixed, self.rows
@@ -124,10 +120,7 @@ class GramAccumulator:
         )
 
     def all_rows(self, W: Tensor) -> Tensor:
-        """Return the weights of all rows, (p, m), given those of the problem.
-
-        The module still has the weights that it was measured with.
-        """
+        """Return the weights of all rows, (p, m), given those of the problem."""
         if self._fixed is None:
             return W
         found, fixed = self.linear_map.read_weight(), self.linear_map.fixed
@@ -136,10 +129,7 @@ class GramAccumulator:
         return found
 
     def bias(self, W: Tensor) -> Tensor | None:
-        """Return by how much the bias changes with new weights, (p, m); None where there is none.
-
-        It takes up the mean of the corrections in full.  The module still has the dense weights.
-        """
+        """Return by how much the bias, if any, changes with new weights, (p, m)."""
         if self.linear_map.bias is None:
             return None
         x, d = self.fitted.means()
@@ -186,9 +176,7 @@ def damped_by_input(
 
     The proximal term is ``sum_j damp s_j |W_j - W0_j|^2`` with s as of `pulls`.  Relative to the
     mean of the diagonal it would swamp ordinary inputs wherever a few tokens with massive
-    activations carry most of the trace.  The tensors become those of the consumer: the undamped
-    Gram matrix, summed over so many positions, dense weights, and G and e of other targets than
-    what these weights return.
+    activations carry most of the trace.  The tensors become those of the consumer.
     """
     added = damp * pulls(H.diagonal(), positions)
     G = e = None
@@ -208,11 +196,9 @@ def pose(
 ) -> SubsetProblem:
     """Return the problem of one group, whose loss is the sum over the layers that read it.
 
-    Where there are several, each layer's loss counts relative to that of removing everything, as
-    otherwise the layer with the largest outputs would choose alone.  The refit is the same either
-    way.  All groups of a grouped convolution are one layer, and all experts of a mixture.  The sums
-    are given up, as of `GramAccumulator.consumer`.  A warning names the layers that read fewer
-    positions than they have inputs.
+    Each of several layers counts relative to its loss without any unit, as otherwise the one with
+    the largest outputs would choose alone.  All groups of a convolution are one layer, and all
+    experts of a mixture.  A warning names layers that read fewer positions than they have inputs.
     """
     layers = [accumulator.linear_map.name for accumulator in accumulators]
     for layer in dict.fromkeys(layers):

@@ -101,11 +101,7 @@ class LayerStep:
         return min(gram.rows for gram in self.known)
 
     def problem(self, keep: int, damp: float) -> SubsetProblem:
-        """Pose the group's problem; the sums become its matrices, so that this is done once.
-
-        `damp` is relative to each entry on the Gram matrix's diagonal.  A warning says which
-        consumers read nothing, or too little.
-        """
+        """Pose the group's problem, once: the sums become its matrices."""
         if self.unread:
             warn_of(
                 "no calibration token is sent to {}, whose weights stay as they are, but for the "
@@ -117,10 +113,7 @@ class LayerStep:
     def regularization(
         self, keep: int, damp: float | None = None, correction_weight: float | None = None
     ) -> tuple[float, float]:
-        """Return damping and correction weight, as asked or as they serve held-out samples best.
-
-        Where no samples were held out, there are no corrections, unless they are asked for.
-        """
+        """Return damping and correction weight, as asked or as they serve held-out samples best."""
         if not any(gram.held_out is not None for gram in self.known):
             return DEFAULT_DAMP if damp is None else damp, correction_weight or 0.0
         damps = DAMPS if damp is None else (damp,)
@@ -135,9 +128,8 @@ class LayerStep:
     ) -> Refits:
         """Return what to commit: refits, where these do no worse than dense weights of what stays.
 
-        `weights` are those of a solution.  What reads an input that never varied keeps its dense
-        weights if its unit stays.  A layer of which nothing was held out gets its refit.  What was
-        held out is let go, unless `more` refits are to come.
+        What reads an input that never varied keeps its dense weights.  A layer of which nothing was
+        held out gets its refit.  What was held out is let go, unless `more` refits are to come.
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
@@ -163,10 +155,7 @@ class LayerStep:
         return Refits(tuple(chosen), tuple(unrefitted), growth, held_out, tuple(tied))
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
-        """Write one refitted matrix (p, m) for each `known` consumer; batches go on through them.
-
-        A bias takes up what changes in the means.  Units that are not kept leave all consumers.
-        """
+        """Write one refitted matrix (p, m) for each `known` consumer; a bias takes up means."""
         with self._written():
             self._write(weights, kept)
 

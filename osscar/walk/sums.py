@@ -61,11 +61,7 @@ def sum_bytes(linear_map: LinearMap, *, corrections: bool) -> int:
 
 
 class Sums:
-    """Plain sums over positions: of inputs X, (n, p), and of corrections D of the targets, (n, m).
-
-    `positions` counts all that the module was called with, and `rows` those at which this consumer
-    reads anything.
-    """
+    """Sums over positions: of inputs X, (n, p), and of corrections D of the targets, (n, m)."""
 
     def __init__(self, linear_map: LinearMap, *, corrections: bool) -> None:
         self.name, self.centered = linear_map.label, linear_map.bias is not None
@@ -135,10 +131,7 @@ class Sums:
         return self.inputs / self.positions, self.corrections / self.positions
 
     def centred(self, about: Sums | None = None) -> Centred:
-        """Return second moments about the means of these sums or of others.
-
-        Where no bias takes means up, they are about zero.
-        """
+        """Return second moments about the means of these sums or of others."""
         c, b = (about or self).means()
         if not self.centered:
             c, b = torch.zeros_like(c), torch.zeros_like(b)
@@ -204,10 +197,7 @@ def _type_of_sums(X: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Centred:
-    """``H = mean (x - c)(x - c)'`` of inputs x, and ``C = mean (x - c)(d - b)'`` of corrections d.
-
-    Both are read from half a matrix of sums.
-    """
+    """``H = mean (x - c)(x - c)'`` of inputs, and ``C = mean (x - c)(d - b)'`` of corrections."""
 
     sums: Symmetric = field(repr=False)
     cross: Tensor | None = field(repr=False)

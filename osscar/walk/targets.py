@@ -46,10 +46,7 @@ def correction(
     dense_stream: Tensor | None = None,
     pruned_stream: Tensor | None = None,
 ) -> Tensor:
-    """Return D, given what a consumer with dense weights returns in each stream, in its shape.
-
-    The streams to which it is added, where known, may have other leading dimensions.
-    """
+    """Return D, given what a consumer with dense weights returns in each stream, in its shape."""
     finer = torch.promote_types(dense.dtype, torch.float32)
     D = dense.to(finer) - pruned.to(finer)
     if dense_stream is not None and pruned_stream is not None:

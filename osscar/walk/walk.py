@@ -89,30 +89,32 @@ class Waiting:
 class Walk:
     """Walks the calibration data through a model, and stops where one of its groups can be solved.
 
-    It is to be iterated over once; it yields a `LayerStep` for each group, in the order in which
-    the model reads them.  `passes` counts how often batches set out from the start of the model.
+    It is iterated over once, and yields a `LayerStep` for each group, in the order in which the
+    model reads them.  `passes` counts how often batches set out from the start of the model.
 
     Parameters
     ----------
     in_turn
-        Whether each group is measured on what was committed before it, as pruning does.  If not,
-        all groups are measured on the model as it is, in a single pass, and none can be committed.
+        Whether each group is measured on what was committed before it, as pruning does; if not, all
+        are measured on the model as it is, in a single pass, and none can be committed.
     target
         What consumers are to reproduce.  Where that depends on the dense model, each batch also
-        runs through the dense weights: it passes a consumer before new weights are committed, so
-        that no second model is held.
+        passes each consumer before new weights are committed: no second model is held.
     held_out
-        How many samples, the last ones, no weight is fitted to: they choose how much of the
-        corrections targets have (`LayerStep.regularization`).
+        How many samples, the last ones, no weight is fitted to (`LayerStep.regularization`).
     committed
         The dense tensors of modules to which an earlier walk has committed, by name.
     rough
-        Whether all passes run in bfloat16 where that is faster (`Prepared.bfloat16`), and not only
-        those through the dense weights.
+        Whether all passes run in bfloat16 where that is faster, and not only dense ones.
 
-    A `ModelError` says that a consumer cannot be refitted, or is never called; a `DataError` which
-    batch fails, or takes another way through the model than the others, and in which module; and a
-    `NonFiniteError` that what a consumer reads is not finite.
+    Raises
+    ------
+    ModelError
+        If a consumer cannot be refitted, or is never called.
+    DataError
+        If a batch fails, or takes another way through the model than the others.
+    NonFiniteError
+        If what a consumer reads is not finite.
     """
 
     def __init__(
@@ -158,11 +160,7 @@ class Walk:
         return self._walked(self._steps_of)
 
     def arrivals(self) -> Iterator[tuple[CouplingGroup, tuple[Waiting, ...]]]:
-        """Yield each group with the batches as they stand before the call that reads it.
-
-        In the place of iterating over the walk, for groups that one call reads each: nothing is
-        summed up.  What the batches are to go on with can be replaced.
-        """
+        """Yield each group with the batches before the call that reads it; nothing is summed up."""
         return self._walked(self._waiting_for)
 
     def _walked(
@@ -327,10 +325,7 @@ class Walk:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Suspend passes of the pruned stream before each consumer, dense ones after it.
-
-        Dense ones run with the dense tensors of what has been committed, in an earlier walk, too.
-        """
+        """Suspend passes of the pruned stream before each consumer, dense ones after it."""
 
         def before(name: str, x: Any) -> Any:
             run = running()

@@ -55,11 +55,7 @@ class TermsBatch:
 
     @classmethod
     def of(cls, root: RemovalTerms, sides: Tensor) -> TermsBatch:
-        """Condition the terms of a whole problem on what each node has decided.
-
-        root: All n units of the problem.
-        sides: (b, n), `FREE`, `REMOVED` or `KEPT`.
-        """
+        """Condition all units of a problem on the sides, (b, n), that each node has decided."""
         free, removed = _Positions.of(sides == FREE), _Positions.of(sides == REMOVED)
         parts = [_condition(consumer, removed, free) for consumer in root.consumers]
         return cls(
@@ -102,10 +98,7 @@ class TermsBatch:
         return torch.stack([c.costs(chosen) for c in self.consumers]).sum(0)
 
     def cheapest(self, free: int, removals: int) -> tuple[Tensor, Tensor]:
-        """Return the least cost, (b,), and the places that give it, (b, r), by enumeration.
-
-        free, removals: The same number of free units, and of those that have to go, in every node.
-        """
+        """Return the least cost, (b,), and its places, (b, r), by enumeration of equal nodes."""
         choices = torch.tensor(list(combinations(range(free), removals)), dtype=torch.int64)
         choices = choices.view(math.comb(free, removals), removals).to(self.units.device)
         if not removals:

@@ -107,11 +107,7 @@ def largest_eigenvalue(matrix: Tensor) -> float:
 
 
 def minimize(bound: QuadraticBound, steps: int) -> QuadraticBound:
-    """Move `point` towards the minimizer of the convex function.
-
-    bound: Where to start.
-    steps: The most steps; one costs a product with Q.
-    """
+    """Move `point` towards the minimizer of the convex function, in at most so many steps."""
     start, total = bound.point[None], bound.q.new_tensor([bound.removals])
     weight = (1 / bound.q).expand_as(start)
 
@@ -124,11 +120,7 @@ def minimize(bound: QuadraticBound, steps: int) -> QuadraticBound:
 
 
 def tighten(bound: QuadraticBound, steps: int) -> QuadraticBound:
-    """Improve q and `point` together, by barrier steps for q between minimizations over x.
-
-    bound: Where to start; the better of it and of what is found is returned.
-    steps: The most steps of each minimization.
-    """
+    """Return the better of a bound and of what barrier steps for q between minimizations give."""
     best, current = bound, bound
     for barrier in _BARRIERS:
         for _ in range(_NEWTON_STEPS):

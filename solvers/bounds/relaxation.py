@@ -73,10 +73,7 @@ class Effort:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Indicators of the units being removed: their means x, (n,), and covariance X - xx', (n, n).
-
-    Means lie between 0 and 1, and the diagonal of the covariance is ``x (1 - x)``.
-    """
+    """Means x, (n,), and covariance X - xx', (n, n), of the indicators of units being removed."""
 
     mean: Tensor
     covariance: Tensor
@@ -156,11 +153,7 @@ class Relaxation:
 
 
 def relax(terms: RemovalTerms, effort: Effort, *, cutoff: float = math.inf) -> Relaxation:
-    """Bound the loss of every support that `terms` leave open.
-
-    terms: At least one unit is free to go and one to stay.
-    cutoff: Stop as soon as the bound reaches this loss.
-    """
+    """Bound the loss of every support that `terms` leave open, until it reaches a cutoff."""
     first = alternate(terms, effort.steps, cutoff=cutoff)
     if first.value >= cutoff:
         return first
@@ -240,10 +233,7 @@ def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Re
 
 
 def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxation, float]:
-    """Find multipliers and diagonal together, by steps towards the moments that suit both.
-
-    Returns them, and what no bound of the cost with the first multipliers exceeds.
-    """
+    """Find multipliers and diagonal together, and a limit of bounds with the first multipliers."""
     terms, found, point = first.terms, first.bound.shape, first.bound.point
     moments, step = Moments.independent(_inner(terms, point)), _FIRST_STEP
     barrier, factor, least_barrier = _BARRIERS
@@ -283,10 +273,9 @@ def _moved(
     weight: float,
     step: float,
 ) -> tuple[Moments, float]:
-    """Move moments towards the response to them; return them, and by which step.
+    """Move moments towards the response to them, if ``L - weight log det(X - xx')`` descends.
 
-    What descends is ``L - weight log det(X - xx')``, which the response makes least to first order;
-    some steps are tried, beginning from the last.
+    Some steps are tried, beginning from the last; the one taken is returned, too.
     """
 
     def height(some: Moments) -> float:

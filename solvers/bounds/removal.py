@@ -46,10 +46,7 @@ class ConsumerRemoval:
 
     @classmethod
     def of(cls, consumer: Consumer) -> tuple[ConsumerRemoval, float, Rounding]:
-        """Invert the Hessian; return the terms, ``e - tr(G'W)``, and what rounding can have done.
-
-        More than p responses are compressed to p, which changes no loss.
-        """
+        """Invert the Hessian; return the terms, ``e - tr(G'W)``, and the rounding of both."""
         H, G = equal_width(consumer)
         factor = torch.linalg.cholesky(H)
         A = torch.cholesky_inverse(factor)
@@ -158,10 +155,7 @@ class RemovalTerms:
         )
 
     def certified(self, cost: float) -> float:
-        """Turn a lower bound of the cost into one of the exact loss.
-
-        cost: As computed, less what `Magnitudes.lost` says.
-        """
+        """Turn a lower bound of the cost, less `Magnitudes.lost`, into one of the exact loss."""
         computed = torch.tensor(cost, dtype=torch.float64)
         return float(self.rounding.certified(self.constant, computed))
 

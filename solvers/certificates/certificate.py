@@ -79,10 +79,7 @@ class EnumerationCertificate:
     """The evidence that there are few enough supports to compute the loss of each."""
 
     def bound(self, problem: SubsetProblem) -> float:
-        """Return the least loss of all supports, in float64; takes as long as the search did.
-
-        Raises VerificationError if there are more than 20,000 supports.
-        """
+        """Return the least loss of all supports, at most 20,000 (VerificationError)."""
         removals = problem.units - problem.keep
         _check_few(math.comb(problem.units, removals))
         inverses = Inverses.of(problem)

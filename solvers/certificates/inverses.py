@@ -1,7 +1,4 @@
-"""What a problem's inverses prove: the linear algebra of certificates, which no search shares.
-
-The formulas are those of `solvers.certificates.certificate`.
-"""
+"""The linear algebra of `solvers.certificates.certificate`, which no search shares."""
 
 from __future__ import annotations
 
@@ -62,10 +59,7 @@ class Inverses:
         return max(Magnitudes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
 
     def proved(self, loss: float) -> float:
-        """Turn a lower bound of the losses that A and A G give into one of the exact losses.
-
-        Raises VerificationError if it is no finite number.
-        """
+        """Turn a lower bound of computed losses into one of exact ones (VerificationError)."""
         if not (math.isfinite(loss) and math.isfinite(self.constant)):
             raise VerificationError(f"the certificate proves {loss}, which is no bound")
         cost = torch.tensor(loss - self.constant, dtype=torch.float64)

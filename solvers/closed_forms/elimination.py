@@ -61,12 +61,9 @@ _Mark: TypeAlias = tuple[Tensor, int, Tensor]
 
 
 def eliminate(problem: SubsetProblem, count: int) -> Removals:
-    """Remove `count` units from the full support, one at a time, each the cheapest.
+    """Remove `count` units, less than all, from the full support, one at a time, each the cheapest.
 
     The order and the losses are exact: those of a fresh factorization after each removal.
-
-    problem: The problem; what it wants to keep plays no role.
-    count: How many units to remove; less than all.
     """
     removals: Removals = []
     front = _Elimination(problem, torch.arange(problem.units, device=problem.device))
@@ -342,10 +339,7 @@ class _ConsumerElimination:
         del self.left[count:]
 
     def remove(self, index: Tensor) -> None:
-        """Bring the rows of a unit, (1,) int64, up to date, and add what its removal changes.
-
-        The numbers are meaningless where the unit is not `at_hand`.
-        """
+        """Bring the rows of a unit, (1,) int64, that is `at_hand` up to date, and let it leave."""
         w, t = self.width, len(self.left) * self.width
         own, new = unit_rows(index, w), slice(t, t + w)
         before = self.pending[:, :t]  # Q, Z and a of what left earlier

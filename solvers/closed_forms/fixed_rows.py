@@ -31,10 +31,7 @@ class FixedRows:
     """``inv(L) G_f``, (f, m)."""
 
     def refit(self, W: Tensor) -> Tensor:
-        """Return the optimal weights of the fixed rows, (f, m), given those of the others, (u, m).
-
-        They are exact for the weights of any support, whatever chose it.
-        """
+        """Return the optimal weights of the fixed rows, (f, m), for any of the others, (u, m)."""
         found = self.target - self.across.T @ W
         self.factor.backward(found)
         return found

@@ -129,10 +129,7 @@ class ConsumerState:
         return unit_rows(self._place[units], self.width)
 
     def sweep(self, units: Tensor) -> None:
-        """Move the given units to the other side of the support.
-
-        units: (u,) int64; those inside leave and those outside enter.
-        """
+        """Move the given units, (u,) int64, to the other side of the support."""
         at, inside = self._at(units), self.kept[units]
         sign = torch.where(inside, -1.0, 1.0).to(self.U).repeat_interleave(self.width)
         columns, own = self.N.rows(at).T, self.U[at]
@@ -208,11 +205,7 @@ def _inverse(A: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class PivotState:
-    """The states of all consumers of a problem, on one support.
-
-    consumers: One state for each of its consumers.
-    kept: (n,) bool, the units in the support.
-    """
+    """The states of all consumers of a problem, on the support of the units `kept`, (n,) bool."""
 
     problem: SubsetProblem
     consumers: tuple[ConsumerState, ...]
@@ -225,11 +218,7 @@ class PivotState:
 
     @classmethod
     def on_support(cls, problem: SubsetProblem, support: Tensor) -> PivotState:
-        """Factorize on a support, (k,) int64.
-
-        Costs one Cholesky factorization of the kept rows and a few products; N, in half of the
-        memory of a p x p matrix, and U stay.
-        """
+        """Factorize the rows of a support, (k,) int64; N, in half of its memory, and U stay."""
         kept = torch.zeros(problem.units, dtype=torch.bool, device=problem.device)
         kept[support] = True
         return cls(problem, tuple(ConsumerState(c, kept) for c in problem.consumers), kept)
@@ -252,10 +241,7 @@ class PivotState:
         self.kept[moved] = ~self.kept[moved]
 
     def part(self, units: Tensor) -> PivotState:
-        """Return the state of some units alone, in which these may be exchanged.
-
-        units: (u,) int64; products can be kept where those in the support come first.
-        """
+        """Return the state of some units, (u,) int64, alone, in which these may be exchanged."""
         parts = tuple(state.part(units) for state in self.consumers)
         return PivotState(self.problem, parts, self.kept[units])
 
@@ -264,10 +250,7 @@ class PivotState:
         return max(state.drift() for state in self.consumers)
 
     def loss(self) -> float | None:
-        """Return the loss of the refit that the state holds, where it holds that of all columns.
-
-        Where the state is sound it is that of `solvers.closed_forms.refit.refit`.
-        """
+        """Return the loss of the refit, which a sound state holds, if it holds all columns."""
         losses = [state.loss() for state in self.consumers]
         known = [loss for loss in losses if loss is not None]
         return max(sum(known), 0.0) if len(known) == len(losses) else None

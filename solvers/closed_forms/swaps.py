@@ -89,10 +89,7 @@ def _tiles(state: PivotState) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def swap_gains(state: PivotState, leave: Tensor, enter: Tensor) -> Tensor:
-    """Return the gain of each pair, (len(leave), len(enter)).
-
-    leave, enter: Units inside and outside of its support, int64.
-    """
+    """Return the gain of each pair, (len(leave), len(enter)), of units inside and outside."""
 
     def gains(consumer: ConsumerState) -> Tensor:
         if consumer.width == 1:

@@ -26,12 +26,7 @@ from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
 
 def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Tensor:
-    """Return the units closest to changing sides, about half of them kept.
-
-    support: A feasible choice, (k,) int64.
-    size: Units wanted, at most those of the problem.
-    Returns kept units that cost least to remove and removed ones that gain most if added, (size,).
-    """
+    """Return units closest to changing sides, (size,), about half of them in the support."""
     state = PivotState.on_support(problem, support)
     kept = state.support[state.removal_losses()[state.support].argsort()]
     removed = state.removed[state.addition_gains()[state.removed].argsort(descending=True)]
@@ -41,12 +36,7 @@ def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Ten
 def random_window(
     problem: SubsetProblem, support: Tensor, size: int, generator: torch.Generator
 ) -> Tensor:
-    """Return units drawn at random, about half of them kept.
-
-    support: A feasible choice, (k,) int64.
-    size: Units wanted, at most those of the problem.
-    generator: Draws on the CPU, so that devices agree.
-    """
+    """Return units drawn at random on the CPU, (size,), about half of them in the support."""
     order = torch.randperm(problem.units, generator=generator).to(support.device)
     inside = torch.isin(order, support)
     return _first_of_each(order[inside], order[~inside], size)
@@ -58,13 +48,10 @@ def _first_of_each(kept: Tensor, removed: Tensor, size: int) -> Tensor:
 
 
 def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> SubsetProblem:
-    """Return the problem of choosing among `units` only, the others as in `support`.
+    """Return the problem of choosing among `units`, (N,) int64, the others as in `support`.
 
-    support: A feasible choice, (k,) int64.
-    units: The window, (N,) int64, distinct; it must hold at least one unit of `support`.
-    Returns N units, of which as many stay as `support` keeps of them; unit i is ``units[i]``.
-    Raises ProblemError if the window is empty, names a unit twice or out of range, or keeps none of
-        its units.
+    As many stay as `support` keeps of them; unit i is ``units[i]``.  Raises ProblemError if the
+    window is empty, names a unit twice or out of range, or keeps none of its units.
     """
     inside = _mask(problem, units, "units")
     kept = _mask(problem, support, "support")
@@ -77,12 +64,7 @@ def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> Su
 
 
 def apply_window(support: Tensor, units: Tensor, chosen: Tensor) -> Tensor:
-    """Return `support` with its part inside the window replaced.
-
-    support: A feasible choice of the whole problem, (k,) int64.
-    units: The window, (N,) int64.
-    chosen: A support of the window's problem: positions in `units`.
-    """
+    """Return `support` with its part inside the window replaced by ``units[chosen]``."""
     outside = support[~torch.isin(support, units)]
     return torch.cat([outside, units[chosen]]).sort().values
 

@@ -250,11 +250,7 @@ class _Search(Incumbent):
         self.offer(torch.nonzero(stays).flatten())
 
     def _fix(self, nodes: Nodes, terms: TermsBatch, bound: BoundBatch) -> tuple[Nodes, Tensor]:
-        """Decide on free units whose other side cannot beat the incumbent; return which are left.
-
-        nodes: With these units on their sides.
-        open: The places that are still free, (b, n) bool.
-        """
+        """Decide on free units whose other side cannot beat the incumbent; return what is free."""
         slack = (terms.cost_reaching(self.cutoff) - bound.cost)[:, None]
         go = (bound.if_kept(terms) > slack) & terms.free
         stay = (bound.if_removed(terms) > slack) & terms.free

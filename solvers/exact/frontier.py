@@ -41,11 +41,7 @@ class Nodes:
 
 
 class Frontier:
-    """Open nodes, of which those of the least bounds are taken first.
-
-    units: The number n of units.
-    device: Where the nodes are held.
-    """
+    """Open nodes of n units on a device, of which those of the least bounds are taken first."""
 
     def __init__(self, units: int, device: torch.device) -> None:
         self._size = 0
@@ -105,21 +101,17 @@ def _tensors(nodes: Nodes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class TreeRecord:
-    """The nodes that were bounded, in the order in which they were.
-
-    A tree that grows past `MOST_ENTRIES` is not kept: there is no certificate then.
-    """
+    """The nodes in the order in which they were bounded, unless they exceed `MOST_ENTRIES`."""
 
     def __init__(self) -> None:
         self._size = 0
         self._parts: list[tuple[Tensor, ...]] = []
 
     def add(self, nodes: Nodes, point: Tensor, growth: Tensor) -> Tensor:
-        """Add nodes; return the places by which their children refer to them, (b,).
+        """Add nodes as they were bounded; return the places by which children refer to them, (b,).
 
-        nodes: As they were bounded.
-        point: Where each node is linearized, (b, n).
-        growth: Its q relative to ``shape * diag(Q)``, (b,); 0 if it was enumerated.
+        `point` is where each is linearized, (b, n), and `growth` its q relative to
+        ``shape * diag(Q)``, (b,); 0 if it was enumerated.
         """
         places = self._size + torch.arange(len(nodes), device=nodes.parent.device)
         self._size += len(nodes)
@@ -132,11 +124,7 @@ class TreeRecord:
     def certificate(
         self, root: MultiplierCertificate | None, shape: Tensor
     ) -> TreeCertificate | None:
-        """Return the evidence for what the search has proved, or None if it grew too large.
-
-        root: The linearization of the first node, or None if that is enumerated.
-        shape: What the multipliers and q of all other nodes are scaled by, (n,).
-        """
+        """Return the evidence, given that of the root and the shape of all q; None if too large."""
         if sum(len(parent) for parent, *_ in self._parts) < self._size:
             return None
         fields = (torch.cat(parts) for parts in zip(*self._parts, strict=True))

@@ -107,10 +107,7 @@ class MixedInteger(Backend):
 
 
 class Search(Incumbent):
-    """The incumbent, an oracle of cuts, and what a solver's bound of the cost proves.
-
-    problem: One that removes at least one unit.
-    """
+    """The incumbent, an oracle of cuts, and what a solver's bound of the cost proves."""
 
     def __init__(self, problem: SubsetProblem, limits: MixedInteger) -> None:
         self.deadline = time.perf_counter() + limits.time_limit
@@ -149,11 +146,9 @@ class Search(Incumbent):
         self.offer(torch.from_numpy(kept).to(self.problem.device))
 
     def answer(self, cost: float, solver: str, *, timed_out: bool) -> Selection:
-        """Turn the bound of a master problem that a solver solved into an answer.
+        """Turn a solver's bound of the cost, in units of `Search.unit`, into an answer.
 
-        cost: In units of `Search.unit`.
-        timed_out: Whether the time limit ended the search; if not, and a gap is left, rounding
-            hides it.
+        A gap that is left though the search has not `timed_out` is one that rounding hides.
         """
         lower, certificate = self.terms.certified((cost - SOLVER_SLACK) * self.unit), None
         if not lower > self.root.value:

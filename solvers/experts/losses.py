@@ -63,11 +63,7 @@ def _value(p: Tensor, q: Tensor, z: Tensor | float, scale: float) -> Tensor:
 
 
 class Losses:
-    """Losses of sets of experts, given as masks, (experts,) bool; of all removals and exchanges.
-
-    problem: Whose tokens are sent to the experts of each set.
-    size: Tokens of which losses are computed at a time.
-    """
+    """Losses of sets of experts, given as masks, (experts,) bool, some tokens at a time."""
 
     def __init__(self, problem: ExpertProblem, size: int) -> None:
         self.problem, self.rule = problem, problem.rule
@@ -87,10 +83,7 @@ class Losses:
         raise NotImplementedError
 
     def exchanges(self, kept: Tensor) -> Tensor:
-        """Return the losses with a in place of r, (experts r, experts a).
-
-        They are infinite where r does not stay, a does, or they are of different groups.
-        """
+        """Return the losses with a in place of r, (experts r, experts a); else infinity."""
         raise NotImplementedError
 
 
@@ -358,11 +351,7 @@ class ReroutedLosses(Losses):
         )
 
     def _touched(self, chunk: Chunk, kept: Tensor) -> Tensor:
-        """Return which tokens may be sent elsewhere if an expert leaves or enters, (t, experts).
-
-        Those that are sent to it, or would be if its group were open, and those of whose groups'
-        scores it is a part, or would be.
-        """
+        """Return which tokens may be sent elsewhere if an expert leaves or enters, (t, experts)."""
         if self._reorders:
             return torch.ones_like(chunk.all_gates, dtype=torch.bool)
         everything = torch.arange(len(chunk), device=kept.device)

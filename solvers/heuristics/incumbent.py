@@ -9,10 +9,7 @@ from solvers.problem import SubsetProblem
 
 
 class Incumbent:
-    """The best support that was offered, and how its loss fell.
-
-    support: The first support, (k,) int64.
-    """
+    """The best support that was offered, (k,) int64, and how its loss fell."""
 
     def __init__(self, problem: SubsetProblem, support: Tensor) -> None:
         self.problem = problem

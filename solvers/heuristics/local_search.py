@@ -105,10 +105,7 @@ class LocalSearch(Backend):
         return PivotState.on_support(problem, support)
 
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, float, bool]:
-        """Make at most `limit` improving exchanges.
-
-        Returns how many were made, what the best that is left gains, and whether that is nothing.
-        """
+        """Make at most `limit` exchanges; return how many, the best left, and if that is none."""
         state.hold_products()
         few = len(state.support) * len(state.removed) < _FEW_PAIRS
         count = 1 if few else _AT_ONCE

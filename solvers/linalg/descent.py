@@ -1,7 +1,6 @@
 """Accelerated proximal gradients, and the projection on the capped simplex.
 
-Their many operations on few numbers are those of numpy, which begins each in a tenth of the time
-that torch takes.
+Their many operations on few numbers take a tenth of the time in numpy that torch takes.
 """
 
 from __future__ import annotations

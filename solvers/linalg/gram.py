@@ -73,12 +73,7 @@ def quadratic_rounding(
 def _tiles(
     H: Symmetric, W: Tensor, rows: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield some rows of W that are not zero at a time, with what ``H W`` there is made of.
-
-    at: Which rows, (r,) int64.
-    own: W there, (r, m).
-    tile, used: Their product is ``H W`` there; the tile is a copy.
-    """
+    """Yield which rows of W are next, W there, and two matrices whose product is ``H W`` there."""
     if rows is None:
         rows = torch.nonzero(W.any(1)).flatten()
         W = W if len(rows) == len(W) else W[rows]
@@ -111,10 +106,7 @@ def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> _DefiniteF
 
 @dataclass(frozen=True, eq=False)
 class _DefiniteFactor:
-    """The Cholesky factor of ``D H D - margin``, whose D gives H a unit diagonal.
-
-    factor, scale: The factor, and D as (p,) numbers.
-    """
+    """The Cholesky factor of ``D H D - margin``, whose D, (p,), gives H a unit diagonal."""
 
     factor: Symmetric
     scale: Tensor
@@ -131,10 +123,7 @@ class _DefiniteFactor:
 
 
 def unexplained(H: Symmetric, G: Tensor, e: float) -> tuple[float, float]:
-    """Return the least loss of any weights, and the sum of magnitudes that it is the rest of.
-
-    H: Positive definite, (p, p).
-    """
+    """Return the least loss of any weights, and the sum of magnitudes that it is the rest of."""
     W = solve_definite(H.copy(), G.clone())
     return quadratic(H, G, e, W), magnitudes(H, G, e, W)
 
@@ -222,10 +211,7 @@ def damp_terms(
 def _matrices(
     H: Any, W0: Any, G: Any, overwrite: bool
 ) -> tuple[Symmetric, Tensor, Tensor | None, float]:
-    """Return the matrices in float64, their shapes and entries checked, and `consistency`.
-
-    They are copies, unless those given may be overwritten.
-    """
+    """Return the matrices in float64, copies unless they may be overwritten, and `consistency`."""
     H = H if isinstance(H, Symmetric) else as_tensor(H)
     W0 = as_tensor(W0)
     if len(H.shape) != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:

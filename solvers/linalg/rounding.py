@@ -78,11 +78,7 @@ class Rounding:
         return cls(inverse, refit, _EPS * p * m, offset), constant
 
     def certified(self, constant: float, cost: Tensor) -> Tensor:
-        """Turn lower bounds of costs into ones of exact losses, element by element.
-
-        constant: Loss with all units kept, as computed.
-        cost: Bounds of c(R), as computed; of a linearization, less what `Magnitudes.lost` says.
-        """
+        """Turn lower bounds of costs, less `Magnitudes.lost`, into ones of exact losses."""
         computed = (cost * (1 - self.unit)).clamp(min=0.0)
         root = ((computed * max(1 - self.inverse, 0.0)).sqrt() - self.refit).clamp(min=0.0)
         return (constant - self.offset - self.refit**2 + root.square()).clamp(min=0.0)
@@ -149,10 +145,7 @@ class Magnitudes:
         return _EPS * (responses + width**2 + 2 * units + 8)
 
     def lost(self, q: Tensor, point: Tensor) -> Tensor:
-        """Return by how much rounding can have raised the linearization at a point with Diag(q).
-
-        q, point: (..., n) each.
-        """
+        """Return by how much rounding can have raised the linearization; both are (..., n)."""
         # The terms of g and of x'Px with their magnitudes, P being Diag(q) - Q.
         row_sums = q * point + self.Q * (self.Q * point).sum(-1, keepdim=True)
         return self.unit * (2 * self.a + q + (2 + point) * row_sums).sum(-1)

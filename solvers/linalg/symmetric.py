@@ -195,11 +195,9 @@ class Symmetric:
         return Symmetric([_picked(spans, rows, start, stop) for start, stop in edges])
 
     def split(self, cut: int) -> tuple[Symmetric, Tensor, Symmetric]:
-        """Return the rows before a cut, what the others have in their columns, and the rest of it.
+        """Return the rows before a cut, the columns that others have of these, and the rest.
 
-        The matrix is gone then: what is copied is given back on the way.
-
-        cut: A row at which a panel starts.
+        The matrix is gone then: what is copied is given back on the way.  A panel starts there.
         """
         before, self._panels = list(self.spans()), []
         across = before[0][1].new_empty(sum(len(panel) for _, panel in before) - cut, cut)
@@ -341,10 +339,7 @@ def _within(index: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _picked(sources: list[tuple[int, Tensor]], rows: Tensor, start: int, stop: int) -> Tensor:
-    """Return the panel ``start .. stop`` of some rows, sorted, of a matrix.
-
-    sources: The first row of each panel of the matrix that has such a row, and the panel.
-    """
+    """Return the panel ``start .. stop`` of some sorted rows of a matrix, given its panels."""
     own, columns = rows[start:stop], rows[:stop]
     panel = sources[0][1].new_empty(stop - start, stop)
     for first, source in sources:
