@@ -4,9 +4,8 @@
 
 Each row is one search, written to a file of its own in DIRECTORY, so that the same command goes on
 where it was stopped.  A pool of samples, the test images or all windows of a text, is drawn from
-anew with each seed; what is left of it is fresh, and is measured as the search measures.  With
-`--bisect` the size is also bisected by hand, with a whole run of `osscar.prune` at each of six.
-Ends with a Markdown table.  Seconds are those of the processor.
+anew with each seed; what is left of it is fresh, and is measured as the search measures.  Ends with
+a Markdown table.  Seconds are those of the processor.
 
 Takes 3 minutes a search of ResNet-20 or the demo, a quarter of an hour one of another model.
 """
@@ -29,13 +28,10 @@ from benchmarks.measuring import markdown, rows_in
 from benchmarks.tasks import cifar10
 from osscar.base.files import write_json
 from osscar.data.batches import as_inputs
-from osscar.data.parts import copies, in_parts, rows_of
+from osscar.data.parts import rows_of
 from osscar.evaluation.confidence import Judge
 from osscar.models.names import DEMO_CALIBRATION
 from osscar.request import TargetKind
-
-SIZES = 6
-"""Whole runs of a bisection: the last differs by a 64th of the model."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +73,17 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One search, or one bisection."""
+    """One search."""
 
     task: str
     target: str
     most: float
     seed: int
-    method: str
 
     @property
     def file(self) -> str:
         """The name of its file."""
-        return f"{self.task}-{self.target}-{self.most:g}-{self.seed}-{self.method}.json"
+        return f"{self.task}-{self.target}-{self.most:g}-{self.seed}.json"
 
 
 def main() -> None:
@@ -113,7 +108,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mobilenet", type=Path, help="weights of MobileNetV2")
     parser.add_argument("--targets", nargs="*", type=float, help="only those of these values")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--bisect", action="store_true", help="also by hand, with the first seed")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
@@ -122,11 +116,8 @@ def asked(name: str, arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows that are asked for, all targets of a seed before the next."""
     for seed in arguments.seeds:
         for kind, most in TASKS[name].targets:
-            if arguments.targets and most not in arguments.targets:
-                continue
-            yield Row(name, kind, most, seed, "search")
-            if arguments.bisect and seed == arguments.seeds[0]:
-                yield Row(name, kind, most, seed, "bisection")
+            if not arguments.targets or most in arguments.targets:
+                yield Row(name, kind, most, seed)
 
 
 def opened(task: Task, arguments: argparse.Namespace) -> tuple[osscar.LoadedModel, Any]:
@@ -164,17 +155,12 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
     began, found = time.process_time(), dataclasses.asdict(row)
     asked: dict[str, Any] = {kind: row.most}
     try:
-        if row.method == "search":
-            result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
-            assert result.target is not None
-            report = result.target.to_json()
-            found |= {**report, "choosing": report["attempts"][report["chosen"]]["measured"]}
-        else:
-            result = bisected(row, loaded, data, arguments.device)
+        result = osscar.prune(model, data, seed=row.seed, device=arguments.device, **asked)
     except osscar.OsscarError as error:
         found["refused"] = str(error)
     else:
-        found["seconds"] = time.process_time() - began
+        assert result.target is not None
+        found |= {**result.target.to_json(), "seconds": time.process_time() - began}
         judge = Judge.of(kind, model, fresh, loaded.classes)
         found["fresh"] = dataclasses.asdict(judge.measure(result.model))
         found["kept"] = result.parameters_after / result.parameters_before
@@ -182,33 +168,13 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
     print(row, found.get("refused") or f"keeps {found['kept']:.1%}", flush=True)
 
 
-def bisected(row: Row, loaded: osscar.LoadedModel, data: Any, device: str) -> osscar.PruningResult:
-    """Bisect the size by hand, on the same parts of the samples."""
-    parts = in_parts(data, copies(as_inputs(loaded.model, data)), row.seed)
-    judge = Judge.of(TargetKind(row.target), loaded.model, parts.searched, loaded.classes)
-    low, high, best = 0.0, 1.0, None
-    for _ in range(SIZES):
-        middle = (low + high) / 2
-        try:
-            result = osscar.prune(loaded.model, parts.pruned_on, params=middle, device=device)
-        except osscar.OsscarError:  # there is not so much to remove
-            low = middle
-            continue
-        if judge.measure(result.model).bound <= row.most:
-            high, best = middle, result
-        else:
-            low = middle
-    assert best is not None
-    return best
-
-
 def table(directory: Path) -> list[str]:
-    """Return a Markdown table of the rows in a directory, one for each task, target and method."""
+    """Return a Markdown table of the rows in a directory, one for each task and target."""
     cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows_in(directory):
-        cell = (row["task"], f"{row['target']} {row['most']:g}", row["method"])
+        cell = (row["task"], f"{row['target']} {row['most']:g}")
         cells.setdefault(cell, []).append(row)
-    head = ["model", "target", "method", "tries", "refused", "parameters kept", "fresh value, mean"]
+    head = ["model", "target", "tries", "refused", "parameters kept", "fresh value, mean"]
     end = ["fresh within the target", "fresh within the reported bound", "attempts", "seconds"]
     lines: list[list[str]] = [[*head, *end]]
     for cell, tries in cells.items():
@@ -218,16 +184,13 @@ def table(directory: Path) -> list[str]:
             lines.append([*counts, *[""] * 6])
             continue
         fresh = [row["fresh"]["value"] for row in own]
-        known = [row for row in own if "reported" in row]
-        bound = sum(row["fresh"]["value"] <= row["reported"]["bound"] for row in known)
-        within = [sum(row["fresh"]["value"] <= row["most"] for row in own), bound if known else ""]
-        attempts = (
-            f"{np.mean([len(row['attempts']) for row in known]):.1f}" if known else f"{SIZES}"
-        )
+        bound = sum(row["fresh"]["value"] <= row["reported"]["bound"] for row in own)
+        within = [sum(row["fresh"]["value"] <= row["most"] for row in own), bound]
+        attempts = np.mean([len(row["attempts"]) for row in own])
         kept, seconds = (np.mean([row[name] for row in own]) for name in ("kept", "seconds"))
         sizes = [f"{kept:.1%}", f"{np.mean(fresh):.4f}"]
-        lines.append([*counts, *sizes, *map(str, within), attempts, f"{seconds:.0f}"])
-    return markdown(lines, 3)
+        lines.append([*counts, *sizes, *map(str, within), f"{attempts:.1f}", f"{seconds:.0f}"])
+    return markdown(lines, 2)
 
 
 if __name__ == "__main__":

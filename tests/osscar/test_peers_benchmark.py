@@ -51,7 +51,7 @@ def found(one, options):
 
 
 @pytest.mark.parametrize("method", slow_but("SliceGPT", METHODS))
-def test_each_method_meets_the_size_and_is_read_back(method, options):
+def test_each_method_meets_the_size(method, options):
     if method.startswith("Torch"):
         pytest.importorskip("torch_pruning")
     dense = read(options.directory / row(DENSE).key)
@@ -61,7 +61,6 @@ def test_each_method_meets_the_size_and_is_read_back(method, options):
     if method == "ShortGPT":  # whole blocks, as many as come nearest
         most += dense["parameters"] / 8
     assert dense["parameters"] / 2 < one["parameters"] <= most
-    assert one["read_back"] == "equal"
     assert bool(one["proved"]) == (method in ("FLAP", *backends.METHODS))
 
 
@@ -86,7 +85,7 @@ def test_slices_of_full_width_and_no_removed_block_leave_the_model_as_it_is(fami
 def rows(theirs, seconds):
     shared = {"task": "demo", "setting": SETTING, "samples": 2, "steps": 0}
     size = {"parameters": 80, "flops": 80, "forward": {"model": 1.0, "dense": 1.0}}
-    done = {**size, "peak_bytes": 1e9, "form": "pickle", "read_back": "equal", "proved": ""}
+    done = {**size, "peak_bytes": 1e9, "form": "pickle", "proved": ""}
     yield {**shared, "method": DENSE, "seed": 0, "quality": {"perplexity": 10.0}, **size,
            "parameters": 100, "flops": 100, "size": {"params": 80}}  # fmt: skip
     for seed in range(3):
