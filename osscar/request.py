@@ -167,10 +167,7 @@ def round_width(width: int) -> int:
 
 
 def parse_keep(value: Keep) -> Fraction | int:
-    """Read what to keep.
-
-    ``"0.7"``, ``"70%"``, ``"2/3"`` and 0.7 are fractions, ``"512"`` and 512 counts.
-    """
+    """Read what to keep: ``"0.7"``, ``"70%"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
     try:
         text = str(value).strip()
     except ValueError:  # of more digits than Python writes

@@ -31,11 +31,7 @@ def give_back() -> None:
 
 
 def give_back_at_once() -> None:
-    """Have tensors of 1 MB or more go back to the system whenever they are freed, from now on.
-
-    Else it learns to keep blocks of up to 32 MB: hidden states and weights of a layer, of which
-    some hundred MB then lie between what is still in use.
-    """
+    """Have tensors of 1 MB or more go back to the system whenever they are freed, from now on."""
     for libc in _glibc():
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
 

@@ -33,11 +33,7 @@ def cache_directory() -> Path:
 
 @contextmanager
 def temporary_sibling(target: Path) -> Iterator[Path]:
-    """Give an empty directory beside a path, for what is to become that path (OSError).
-
-    It bears the machine and the process, so that two never write to the same.  It goes when the
-    block ends, and what killed processes have left goes before (`remove_abandoned`).
-    """
+    """Give an empty directory of this process beside a path, which goes when the block ends."""
     remove_abandoned(target)
     place = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     shutil.rmtree(place, ignore_errors=True)
@@ -49,10 +45,7 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(target: Path) -> bool:
-    """Remove the temporary siblings of a path that killed processes of this machine have left.
-
-    Returned is whether another is being written: its process is running.
-    """
+    """Remove what killed processes left beside a path; return whether another process writes it."""
     written = False
     start, machine = f".{target.name}.", re.escape(socket.gethostname())
     for left in target.parent.glob(f"{glob.escape(start)}*{PARTIAL}"):
@@ -110,10 +103,7 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
-    """Return a path that is to be written without links in it.
-
-    An OutputError is raised if it cannot be one, such as of a user without a home.
-    """
+    """Return a path to be written without links in it (OutputError if it cannot be a path)."""
     name = file_name(path, "the output", "the name of a file or directory")
     try:
         return Path(name).expanduser().resolve()
@@ -128,10 +118,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
-    """Write JSON; the file appears whole or not at all (OutputError).
-
-    A number that is not finite, which JSON cannot say, is a ValueError.
-    """
+    """Write JSON; the file appears whole or not at all (OutputError; ValueError if not finite)."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
@@ -178,10 +165,7 @@ _REMEDIES = {
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise what the system refuses as an OSError, also where a library says so in its own way.
-
-    safetensors, tokenizers and `solvers` raise other exceptions, with the number in the text.
-    """
+    """Raise as an OSError also what a library raises otherwise, with the number in its text."""
     try:
         yield
     except OSError:

@@ -51,10 +51,7 @@ def file_name(value: object, what: str, example: str) -> str:
 
 
 def whole_number(value: object, what: str, least: int) -> int:
-    """Return a number that counts something; an OptionError if it is none, or too small.
-
-    `what` it counts says also by which option it is given.
-    """
+    """Return a number that counts something (OptionError); `what` names also the option."""
     from pydantic import Strict
 
     found: int = checked(what, Annotated[int, Strict(), count_from(least)], value)
@@ -130,10 +127,7 @@ PERCENT = Percent()
 
 
 def check_fields(filled: Any) -> None:
-    """Make each field of a dataclass what its annotation says, as `checked` does.
-
-    A field at its default is left as it is, and so is one whose annotation is quoted.
-    """
+    """Make each field of a dataclass that is not at its default what its annotation says."""
     for one in dataclasses.fields(filled):
         value = getattr(filled, one.name)
         if value is not one.default and not isinstance(one.type, str):
@@ -141,10 +135,7 @@ def check_fields(filled: Any) -> None:
 
 
 def checked(name: str, annotation: Any, value: Any) -> Any:
-    """Return a value of an option as its annotation says, or raise an OptionError.
-
-    Numbers of any library become Python's own; True and False are no numbers.
-    """
+    """Return a value, numbers as Python's own, as an annotation says (OptionError)."""
     from pydantic import ValidationError
 
     if getattr(value, "shape", None) == ():  # a number of numpy or torch

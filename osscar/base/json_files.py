@@ -27,11 +27,7 @@ _SHOWN = 60
 
 
 def read_json(path: Path, schema: type[T]) -> T:
-    """Read a JSON file that anyone may have written.
-
-    `schema` is what it has to hold: a dataclass that is configured as `STRICT`, or a mapping.  A
-    FileError says that it is missing or no JSON, or names the field that is not as the schema says.
-    """
+    """Read a JSON file by a schema, a dataclass configured as `STRICT` or a mapping (FileError)."""
     try:
         content = path.read_bytes()
     except OSError as error:

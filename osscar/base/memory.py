@@ -83,10 +83,7 @@ class DeviceMemory:
         return most if sys.platform == "darwin" else most * 1024
 
     def available(self) -> int | None:
-        """Return how many bytes are there for this process, or None where the system does not tell.
-
-        What is free is shared out among the processes of this launch that use the same memory.
-        """
+        """Return this process's share of the free memory, or None where nothing tells."""
         found = available_memory()
         return None if found is None else found // neighbours()
 
@@ -105,10 +102,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class _CardMemory(DeviceMemory):
-    """That of a graphics card, as far as this process has reserved it.
-
-    What CUDA itself takes for a process, some hundred MB, is not reserved by torch, nor counted.
-    """
+    """What torch has reserved on a card, without the hundreds of MB that CUDA itself takes."""
 
     device: torch.device
     """With its number."""

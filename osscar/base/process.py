@@ -41,11 +41,7 @@ def ends_at_once(number: int, _: FrameType | None) -> NoReturn:
 
 
 def unwinds(number: int, frame: FrameType | None) -> None:
-    """Raise a KeyboardInterrupt of the signal's number, so that all blocks clean up behind them.
-
-    The machinery of imports would lose it, and a library in C would take it for an error of its
-    own, so that it waits for these.
-    """
+    """Raise a KeyboardInterrupt of the signal's number once no import or C library loses it."""
     stack = [one for one, _ in traceback.walk_stack(frame)]
     if stack[0].f_code.co_filename.startswith("<frozen importlib") or any(
         isinstance(one.f_locals.get("self"), ExtensionFileLoader) for one in stack

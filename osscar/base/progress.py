@@ -95,10 +95,7 @@ class _Bar:
 
 @contextmanager
 def progress_bar(description: str, total: float | None = None) -> Iterator[_Bar]:
-    """Show a bar while the block runs; those opened inside it appear below.
-
-    The total is the number of steps, or None when unknown (the bar then pulses).
-    """
+    """Show a bar while the block runs, below those around it; it pulses without a total."""
     global _display
     is_first = _display is None
     display = _display = _display or _Display()

@@ -71,10 +71,7 @@ class Ranks:
         return self.size == 1
 
     def share(self, costs: Sequence[float]) -> list[int]:
-        """Return which of several pieces of work are this rank's, in ascending order.
-
-        The most costly go first, each to the rank that has least to do.
-        """
+        """Return which pieces of work are this rank's; the most costly go to whoever has least."""
         loads = [0.0] * self.size
         mine = []
         for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -108,10 +105,7 @@ class Ranks:
 
     @contextmanager
     def alike(self, place: str) -> Iterator[None]:
-        """Let all ranks leave a block by a `NonFiniteError` where one does; all have to enter it.
-
-        So whoever catches it catches it on all ranks, and they go on together.
-        """
+        """Let all ranks, which have to enter, leave a block by a `NonFiniteError` of one."""
         try:
             yield
             self.all_gather(place, None)
@@ -124,10 +118,7 @@ class Ranks:
             raise
 
     def _meet(self, place: str, mine: Any = None, failed: _Failure = None) -> list[Any]:
-        """Let rank 0 hear all ranks and answer them; return what each has to tell.
-
-        Tensors among it are on the CPU, as another rank may have no such card.
-        """
+        """Let rank 0 hear all ranks and answer; return what each tells, tensors on the CPU."""
         if self.first:
             others = range(1, self.size)
             said = [(place, failed, mine), *map(self._receive, others)]
@@ -145,11 +136,7 @@ class Ranks:
         return told
 
     def report(self, error: Exception) -> None:
-        """Tell rank 0 what has failed here, and wait until it has ended.
-
-        It has the last word: a launcher that sees a process fail ends all others at once.  Where
-        rank 0 fails itself, the others know by its closed connection.
-        """
+        """Tell rank 0, which has the last word, what has failed here, and wait for its end."""
         if self.first or isinstance(error, RanksError):
             return
         kind = "" if isinstance(error, OsscarError) else f"{type(error).__name__}: "

@@ -30,10 +30,7 @@ def clock() -> float:
 
 
 def busy_clock() -> float:
-    """Return seconds as `clock` does; of a processor with one thread those in which it was busy.
-
-    Other processes do not count then.  What several threads share out is not the sum of their work.
-    """
+    """Return seconds as `clock` does; of one thread on a processor those in which it was busy."""
     torch = sys.modules.get("torch")
     if torch is None or torch.cuda.is_initialized() or torch.get_num_threads() > 1:
         return clock()
@@ -136,11 +133,7 @@ def interleaved(
     repetitions: int,
     description: str,
 ) -> list[list[float]]:
-    """Return the seconds of each timer in each turn, after a warm-up, in memory that is kept.
-
-    There are at least so many turns, and as many as fit into `WORTHWHILE_SECONDS`.  The description
-    is what a progress bar says.
-    """
+    """Return the seconds of each timer in each turn, of so many turns or `WORTHWHILE_SECONDS`."""
     turns: list[list[float]] = []
     with memory_kept(), progress_bar(description) as bar:
         for timer in timers:

@@ -108,11 +108,9 @@ def check_output(
     inputs: Sequence[str | os.PathLike[str] | None] = (),
     needed_bytes: int = 0,
 ) -> Path:
-    """Return the output directory as a path, if it may and can be written (OutputError).
+    """Return the output directory if it may and can be written, with so many bytes (OutputError).
 
-    What killed processes have left beside it is put in order first.  `inputs` are files and
-    directories that must not be replaced (names that are no paths do no harm), and `needed_bytes`
-    is how much is going to be written, at most.
+    What killed processes have left beside it is put in order first; `inputs` must not be replaced.
     """
     path = resolved(directory)
     try:

@@ -36,10 +36,7 @@ from osscar.proof.program import ProgramModule
 
 @dataclass(frozen=True)
 class TransformersOrigin:
-    """A class of transformers and its config, which lies beside the weights.
-
-    `kind` is the class, or an automatic one; `config` that of the dense model.
-    """
+    """A class of transformers, or an automatic one, and the dense model's config."""
 
     library: ClassVar[Library] = "transformers"
 
@@ -110,10 +107,7 @@ class TransformersOrigin:
             check_tensors(structure(self.build), stored, path)
 
     def build(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Build the model without filling its weights.
-
-        Every tensor has the number format that ``from_pretrained`` gives it.
-        """
+        """Build the model unfilled, in the number formats that ``from_pretrained`` gives it."""
         auto = self.kind is AutoModelForCausalLM
         make = self.kind.from_config if auto else self.kind._from_config
         options = {"trust_remote_code": False} if auto else {}
@@ -166,10 +160,7 @@ _DETECTION = "torchvision.models.detection"
 
 @dataclass(frozen=True)
 class LibraryOrigin(Origin):
-    """A model of torchvision or timm by name; of a detector its `DetectorNetwork`.
-
-    `options` are keyword arguments of its builder, such as ``num_classes``; no weights.
-    """
+    """A model of torchvision or timm by name and options; of a detector its `DetectorNetwork`."""
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched."""
@@ -222,11 +213,7 @@ def builder_of(model: nn.Module) -> Builder | None:
 def read_builder(
     path: Path, manifest: Manifest | None
 ) -> tuple[Builder | None, tuple[PruningPlan, ...]]:
-    """Return what builds the model of a directory, and the plans that are left to be carried out.
-
-    What builds it is None for code of a user's own.  A directory without a manifest is whatever its
-    config says, and of one that lists shapes a warning says what is not known then.
-    """
+    """Return what builds a directory's model (None: code of a user's own), and the plans left."""
     origin = Origin(TransformersOrigin.library) if manifest is None else manifest.lineage.origin
     plans = () if manifest is None else manifest.lineage.replayed
     if origin is None:

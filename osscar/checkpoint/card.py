@@ -38,18 +38,8 @@ def model_card(
 ) -> str:
     """Return the model card of a checkpoint.
 
-    Parameters
-    ----------
-    model, lineage
-        What is saved, and what is known of it.
-    report
-        The document of its pruning or recovery; of any other nothing is told.
-    stock
-        Whether plain transformers reads it.
-    auto
-        The class of transformers that reads it with the code that it brings.
-    own_code
-        Whether it is read only beside the dense model, of code that is not known here.
+    Of a `report` that is no pruning or recovery nothing is told; `stock` says whether transformers
+    reads it, `auto` by which class it does with code, `own_code` whether a dense model is needed.
     """
     schema = str(report.get("schema"))
     pruning = report if schema.startswith("osscar.prune/") else {}

@@ -24,10 +24,7 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 
 def check_sample(model: nn.Module, source: str) -> None:
-    """Refuse a model in evaluation mode that does not return what its checkpoint has recorded.
-
-    `source` says in words where it comes from; the lineage of the model has the record.
-    """
+    """Refuse a model that does not return what its checkpoint, called `source`, has recorded."""
     sample = lineage_of(model).sample
     strays = None if sample is None else strays_from(sample, model)
     if strays is not None:
@@ -38,10 +35,7 @@ def check_sample(model: nn.Module, source: str) -> None:
 
 
 def check_causal(model: nn.Module, source: str) -> None:
-    """Refuse a model that reads ahead, whose next tokens are no predictions.
-
-    It takes ``input_ids`` and returns logits.
-    """
+    """Refuse a model that reads ahead, whose next tokens are no predictions."""
     logits = _logits_of_two(model)
     if logits is None or logits.shape[1] < 2:
         return
@@ -63,11 +57,7 @@ OTHERS = (
 
 
 def _logits_of_two(model: nn.Module) -> Tensor | None:
-    """Return the logits, (3, tokens, vocabulary), of windows of two tokens; None if there are none.
-
-    The second differs from the first in the last token, and the third does not differ.  A model
-    whose weights stay on disk is not tried: a pass takes as long as reading them all.
-    """
+    """Return logits, (3, tokens, vocabulary), of two equal windows and one that ends otherwise."""
     if is_on_disk(model):
         return None
     length = min(2, context_length(model) or 2)

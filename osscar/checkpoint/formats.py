@@ -27,11 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def cast(model: M, dtype: torch.dtype) -> M:
-    """Convert a model, in place, to a number format, as its library has it in that.
-
-    What its class computes is what that computes in this format, and not what is left of it in the
-    one before. One that is not of transformers is converted as a whole.
-    """
+    """Convert a model, in place, to a number format, as its library has it in that."""
     like = _as_built(model, dtype)
     own = {} if like is None else dict(_formats(like))
     formats = {id(tensor): own.get(name, dtype) for name, tensor in _named(model)}
@@ -56,10 +52,7 @@ _SavedFormat: TypeAlias = Callable[[str, Tensor], torch.dtype]
 
 
 def saved_format(model: nn.Module, dtype: torch.dtype | None = None) -> _SavedFormat:
-    """Return what tells the formats of a model that is saved in one, by default its stored one.
-
-    Its class may keep some of its tensors in another; what that does not know is converted.
-    """
+    """Return what tells the formats of a model that is saved in one, by default its stored one."""
     target = stored_dtype(model) if dtype is None else dtype
     if target == number_format(model):
         return lambda name, tensor: tensor.dtype
@@ -78,10 +71,7 @@ def _formats(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
 
 
 def _as_built(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
-    """Build a model of the same class in a number format, without memory for its weights.
-
-    None is returned where nothing tells what it would keep.
-    """
+    """Build a model without memory in a number format; None where nothing tells what it keeps."""
     if not isinstance(model, PreTrainedModel | ProgramModule):
         return None
     builder = builder_of(model)
@@ -96,11 +86,7 @@ def _as_built(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
 
 
 def _computed(model: nn.Module, like: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield buffers that no file holds as another model has them, if rounding is all that differs.
-
-    What has changed since they were computed, such as slopes of heads of which some have left,
-    stays as it is.
-    """
+    """Yield buffers that no file holds as another model has them, if only rounding differs."""
     stored = model.state_dict(keep_vars=True).keys()
     fresh = dict(like.named_buffers(remove_duplicate=False))
     for name, old in model.named_buffers(remove_duplicate=False):

@@ -85,15 +85,7 @@ class Task:
     formats: Mapping[str, torch.dtype]
 
     def answers(self) -> tuple[Answer, ...]:
-        """Do it, and return what was found for each way.
-
-        Raises
-        ------
-        CheckpointError
-            If it cannot be read.
-        EquivalenceError
-            If it cannot be run.
-        """
+        """Read and run it in each way (CheckpointError, EquivalenceError)."""
         return tuple(map(self._answer, self.readings))
 
     def _answer(self, reading: Reading) -> Answer:
@@ -144,10 +136,7 @@ class Elsewhere(Exception):
 
 
 class NewPython:
-    """A new Python, in which nothing has run; it loads torch while the checkpoint is written.
-
-    It waits until it is told that its task is there.
-    """
+    """A new Python, which loads torch while the checkpoint is written, and waits for its task."""
 
     def __init__(self, folder: Path) -> None:
         start = f"from {__name__} import work; input(); work({str(folder)!r})"
@@ -178,10 +167,9 @@ class NewPython:
 
 @contextmanager
 def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]:
-    """Start a process; yield what has it do one task, once, for a model.
+    """Start a process; yield what has it do one task, once, for a model (`Task.answers`).
 
-    That raises what `Task.answers` does, and `Elsewhere` if the process cannot build the model or
-    the inputs, such as of a class in ``__main__``.
+    That raises `Elsewhere` if the process cannot build the model or the inputs.
     """
     with tempfile.TemporaryDirectory(prefix="osscar-") as name:
         folder = Path(name)
@@ -217,10 +205,7 @@ def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]
 def _code_of(
     model: nn.Module, dense: Sequence[nn.Module | None]
 ) -> Iterator[tuple[str, str | None]]:
-    """Yield the modules of Python that whoever reads a checkpoint imports, with their files.
-
-    There are the classes of the dense models, and what was registered for these.
-    """
+    """Yield the modules of Python that whoever reads a checkpoint imports, with their files."""
     own = [module for one in dense if one is not None for module in one.modules()]
     adapters = (adapter_of(module) for module in (*own, *model.modules()))
     found: list[Any] = [*map(type, own), *(one for one in adapters if one is not None)]

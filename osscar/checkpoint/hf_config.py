@@ -100,10 +100,7 @@ def _forget_shapes(config: Any) -> None:
 
 
 def architecture(kind: Any) -> Any:
-    """Return the class of transformers that a class of `modeling_pruned` makes smaller, or itself.
-
-    Such a class may be one of a copy of that file, which transformers has run.
-    """
+    """Return the class of transformers that a class of `modeling_pruned` is made of, or itself."""
     own = getattr(kind, "original", None)
     return own if isinstance(own, type) and issubclass(kind, own) else kind
 
@@ -115,11 +112,7 @@ def class_of(kind: Any, config: Any) -> Any:
 
 
 def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
-    """Return a config from which transformers builds a model of these shapes, or None.
-
-    A candidate is written from the plans and then tested: it has to pass the family's own
-    validation, and the model built from it must have every tensor of the shrunk one in its shape.
-    """
+    """Return a config from which transformers builds a model of these shapes (tested), or None."""
     dense = dense_config(model.config)
     changes = _config_changes(dense, plans)
     if changes is None:
@@ -134,11 +127,7 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
 
 
 def adopt_config(model: PreTrainedModel) -> None:
-    """Give a shrunk model the config of its new shapes, where the family has one.
-
-    Its own ``save_pretrained`` then writes a stock checkpoint, and the plans so far are history
-    that nobody needs.
-    """
+    """Give a model the stock config of its new shapes, if there is one, and forget its plans."""
     plans = lineage_of(model).plans
     changes = _config_changes(dense_config(model.config), plans)
     if changes is None or stock_config(model, plans) is None:
@@ -221,11 +210,7 @@ MODELLING_FILE = Path(modeling_pruned.__file__)
 
 
 def any_shape_config(model: PreTrainedModel) -> Any:
-    """Return a config from which `modeling_pruned` builds a model of these shapes, or None.
-
-    None is returned where the model runs code that transformers does not have, where something
-    other than shapes and numbers differs, or where its config already tells layers apart.
-    """
+    """Return a config from which `modeling_pruned` builds a model of these shapes, or None."""
     config = copy.deepcopy(dense_config(model.config))
     if CODE in vars(config) or _PER_LAYER in config.to_dict():
         return None
@@ -275,10 +260,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _numbers(dense: nn.Module, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """Return the plain values that differ, by module, of which `modeling_pruned` takes numbers.
-
-    Whatever else differs is refused with a ValueError.
-    """
+    """Return the plain values that differ, by module (ValueError if anything else does)."""
     found: dict[str, dict[str, Any]] = {}
     modules = dict(model.named_modules())
     for name, old in dense.named_modules():

@@ -101,10 +101,7 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
 
 
 def refuse_one_count(model: Any, config: Any) -> None:
-    """Refuse to be run by vLLM where an attention has other heads than the config says.
-
-    Its backend gives the config's number to all layers, and would read another's rows.
-    """
+    """Refuse vLLM, which gives all layers the config's heads, where an attention has others."""
     if config._attn_implementation != "vllm":
         return
     attentions = [path for path, module in model.named_modules() if hasattr(module, "is_causal")]

@@ -101,18 +101,7 @@ def read_back(
 ) -> bool:
     """Compare a model with what is read as its card says; tell whether a new process read it.
 
-    Parameters
-    ----------
-    model
-        That was written.
-    path
-        Where to.
-    kind
-        The class of transformers that its card has, if any.
-    expected
-        What it computes.
-    elsewhere
-        What a new process does; see `fresh_process`.
+    `kind` is the class of transformers on the card, and `elsewhere` what `fresh_process` yields.
     """
     readings = tuple(_readings(model, kind))
     task = Task(path, readings, device_of(model), expected.inputs, expected.formats)

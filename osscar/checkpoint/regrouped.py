@@ -21,11 +21,7 @@ from osscar.offload.places import Chain, StoredTensor
 
 
 def parts_in_files(model: nn.Module) -> dict[str, tuple[Part, ...]]:
-    """Return what files of transformers hold in the place of tensors of a model, by their names.
-
-    Left out are those that they hold as they are, and those that are not parts in a row.  The
-    conversion of transformers is asked for it, on numbers that say where they come from.
-    """
+    """Return, for tensors that transformers stores as parts in a row, these parts, by name."""
     if not isinstance(model, PreTrainedModel):
         return {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -30,11 +30,7 @@ _ELSEWHERE = "omit max_memory (`--max-memory`) to read it whole"
 
 
 def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a model of transformers whose parameters lie in the files of a directory.
-
-    All files are read once, so that a damaged one is refused here. `dtype` is by default as the
-    config says.
-    """
+    """Return a model of transformers whose parameters lie in a directory's files, all read once."""
     manifest, stored = read_manifest(path), read_headers(path)
     if stored is None:
         raise CheckpointError(
@@ -63,10 +59,7 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
 def _fill_from_disk(
     model: nn.Module, stored: Mapping[str, StoredTensor], path: Path, cache: WeightCache
 ) -> None:
-    """Let the parameters of a model without values be read from files.
-
-    The parameters are on 'meta', each in the number format in which it is read.
-    """
+    """Let the parameters of a model on 'meta' be read from files."""
     parts, prefix = parts_in_files(model), getattr(model, "base_model_prefix", "")
     known = {n: one for name, one in stored.items() for n in names_of(name, prefix)}
     for names, parameter in _tensors(model):

@@ -44,16 +44,7 @@ _KERNEL = re.compile(r"_implementation(\.|$)")
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Return what ``config.json`` in a directory says.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it is one of an adapter or of quantized weights, or names code that
-        would be fetched.  Whatever else makes no sense, transformers raises.
-    FileError
-        If it is damaged.
-    """
+    """Return ``config.json``, unless of an adapter, quantized, or with code to be fetched."""
     file = path / CONFIG_FILE
     if (path / "adapter_config.json").exists():
         raise CheckpointError(f"{path} is an adapter; merge it into its model first")
@@ -99,11 +90,7 @@ class EmptyOnMeta(TorchFunctionMode):
 
 
 def structure(build: Callable[[], nn.Module], *, computed: bool = False) -> nn.Module:
-    """Build a model without memory for its weights.
-
-    `computed` tells whether what the model computes, such as rotary frequencies, has values: what
-    waits for weights is on the device 'meta', or all of it.
-    """
+    """Build a model on 'meta'; `computed` gives values to what waits for no weights."""
     if not computed:
         with suppress(NotImplementedError), torch.device("meta"):
             return build()  # but RegNet computes its widths with tensors, which need values
@@ -112,10 +99,7 @@ def structure(build: Callable[[], nn.Module], *, computed: bool = False) -> nn.M
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], path: Path) -> None:
-    """Refuse weights that are of other shapes than a model's, or of another kind of number.
-
-    The model may be on 'meta'.  Names that it does not know are left to whoever fills it.
-    """
+    """Refuse weights of other shapes or kinds of numbers than a model's, which may be on 'meta'."""
     prefix = getattr(model, "base_model_prefix", "")
     own = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
     for name, tensor in stored.items():

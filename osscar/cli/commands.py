@@ -49,10 +49,7 @@ _TIMED = ("demo", "prune", "recover", "sweep", "gap", "export")
 
 
 def _run(command: str, *arguments: Any) -> None:
-    """Load the module of a command, which loads torch, and call what it names (by default `run`).
-
-    From then on there is something to clean up where a signal ends the process.
-    """
+    """Load the module of a command, which loads torch, and call what it names (`run`)."""
     module, _, function = command.partition(".")
     began = time.perf_counter()
     with profiled() as spent:

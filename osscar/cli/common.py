@@ -29,10 +29,7 @@ _PIPE_WIDTH = 140
 
 
 class _PlainConsole(Console):
-    """A console that takes text as it is: what is in a name neither marks up nor moves anything.
-
-    What goes to a file is cut nowhere, and a sentence stays in its line.
-    """
+    """A console that shows names as they are, and cuts nothing where the output is a file."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         if not self.is_terminal:
@@ -51,10 +48,7 @@ err = _PlainConsole(stderr=True)
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Turn the errors that a user can cause into one line on standard error and status 2.
-
-    An interrupt has the status that shells know it by.
-    """
+    """Turn errors that a user can cause into one line on standard error and status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         yield
@@ -127,11 +121,7 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
 def check_json_path(
     path: Path | None, used: Iterable[str | Path] = (), option: str = "--json"
 ) -> None:
-    """Refuse a file that could not or must not be written, before any work is done.
-
-    Its directory has to exist; it must neither be nor lie in what is `used`.  Names in `used` that
-    are no paths do no harm.
-    """
+    """Refuse a file that cannot be written, or is or lies in what is `used`, before any work."""
     if path is None:
         return
     try:
@@ -156,11 +146,7 @@ def _covers(used: str | Path, place: Path) -> bool:
 
 
 def check_files(options: object, *more: str | Path) -> None:
-    """Refuse files of options that must not be written, as `check_json_path` does.
-
-    `more` is what the command reads or writes beside what its options name.  A file of data or
-    weights that is missing is refused here, as a model is loaded before they are.
-    """
+    """Refuse options that name missing files, or outputs that lie in what they or `more` name."""
     for file in named_files(options):
         if Path(file).suffix in _ENDINGS and not os.path.exists(os.path.expanduser(file)):
             raise OptionError(f"there is no file {str(file)!r}; check the path")
@@ -187,11 +173,7 @@ def named_files(options: object) -> list[str | Path]:
 
 @contextmanager
 def way_back(kept: Callable[[], str], *, restarts: bool = False) -> Iterator[None]:
-    """Say how to go on where someone interrupts the block, or where it cannot write.
-
-    What is kept by then, and where, is for `kept` to say; if that says nothing, nothing is.  A
-    command that `restarts` goes on without the option that says so.
-    """
+    """Say what is `kept` and how to go on, if someone interrupts the block or it cannot write."""
 
     def told() -> str:
         if found := kept():

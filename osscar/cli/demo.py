@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from osscar.base.files import write_text
-from osscar.base.printable import command_line
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.atomic_directory import check_output
 from osscar.checkpoint.manifest import PAGE_FILE
@@ -28,7 +27,6 @@ from osscar.report.sections import facts
 from osscar.run.prune import prune
 from osscar.run.prune_page import layers_table, prune_page, run_facts
 
-_NEXT = "osscar prune smollm2-135m --sparsity 0.3 --calibration FILE --out smaller"
 _SPARSITY = 0.5
 _SAMPLES, _SEQLEN = 64, 256
 
@@ -65,9 +63,6 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
     show(comparison_table(evaluation))
     tokens = comparison.model.quality.tokens
     out.print(f"perplexity is on {tokens:,} tokens of neither training nor calibration text")
-    out.print("next:", style="bold")
-    for command in (command_line("osscar", "inspect", where), _NEXT):
-        out.print(f"  {command}", highlight=False, soft_wrap=True)
     say(f"report: {where / PAGE_FILE}")
     write_json(json, {**content, "saved": str(saved.path)})
 

@@ -118,10 +118,7 @@ def relative_loss(problem: SubsetProblem, support: Sequence[int]) -> float:
 
 
 def tell_known(records: Sequence[Record], directory: Path) -> None:
-    """Say how answers to an instance compare with the best known; write what is better, to be sent.
-
-    Answers with another number of units are compared with nothing.
-    """
+    """Say how answers to an instance compare with the best known; write what is better."""
     name = records[0].instance
     one = library().instances[name]
     if records[0].keep != one.keep:

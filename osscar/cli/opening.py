@@ -96,21 +96,9 @@ def opened(
 ) -> tuple[LoadedModel, CalibrationData]:
     """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
 
-    Parameters
-    ----------
-    model, options
-        What is asked for.
-    seed
-        Of the draw.
-    check
-        What else to refuse of the model, before data are read.
-    drawn
-        Returns how calibration data are drawn where that is not as usual, as keywords of
-        `LoadedModel.calibration`.
-    says
-        Whether to print what the data are, and how they are prepared.
-    more
-        What else `osscar.load_model` takes.
+    `check` refuses a model before data are read, `drawn` returns keywords of
+    `LoadedModel.calibration`, `says` whether to print what the data are, and `more` is for
+    `osscar.load_model`.
     """
     with quiet():
         loaded = load_model(

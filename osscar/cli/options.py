@@ -118,10 +118,7 @@ def _command(
     only: tuple[str, ...] = (),
     first: tuple[str, ...] = (),
 ) -> Callable[[type[T]], type[T]]:
-    """Make a dataclass of options of a class, with the fields of a request as further options.
-
-    Nothing of a request is checked before `request_of` makes it.
-    """
+    """Make a dataclass of options of a class, with the unchecked fields of a request."""
 
     def made(options: type[T]) -> type[T]:
         fields = options.__annotations__

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypeVar
 
 from osscar.base.errors import OptionError
-from osscar.base.inputs import from_percent
 from osscar.cli.options import SweepOptions, request_of
 from osscar.request import BudgetKind, Keep, PruningRequest
 from osscar.run.jobs import SweepJob, jobs
@@ -14,10 +13,7 @@ R = TypeVar("R", bound=PruningRequest)
 
 
 def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[SweepJob, ...]]:
-    """Return the request at the first point, and all points; what one cannot ask for is refused.
-
-    The request may be an `osscar.request.ArgumentsAlone`.
-    """
+    """Return the request (or its `ArgumentsAlone`) at the first point, and all points."""
     budget, values, fixed = _asked(options)
     method = vars(options)["allocation"]
     points = jobs(budget, values, baselines=options.baselines, allocation=method)
@@ -27,13 +23,8 @@ def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[Swee
     return base, points
 
 
-def _asked(
-    options: SweepOptions,
-) -> tuple[BudgetKind, tuple[float | int, ...], dict[str, Keep | None]]:
-    """Return the one budget that is given a list, what is in that, and the other budgets.
-
-    A single value is a list where nothing else is given.
-    """
+def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[str, ...], dict[str, Keep | None]]:
+    """Return the one budget that is given a list, what is in that, and the other budgets."""
     given = {kind: text for kind in BudgetKind if (text := getattr(options, kind)) is not None}
     lists = {kind: text for kind, text in given.items() if "," in text or len(given) == 1}
     if len(lists) != 1:
@@ -43,12 +34,5 @@ def _asked(
             f"--sparsity {BudgetKind.SPARSITY.examples}, and single values for others"
         )
     ((budget, text),) = lists.items()
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        counts = budget is BudgetKind.PARAMS and all(part.isdecimal() for part in parts)
-        values = tuple(int(part) if counts else float(from_percent(part)) for part in parts)
-    except ValueError:
-        raise OptionError(
-            f"--{budget} {text!r:.80} is not a list such as {budget.examples}"
-        ) from None
+    values = tuple(part.strip() for part in text.split(",") if part.strip())
     return budget, values, {str(kind): given.get(kind) for kind in BudgetKind}

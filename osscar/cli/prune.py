@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import OptionError
-from osscar.base.files import resolved
-from osscar.base.ranks import Ranks, together
+from osscar.base.ranks import together
 from osscar.base.timing import Stage, timed
-from osscar.checkpoint.atomic_directory import check_output
-from osscar.checkpoint.directory import SavedCheckpoint, renew_report, weight_bytes
+from osscar.checkpoint.directory import SavedCheckpoint, renew_report
 from osscar.checkpoint.manifest import PAGE_FILE
-from osscar.cli.common import (
-    check_files,
-    named_files,
-    out,
-    say,
-    say_verdict,
-    show,
-)
+from osscar.cli.common import check_files, out, say, say_verdict, show
 from osscar.cli.opening import limit_of, opened, tell_data
 from osscar.cli.options import PruneOptions, recovery_of, request_of
 from osscar.cli.recover import LOG, tell_recovery
-from osscar.cli.saving import run_and_report, saved_line, write_copy
+from osscar.cli.saving import SavingJob, saved_line, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet
@@ -59,14 +51,7 @@ def run(model: str, options: PruneOptions) -> None:
         if request.quality is not None and options.samples is not None:
             check_samples(request.quality, options.samples, options.samples)
         recovery = recovery_of(options, request)
-        job = _Job(model, options, options.out, request, recovery, ranks)
-        run_and_report(
-            options,
-            (job.log, job.training) if options.recover else (job.log,),
-            ranks,
-            check=job.check_output,
-            work=job.work,
-        )
+        _Job(options, options.out, [model], request, ranks, model, recovery).run()
 
 
 _SHORTEST = 64
@@ -74,28 +59,26 @@ _SHORTEST = 64
 
 
 @dataclass
-class _Job:
-    """What one rank does: `where` is the output, as people know it."""
+class _Job(SavingJob):
+    """What one rank does."""
 
     model: str
-    options: PruneOptions
-    where: Path
-    request: PruningRequest
     recovery: RecoveryRequest | None
-    ranks: Ranks
 
-    def __post_init__(self) -> None:
-        self.path = resolved(self.where)
-        self.log = RunLog(self.path.with_name(f"{self.path.name}.run"))
-        self.training = RecoveryLog(self.path.with_name(f"{self.path.name}.{LOG}"))
-        # What is there where a run was ended is what it has saved, or was asked to replace.
-        goes_on = self.log.exists and not self.options.restart
-        self.overwrite = self.options.overwrite or goes_on
+    @cached_property
+    def log(self) -> RunLog:
+        """The log of the pruning."""
+        return RunLog(self.beside("run"))
 
-    def check_output(self) -> None:
-        """Refuse what must not be written to."""
-        used = [self.model, *named_files(self.options), self.options.json]
-        check_output(self.path, overwrite=self.overwrite, inputs=used)
+    @cached_property
+    def training(self) -> RecoveryLog:
+        """The log of the recovery."""
+        return RecoveryLog(self.beside(LOG))
+
+    @property
+    def logs(self) -> Sequence[RunLog | RecoveryLog]:
+        """The logs that are kept."""
+        return (self.log, self.training) if self.options.recover else (self.log,)
 
     def load(self) -> tuple[LoadedModel, CalibrationData]:
         """Open the model, and draw its data."""
@@ -107,9 +90,7 @@ class _Job:
                     "--recover needs the weights in memory, and --max-memory keeps them on disk; "
                     "omit one of them"
                 )
-            if self.ranks.first:
-                needed = weight_bytes(loaded.model, loaded.stored_dtype)
-                check_output(self.path, overwrite=self.overwrite, needed_bytes=needed)
+            self.check_room(loaded)
 
         def drawn(loaded: LoadedModel) -> dict[str, Any]:
             if request.quality is None:

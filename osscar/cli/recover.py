@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,14 @@ from osscar.base.errors import DataError, ModelError
 from osscar.base.files import resolved
 from osscar.base.json_files import read_json
 from osscar.base.printable import published
-from osscar.base.ranks import Ranks, together
-from osscar.checkpoint.atomic_directory import check_output
+from osscar.base.ranks import together
 from osscar.checkpoint.builders import builder_of
-from osscar.checkpoint.directory import save, weight_bytes
+from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory, read_manifest
-from osscar.cli.common import check_files, document, named_files, out, say, show
+from osscar.cli.common import check_files, document, out, say, show
 from osscar.cli.opening import stated_preprocessing, tell_data
 from osscar.cli.options import RecoverOptions, request_of
-from osscar.cli.saving import run_and_report, saved_line, write_copy
+from osscar.cli.saving import SavingJob, saved_line, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
@@ -55,45 +55,26 @@ def run(directory: Path, options: RecoverOptions) -> None:
             named = directory if directory.name not in ("", "..") else place
             where = named.with_name(f"{named.name}-recovered")
         check_files(options, directory, where)
-        job = _Job(place, str(directory), options, where, request, ranks)
-        run_and_report(
-            options,
-            (job.log,),
-            ranks,
-            check=job.check_output,
-            work=job.work,
-        )
+        used = [] if resolved(where) == place else [place]  # where that is replaced by itself
+        _Job(options, where, used, request, ranks, place, str(directory)).run()
 
 
 @dataclass
-class _Job:
-    """What one rank does.
-
-    `place` is the directory of the pruned model, and `name` that as it was given; `where` is the
-    output, as people know it.
-    """
+class _Job(SavingJob):
+    """What one rank does to the pruned model in `place`, whose `name` is as it was given."""
 
     place: Path
     name: str
-    options: RecoverOptions
-    where: Path
-    request: RecoveryRequest
-    ranks: Ranks
 
-    def __post_init__(self) -> None:
-        self.path = resolved(self.where)
-        self.log = RecoveryLog(self.path.with_name(f"{self.path.name}.{LOG}"))
-        # What is there where a run was ended is what it has saved, or was asked to replace.
-        goes_on = self.log.exists and not self.options.restart
-        self.overwrite = self.options.overwrite or goes_on
+    @cached_property
+    def log(self) -> RecoveryLog:
+        """The log of the recovery."""
+        return RecoveryLog(self.beside(LOG))
 
-    def check_output(self) -> None:
-        """Refuse what must not be written to; the pruned model may be, where it is asked for."""
-        path = self.path
-        used = [*named_files(self.options), self.options.json]
-        if path != self.place:
-            used.append(self.place)
-        check_output(path, overwrite=self.overwrite, inputs=used)
+    @property
+    def logs(self) -> Sequence[RecoveryLog]:
+        """The log alone."""
+        return (self.log,)
 
     def work(self) -> Callable[[], None]:
         """Recover into a directory, and return what tells of it."""
@@ -103,9 +84,8 @@ class _Job:
         if report.is_file():  # whatever is in it
             before = read_json(report, dict[str, Any])
         smaller, dense, data = self._load()
+        self.check_room(smaller)
         if ranks.first:
-            needed = weight_bytes(smaller.model, smaller.stored_dtype)
-            check_output(path, overwrite=self.overwrite, needed_bytes=needed)
             tell_data("recovery", smaller, data, always=True)
         log = self.log if ranks.first else None
         recovery = recover_as_asked(smaller.model, dense.model, data, self.request, log, ranks, say)

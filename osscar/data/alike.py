@@ -17,10 +17,7 @@ def shapes_of(sample: Mapping[str, Tensor]) -> tuple[Hashable, ...]:
 
 
 def alike(shapes: Sequence[Hashable], size: int) -> list[list[int]]:
-    """Return the positions of samples in batches: those of equal shapes, so many at a time.
-
-    A batch stands where its first sample does, and is full or the last one of its shapes.
-    """
+    """Return the positions of samples in batches: those of equal shapes, so many at a time."""
     batches, latest = list[list[int]](), dict[Hashable, list[int]]()
     for at, shape in enumerate(shapes):
         if len(latest.get(shape, ())) % size == 0:

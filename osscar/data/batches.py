@@ -90,10 +90,7 @@ class ModelInputs:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What reports say: samples, and their shapes and number formats.
-
-        Of samples apart, None stands for a size in which they differ.
-        """
+        """What reports say: samples, shapes (None: sizes differ) and number formats."""
         if self.tokens:
             return {"samples": self.samples, "seqlen": self.tensors["input_ids"].shape[1]}
         apart = [self.apart[index] for index in self.positions.tolist()] if self.apart else []
@@ -128,10 +125,7 @@ class ModelInputs:
         return self.part(0, 1).batches(model, 1)[0]
 
     def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return the calibration data, at most so many samples at a time, on the model's device.
-
-        Those of a batch have equal shapes (`alike`).
-        """
+        """Return batches of equal shapes, of at most so many samples, on the model's device."""
         some = self._alike(1 if self.alone else batch_size)
         return [self._at(model, torch.tensor(rows)) for rows in some]
 
@@ -140,10 +134,7 @@ class ModelInputs:
         return dataclasses.replace(self, order=self.positions[start:stop])
 
     def last(self, count: int) -> int:
-        """Return how many of the last samples to take for so many, to divide no group of them.
-
-        Groups have to be adjacent.  One that is larger than what is asked for is divided.
-        """
+        """Return how many of the last samples to take for so many, to divide no adjacent group."""
         if self.sample_groups is None or not count:
             return count
         numbers = self.sample_groups[self.positions]
@@ -217,10 +208,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def _noise_like(batch: Batch, generator: torch.Generator, *, tails: bool = False) -> Batch:
-    """Return noise with the mean and spread of tensors, where these are floating-point.
-
-    With `tails` it is that of a Cauchy distribution: one number in thirty is ten times as large.
-    """
+    """Return noise with the mean and spread of real tensors, with `tails` of a Cauchy one."""
 
     def noise(tensor: Tensor) -> Tensor:
         drawn = torch.randn(tensor.shape, generator=generator)
@@ -355,19 +343,14 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
 # ---- the arguments of a forward pass -----------------------------------------------------
 
 
-def check_arguments(
-    model: nn.Module, names: Iterable[str], example: Mapping[str, Tensor] | None = None
-) -> None:
-    """Refuse data under names that a model does not take, and data that lack what it needs.
-
-    The model is known to take the example inputs, and to need all of them.
-    """
+def check_arguments(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse data under names that a model does not take, and data that lack what it needs."""
     code, given = f"{type(model).__name__}.forward", list(names)
     takes = inspect.signature(model.forward).parameters
     for name in given:
         if name not in takes:
             raise DataError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
-    for name in needed_arguments(model, example):
+    for name in needed_arguments(model):
         if name not in given:
             raise DataError(
                 f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
@@ -381,13 +364,10 @@ def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
     return tuple(one.name for one in takes if one.kind not in _ANYTHING)
 
 
-def needed_arguments(
-    model: nn.Module, example: Mapping[str, Tensor] | None = None
-) -> dict[str, None]:
-    """Return the names of the arguments that a model cannot do without, or that an example has."""
+def needed_arguments(model: nn.Module) -> list[str]:
+    """Return the names of the arguments that a model cannot do without."""
     takes = inspect.signature(model.forward).parameters.values()
-    needed = (p.name for p in takes if p.default is p.empty and p.kind not in _ANYTHING)
-    return dict.fromkeys((*needed, *(example or ())))
+    return [p.name for p in takes if p.default is p.empty and p.kind not in _ANYTHING]
 
 
 def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -414,10 +394,7 @@ def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
 
 
 def _by_name(model: nn.Module, given: Any) -> dict[str, Tensor] | None:
-    """Return tensors in the order of the model's arguments, in which programs are traced.
-
-    They are given as a tensor, or as a tuple or mapping of tensors; None of anything else.
-    """
+    """Return tensors in the order of a model's arguments; None of anything else."""
     if isinstance(given, Mapping) and all(isinstance(t, Tensor) for t in given.values()):
         takes = [name for name in inspect.signature(model.forward).parameters if name in given]
         return {name: given[name] for name in dict.fromkeys([*takes, *given])}

@@ -232,10 +232,7 @@ def load_images(spec: Any, preprocessing: Any, *, sample_groups: Any = None) -> 
 
 
 def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> ImageSet:
-    """Find images as `load_images` does; `reader` is what reads them, in words.
-
-    Size and channels that nothing states are those of the images of an archive.
-    """
+    """Find images as `load_images` does; archives tell sizes that nothing states."""
     named = isinstance(spec, str | Path)
     images = _found(spec, preprocessing) if named else _from_rows(spec, preprocessing)
     preprocessing = images.preprocessing
@@ -391,10 +388,7 @@ def _from_rows(data: Any, preprocessing: AnyPreprocessing) -> ImageSet:
 
 
 def _labels_of(data: Any) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return the class of each row, and the names of classes as far as a data set tells them.
-
-    Columns of `datasets` are read without the images, and so are the `targets` of torchvision.
-    """
+    """Return the class of each row, and the names of classes, without reading images if it can."""
     columns = [name for name in LABEL_NAMES if name in columns_of(data)]
     names, targets = getattr(data, "classes", ()), getattr(data, "targets", None)
     if columns:

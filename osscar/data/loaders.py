@@ -370,10 +370,7 @@ def _joined(
 
 
 def _labels(batches: Sequence[TensorSet | SampleList], *, longest: bool) -> Tensor | None:
-    """Return the labels of all batches; None where some have none, or they differ in shape.
-
-    With `longest` those of sequences are made as long as the longest.
-    """
+    """Return the labels of all batches, as long as the `longest`; None if they do not fit."""
     labels = [one.labels for one in batches if one.labels is not None]
     if longest and all(one.ndim == 2 for one in labels):
         most = max((one.shape[1] for one in labels), default=0)

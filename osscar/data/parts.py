@@ -83,10 +83,7 @@ def run_length(windows: Tensor) -> int:
 
 
 def _overlapping(windows: Tensor) -> list[tuple[int, int]]:
-    """Return pairs of windows, (n, tokens), that have more than an eighth of the text in common.
-
-    A run that many windows have links each to the next one that has it.
-    """
+    """Return pairs of windows, (n, tokens), that have more than an eighth of the text in common."""
     count, length = len(windows), run_length(windows)
     runs = fingerprints_of_runs(windows, length).reshape(count, -1)
     rows = np.repeat(np.arange(count), runs.shape[1])
@@ -121,21 +118,8 @@ class Parts(NamedTuple):
 def in_parts(data: Any, numbers: Tensor, seed: int) -> Parts:
     """Split samples at random: half to prune on, a quarter to search on, a quarter to test on.
 
-    Parameters
-    ----------
-    data
-        In any of the forms that `osscar.prune` takes, loaders aside.
-    numbers
-        A number for each sample, which copies share, as `copies` returns them: the shares are of
-        different numbers.
-    seed
-        The same seed gives the same parts.
-
-    Raises
-    ------
-    DataError
-        If more than 1 % of the text of a part is also in another's: windows overlap, or the text
-        repeats itself.
+    Shares are of different `numbers`, which copies share (`copies`).  A DataError is raised if more
+    than 1 % of the text of a part is also in another's.
     """
     different = int(numbers.max()) + 1
     place = torch.randperm(different, generator=named_generator("parts", seed))[numbers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import reason_of
 from osscar.base.inputs import file_name
 from osscar.base.memory import attempt
-from osscar.data.batches import accepted_arguments, check_arguments, named_example, needed_arguments
-from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet, kind_of_numbers
+from osscar.data.batches import accepted_arguments, check_arguments, needed_arguments
+from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet
 
 _SUFFIXES = (".npz", ".safetensors")
 
@@ -55,11 +54,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def holds_images(spec: str | Path, model: nn.Module) -> bool:
-    """Tell whether a name stands for images rather than tensors.
-
-    Images are a directory, and the entry `images` of an ``.npz`` file, unless the model has an
-    argument of that name.
-    """
+    """Tell whether a name is a directory, or an archive of `images` that the model lacks."""
     path = located(spec, "the data", "a directory or a file")
     if path.suffix != ".npz" or not path.is_file() or IMAGES in accepted_arguments(model):
         return path.is_dir()
@@ -73,11 +68,7 @@ def holds_images(spec: str | Path, model: nn.Module) -> bool:
     return IMAGES in names
 
 
-def load_tensors(
-    spec: str | Path,
-    model: nn.Module,
-    example: Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None = None,
-) -> TensorSet:
+def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     """Read the samples in a file for a model, to be fed to it as they are.
 
     Parameters
@@ -89,49 +80,21 @@ def load_tensors(
         copies of one another, are never divided into two parts, and count as one.
     model
         What will read them.
-    example
-        Inputs that the model is known to take, one tensor, several in the order of the arguments,
-        or by name: an entry of another shape (but for the number of samples) or of another kind of
-        number is refused.  None checks names alone.
 
     Raises
     ------
-    DataError
-        If the example inputs are none of the model's.
     FileError
         If there is no such file, it is damaged, or its entries do not fit the model.
     """
     path = located(spec, "the file of tensors", "an .npz or .safetensors file")
     if path.suffix not in _SUFFIXES or not path.is_file():
         raise FileError(spec, f"there is no {' or '.join(_SUFFIXES)} file of that name")
-    known = {} if example is None else named_example(model, example)
-    tensors = read_tensors(path)
-    needed = needed_arguments(model, known)
+    tensors, needed = read_tensors(path), needed_arguments(model)
     labels, groups = (
         None if name in needed else tensors.pop(name, None) for name in (LABELS, GROUPS)
     )
     try:
-        check_arguments(model, tensors, known)
-        fitted = {name: _like(name, tensor, known.get(name)) for name, tensor in tensors.items()}
-        return TensorSet(str(spec), fitted, labels, groups)
+        check_arguments(model, tensors)
+        return TensorSet(str(spec), tensors, labels, groups)
     except DataError as error:
         raise FileError(path, str(error)) from error
-
-
-def _like(name: str, tensor: Tensor, example: Tensor | None) -> Tensor:
-    """Refuse a tensor unlike an example; narrower whole numbers get the width of the example's."""
-    if example is None:
-        return tensor
-    kinds = [kind_of_numbers(one) for one in (tensor, example)]
-    if tensor.shape[1:] != example.shape[1:] or kinds[0] != kinds[1]:
-        mine, theirs = (
-            f"{str(one.dtype).removeprefix('torch.')} of {tuple(one.shape)}"
-            for one in (tensor, example)
-        )
-        raise DataError(
-            f"{name!r} is {mine}, and in the example inputs {theirs}: only the first number, that "
-            "of samples, may differ; give data like the example, or an example like the data"
-        )
-    narrower = kinds[0] == "whole" and torch.can_cast(tensor.dtype, example.dtype)
-    fits = narrower and tensor.element_size() <= example.element_size()
-    return tensor.to(example.dtype) if fits else tensor

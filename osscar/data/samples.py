@@ -88,27 +88,13 @@ class SampleSet(ABC):
         return None if self.labels is None else tuple(self.labels.shape[1:])
 
     def sample(self, count: int, seed: int) -> Self:
-        """Return `count` samples drawn at random, or all in random order where there are no more.
-
-        Raises
-        ------
-        OptionError
-            If `count` is not positive.
-        """
+        """Return `count` samples drawn at random, or all in random order if there are no more."""
         name = f"{self.sample_name}s"
         whole_number(count, f"the number of {name} (samples, `--samples`)", 1)
         return self.rows(torch.randperm(len(self), generator=named_generator(name, seed))[:count])
 
     def class_labels(self, classes: Sequence[str], outputs: int) -> Tensor | None:
-        """Return the labels as numbers of a model's outputs, or None without labels.
-
-        `classes` are the names of the model's classes, empty where they are not known.
-
-        Raises
-        ------
-        DataError
-            If a label is none of its classes.
-        """
+        """Return labels by a model's outputs, also from names of classes (DataError), or None."""
         labels = self._named_labels(classes, outputs)
         known = torch.empty(0) if labels is None else labels[labels != IGNORED]
         if len(known) and not (int(known.min()) >= 0 and int(known.max()) < outputs):

@@ -52,11 +52,7 @@ def makes_decoder_inputs(model: nn.Module, names: Mapping[str, Any]) -> bool:
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
-    """Return what a model makes of labels, (samples, positions), for its decoder to read.
-
-    It is what its method for that returns, or else the function by which its code shifts labels;
-    where there is neither, the labels as they are.
-    """
+    """Return what a model, or the code around it, makes of labels for its decoder to read."""
     code = vars(sys.modules[type(model).__module__])
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return {DECODER_TOKENS: model.prepare_decoder_input_ids_from_labels(labels=labels)}
@@ -70,11 +66,7 @@ def decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
 def divided(
     model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor | None
 ) -> list[Mapping[str, Tensor]] | None:
-    """Return the samples of a batch, each without its padding; None where it reads no sequences.
-
-    A padded position would count wherever activations are summed, or outputs compared.  What a
-    decoder reads ends where its labels do.
-    """
+    """Return the samples of a batch, each without its padding; None where it reads no sequences."""
     if not isinstance(model, PreTrainedModel):
         return None
     kept = {

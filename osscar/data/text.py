@@ -34,11 +34,7 @@ _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file of plain text, with or without a byte order mark.
-
-    Lines end as Python ends them, with a newline alone. A file that is missing, unreadable, binary
-    or empty is a DataError.
-    """
+    """Read a file of UTF-8 text, with newlines alone (DataError)."""
     name = file_name(path, "the text", "a file of plain text")
     try:
         text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
@@ -67,10 +63,7 @@ def is_text(data: Any) -> bool:
 
 
 def _text_of(spec: Any, characters: int | None) -> tuple[str, str]:
-    """Return the text that is meant and its name: of a file, of texts at hand, or of the hub.
-
-    Of texts at hand and of the hub, `characters` are read where they are given.
-    """
+    """Return a text and its name: of a file, of texts at hand, or so many characters of the hub."""
     if is_text(spec):
         name = f"a {type(spec).__name__}"
         return _joined(spec, name, characters), name
@@ -116,11 +109,7 @@ def _joined(rows: Iterable[Any], name: str, characters: int | None) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Tokenize a whole text, adding no special tokens; return ids, (tokens,) int64.
-
-    There are as many as there are, however few the model could take at once.  Of characters that
-    the tokenizer does not know it is warned.
-    """
+    """Tokenize a whole text without special tokens, (tokens,) int64; warn if many are unknown."""
     ids = _ids(tokenizer, text, special=False)
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown > _UNKNOWN * len(ids):
@@ -132,10 +121,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Return the ids that a tokenizer puts before a text and after it, (tokens,) int64 each.
-
-    Most tokenizers put none there, or one.
-    """
+    """Return the ids that a tokenizer puts before a text and after it, (tokens,) int64 each."""
     bare, whole = (_ids(tokenizer, "text", special=special) for special in (False, True))
     starts = range(len(whole) - len(bare) + 1)
     start = next((i for i in starts if whole[i : i + len(bare)] == bare), None)

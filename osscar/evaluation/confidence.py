@@ -158,16 +158,8 @@ def _chance(lost: int, gained: int, n: int, drop: float) -> float:
 class Judge:
     """Measures how much worse than the dense model others are, on samples that fitted nothing.
 
-    Parameters
-    ----------
-    quality
-        What is measured.
-    reference
-        The outputs of the dense model, a batch a sample.
-    numbers
-        A number for each sample, (n,) int64, which copies of it share.
-    labels
-        The class of each sample, (n,) int64, for the accuracy of predictions; -100 is left out.
+    Copies share a number in `numbers`, (n,) int64; `labels`, (n,) int64, are for the accuracy of
+    predictions, and -100 is left out.
     """
 
     quality: TargetKind
@@ -184,15 +176,7 @@ class Judge:
         classes: Sequence[str] = (),
         distance: AnyDistance = None,
     ) -> Judge:
-        """Run the dense model on the samples; a divergence is the `distance` of a request.
-
-        Raises
-        ------
-        RequestError
-            If perplexity is asked for, and the model is no language model.
-        DataError
-            If accuracy is, and samples have no labels, or several each.
-        """
+        """Run the dense model on samples that can be judged (RequestError, DataError)."""
         inputs = as_inputs(dense, data)
         batches = inputs.batches(dense, 1)
         asked = distance if quality is TargetKind.DIVERGENCE else None
@@ -232,13 +216,7 @@ class Judge:
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Bounded:
-        """Measure a model.
-
-        Raises
-        ------
-        NonFiniteError
-            If its outputs are NaN or infinite.
-        """
+        """Measure a model (NonFiniteError if its outputs are NaN or infinite)."""
         reference, distance = self.reference, self.reference.distance
         values, numbers = list[float](), list[int]()
         for index, batch in enumerate(reference.batches):

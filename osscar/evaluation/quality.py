@@ -126,11 +126,7 @@ def score(
     classes: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> list[Any]:
-    """Measure how well several models do on the same data, as `osscar.evaluate` does for one.
-
-    Outputs of images and tensors are compared with those of the `dense` model.  By default 4
-    windows, or 32 images or samples, run at once.
-    """
+    """Measure how well several models do on the same data, as `osscar.evaluate` does for one."""
     for model in models:
         check_usable(model)
     if isinstance(data, SampleSet):
@@ -159,15 +155,7 @@ class Windows:
 
     @classmethod
     def of(cls, models: Sequence[Any], data: Any) -> Windows:
-        """Return windows of a `TextSet` or a `CalibrationSet` that all of the models can read.
-
-        Raises
-        ------
-        DataError
-            If the data are neither.
-        ModelError
-            If a model is no language model of transformers, or has no such tokens.
-        """
+        """Return windows of a text for all models (DataError, ModelError)."""
         if not isinstance(data, TextSet | CalibrationSet):
             raise DataError(
                 f"the data are a {type(data).__name__}; give what osscar.load_text, "
@@ -196,15 +184,7 @@ class Windows:
 
 
 def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> TextQuality:
-    """Return the perplexity of a language model; special tokens, or else the first, are not scored.
-
-    Raises
-    ------
-    ModelError
-        If it returns no logits, reads ahead, or two passes differ.
-    NonFiniteError
-        If logits are NaN or infinite.
-    """
+    """Return a language model's perplexity, its context not scored (ModelError, NonFiniteError)."""
     windows, context = text.windows, max(1, text.special_tokens)
     whole = [one for one in windows if len(one) == len(windows[0])]
     batches = [
@@ -318,10 +298,7 @@ class _Outputs:
 def _outputs(
     model: nn.Module, batch: Any, data: SampleSet, labels: Tensor | None, *, first: bool
 ) -> _Outputs:
-    """Run a model on a batch, the first one twice, and find the scores of classes that it returns.
-
-    Of sequences each position may have scores of classes.
-    """
+    """Run a model on a batch, the `first` one twice, and find the scores of classes."""
     kind, named = type(model).__name__, arguments(model, batch)
     with failures_named(model, named):
         if first:

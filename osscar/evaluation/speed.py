@@ -37,10 +37,7 @@ def _forward_timer(model: nn.Module, batch: Mapping[str, Tensor]) -> Timer:
 def measure_forward(
     models: Sequence[nn.Module], batch: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
-    """Return size, operations and seconds of models on the same batch, timed in turns.
-
-    Seconds are a median, and ``seconds_between`` the quartiles: half of the turns lie in there.
-    """
+    """Return size, operations and seconds (median, and quartiles) of models timed in turns."""
     positions = max(map(Tensor.numel, tensors_in(dict(batch))), default=0)
     with torch.no_grad(), evaluating(*models), ExitStack() as stack:
         for model in models:

@@ -251,10 +251,7 @@ def _neurons(block: Any) -> int:
 
 @torch.no_grad()
 def _pad_neurons(model: Any) -> int:
-    """Add neurons of zeros to each layer, which return zeros, up to whole blocks; return how many.
-
-    Nothing is added where rows of the hidden size are no whole blocks either.
-    """
+    """Add neurons of zeros to each layer, up to whole blocks if rows are such; return how many."""
     added = 0
     if model.config.hidden_size % _BLOCK:
         return 0
@@ -306,10 +303,7 @@ def _why_not(model: Any) -> str | None:
 
 
 def _rotary_factors(model: Any) -> Tensor | None:
-    """Return by what each frequency is divided, (head width / 2,) float32; None where by nothing.
-
-    That is how llama.cpp takes frequencies other than theta to the power of -2 i / width.
-    """
+    """Return by what each frequency is divided, (head width / 2,) float32; None by nothing."""
     rotary = model.model.rotary_emb
     if rotary.rope_type == "default":
         return None

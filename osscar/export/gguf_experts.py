@@ -22,10 +22,7 @@ def mixtures(model: Any) -> list[Any]:
 
 
 def why_no_mixture(model: Any, architecture: str, normalized: bool) -> str | None:
-    """Say what about mixtures is not in an architecture of llama.cpp; None if nothing.
-
-    `normalized` tells whether that divides the weights of a token's experts by their sum.
-    """
+    """Say what about mixtures is not in an architecture of llama.cpp; None if nothing."""
     counts = [len(experts.down_proj) for experts in mixtures(model)]
     layers = len(model.model.layers)
     if len(counts) < layers:

@@ -42,11 +42,7 @@ def add_value(writer: Any, key: str, value: Any) -> None:
 
 
 def vocabulary_fields(directory: Path, size: int, library: Any) -> dict[str, Any]:
-    """Read the tokenizer in a directory, and return what a GGUF file says of it, by key.
-
-    `size` is the rows of the model's embedding; ids that no token has are filled up.  `library` is
-    the package ``gguf``.
-    """
+    """Return what a GGUF file says of a directory's tokenizer, with ids up to `size`, by key."""
     with attempt() as tried:  # the library of tokenizers raises plain exceptions
         tokenizer: Any = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

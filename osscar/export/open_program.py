@@ -58,10 +58,7 @@ _TOKENS = 12
 
 
 class OpenProgram:
-    """A model that is written for another engine, and inputs that it takes.
-
-    `kernels` puts mixtures of experts on kernels that can be written.
-    """
+    """A model to be written for another engine, its inputs, and `kernels` that can be written."""
 
     def __init__(
         self,
@@ -72,11 +69,7 @@ class OpenProgram:
         self.model, self.example, self.kernels = model, example, kernels
 
     def written(self, write: Callable[[Traced], Run], engine: str) -> Traced:
-        """Let a program be written until the engine computes what the model does, or refuse.
-
-        A refusal is an EquivalenceError with the difference, or a ModelError. `write` writes it,
-        replacing what it wrote before, and returns what runs it.
-        """
+        """Let a program be written until the engine computes what the model does, or refuse."""
         names = ("the model", f"what {engine} computes from the file")
         with evaluating(self.model):
             expected = self._expected()
@@ -90,10 +83,7 @@ class OpenProgram:
 
     @cached_property
     def output_names(self) -> list[str]:
-        """Return what the outputs are called, in the program's order, each unlike all else.
-
-        Outputs that are no tensors are a ModelError.
-        """
+        """Return what the outputs are called, each unlike all else (ModelError if no tensors)."""
         with evaluating(self.model):
             result = call(self.model, self.example)
         names = [name for name, _ in named_outputs(result)]
@@ -156,10 +146,7 @@ class OpenProgram:
             return program_of(self.model, (), self.example, sizes)
 
     def _holds(self, traced: Traced, axis: Axis, run: Run, names: tuple[str, str]) -> bool:
-        """Tell whether an engine takes other sizes of an axis, and computes what the model does.
-
-        Sizes that the model itself does not take say nothing.
-        """
+        """Tell whether an engine takes the sizes of an axis that the model takes, and is right."""
         known = False
         for inputs in traced.resized(axis):
             with attempt() as tried:  # the model may be anyone's code
@@ -193,10 +180,7 @@ def _prove(expected: Sequence[Tensor], found: Sequence[Tensor], names: tuple[str
 
 @dataclass(frozen=True)
 class Axis:
-    """An open size: what it is called, how long it was, and the symbols that stand for it.
-
-    These are several where nothing in a program relies on inputs being of one size.
-    """
+    """An open size: its name, how long it was, and the symbols of all inputs that stand for it."""
 
     name: str
     dim: int
@@ -255,10 +239,7 @@ class Traced:
         }
 
     def resized(self, axis: Axis) -> Iterator[Batch]:
-        """Yield inputs in which one axis has another size: entries of the example, repeated.
-
-        A size for which a guard says that the code does something else is among them.
-        """
+        """Yield inputs with other sizes of an axis, also beyond guards: the example, repeated."""
         traced = {symbol: one.size for one in self.axes for symbol in one.symbols}
         limits = (self.program.range_constraints.get(symbol) for symbol in axis.symbols)
         most = {int(limit.upper) for limit in limits if limit and limit.upper.is_Integer}
@@ -307,16 +288,10 @@ def read(
 
 
 def example_for(model: nn.Module, given: Any = None) -> Batch:
-    """Return inputs to trace a model with, by name.
+    """Return inputs to trace a model with, by name (DataError, FileError).
 
     They are those that are given, also as a file of tensors, or of the form that the model is known
-    to take: what its program was traced with, tokens, what it was pruned with, or images of the
-    size in its config.  Labels that it can do without are left out: it predicts them.
-
-    Raises
-    ------
-    DataError, FileError
-        If what is given is nothing that the model takes, or nothing is known.
+    to take.  Labels that it can do without are left out: it predicts them.
     """
     if isinstance(given, str | os.PathLike):
         samples = load_tensors(os.fspath(given), model).tensors

@@ -196,7 +196,6 @@ def _from_code(name: str, weights: str | Path | None) -> LoadedModel:
         source=name,
         path=None,
         stored_dtype=stored_dtype(model),
-        stated=example,
     )
 
 
@@ -233,7 +232,6 @@ def _from_directory(
         stored_dtype=stored_dtype(model),
         processor=processor,
         classes=lineage.classes or (class_names(model) if classifier else ()),
-        stated=None if classifier else example,
     )
 
 

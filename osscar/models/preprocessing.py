@@ -23,11 +23,7 @@ def resolved(
     stated: AnyPreprocessing | None,
     source: str,
 ) -> tuple[AnyPreprocessing | None, Batch | None]:
-    """Return what is done to a model's images, and example inputs of their size.
-
-    What the caller has stated takes the place of what is brought with the model; if it contradicts
-    the example, or the example is no image, it is a DataError.
-    """
+    """Return what is done to a model's images, best as `stated`, and an example of their size."""
     known = brought if stated is None else stated
     image = None if example is None else image_of(example)
     if not isinstance(known, Preprocessing):
@@ -59,10 +55,7 @@ def _example_of(model: nn.Module, transform: AnyPreprocessing | None) -> Batch |
 def of_directory(
     path: Path, lineage: Lineage, brought: AnyPreprocessing | None
 ) -> AnyPreprocessing | None:
-    """Return what was done to images in the run that wrote a directory.
-
-    That is the numbers that it records, or else what its code or library brings again.
-    """
+    """Return what was done to images when a directory was written, or what is `brought`."""
     recorded = lineage.preprocessing
     if recorded is None or "transform" in recorded:
         return brought

@@ -49,10 +49,7 @@ def load_language_model(
     trust_remote_code: bool,
     max_memory: str | int | None,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer, as `osscar.load_model` does.
-
-    A dtype of None is the one stored.
-    """
+    """Load a causal language model and its tokenizer; a dtype of None is the one stored."""
     cache = None if max_memory is None else WeightCache(parse_size(max_memory), device)
     # True alone: of anything but an answer transformers makes a question to standard input.
     trust_remote_code = trust_remote_code is True

@@ -22,13 +22,7 @@ _RETURNS = (
 
 
 def build(name: str) -> _Built:
-    """Import a function, call it, and return the model with what else it may give.
-
-    The function of ``package.module:function`` or ``path/file.py:function`` takes no arguments and
-    returns a model; or a model and example inputs (a tensor, a tuple, or a mapping); or these and
-    what is done to an image (see `as_preprocessing`), where the example inputs may be None.  What
-    was compiled runs as before.
-    """
+    """Import and call a function; return its model, with example inputs and transform if any."""
     with importable(name):
         found = imported(name, ModelError)
         if not callable(found):

@@ -26,11 +26,7 @@ weights of old."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of weights without unpickling anything but tensors.
-
-    It is ``.safetensors``, or a state dict that ``torch.save`` wrote: alone, or as an entry of a
-    dictionary, with a warning that names the entry.
-    """
+    """Read a file of weights, or its one entry that is a state dict, unpickling tensors alone."""
     name = file_name(path, "the file of weights", "its path")
     # torch.load on a file of any other sort raises whatever it meets.
     with attempt() as tried:
@@ -65,10 +61,7 @@ def _is_state(content: Any) -> bool:
 
 
 def matched(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Return a state dict by the names of a model, as they are unless others match better.
-
-    Others are without what wrappers put before them.
-    """
+    """Return a state dict by a model's names, without what wrappers put before them if need be."""
     found, most = dict(state), len(state.keys() & names)
     for chosen in product((False, True), repeat=len(_RENAMED)):
         keys = list(state)

@@ -44,11 +44,7 @@ looked at after each operator, which has made its result by then."""
 def first_options_that_fit(
     setup: Setup, build: Callable[[RecoveryRequest], T], tell: Callable[[str], None]
 ) -> T:
-    """Return what `build` makes of the first training options with which a step fits into memory.
-
-    `build` tries the step.  `tell` gets a line if those are not the first.  If a model's
-    code cannot run in bfloat16, float32 is taken, unless bfloat16 was asked for.
-    """
+    """Return what `build` makes, by trying a step, of the first options that fit into memory."""
     asked, memory = setup.request, memory_of(device_of(setup.dense))
     memory.give_back()
     if asked.max_memory is not None:
@@ -128,10 +124,7 @@ class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that a model repeats, none of which is inside another.
-
-    They are those that transformers declares, else the members of one class in a list or sequence.
-    """
+    """Return the repeated blocks of a model: transformers' own, or of one class in a list."""
     found = {one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)}
     if not found:
         for holder in model.modules():
@@ -143,10 +136,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
-    """Let each block of a model keep only its inputs for the backward pass, in a `with` block.
-
-    transformers' own checkpointing needs training mode; a recovery trains in evaluation mode.
-    """
+    """Let each block keep only its inputs for the backward pass, also in evaluation mode."""
     repeated = blocks(model)
     if not repeated:
         raise OptionError(

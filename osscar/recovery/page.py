@@ -46,7 +46,7 @@ def recover_page(document: Mapping[str, Any], directory: str = "recovered") -> s
     asked = {name: document[name] for name in ("model", "dense")}
     shown = [
         *sections(recovery),
-        loading_text(document, directory, recovery["data"]),
+        loading_text(document, directory),
         settings_table(
             settings(asked),
             recovery_settings(recovery),
@@ -57,25 +57,14 @@ def recover_page(document: Mapping[str, Any], directory: str = "recovered") -> s
     return page(f"{document['model']}, recovered", shown)
 
 
-def loading_text(document: Mapping[str, Any], directory: str, data: Mapping[str, Any]) -> Text:
-    """Return how the model in a directory is loaded, and the commands that come next.
-
-    `data` are those that pruned or recovered it: others have to be of their sort.
-    """
-    text, own = "seqlen" in data, document["own_code"]
-    images = data.get("preprocessing") is not None
-    given = "--text FILE" if text else "--images PATH" if images else "--inputs FILE"
-    steps = ["eval"] if document.get("recovery") else ["eval", "recover"]
-    if text and document.get("form") == "exported":
-        steps = []  # a program can neither generate nor be refitted
+def loading_text(document: Mapping[str, Any], directory: str) -> Text:
+    """Return how the model in a directory is loaded."""
+    dense = ", dense=dense" if document["own_code"] else ""
     lines = (
-        "# in Python; README.md says whether transformers reads the directory as well",
-        f'model = osscar.load("{directory}"{", dense=dense" if own else ""})',
-        "# in a shell; DENSE is the model that it was pruned from",
-        *(f"osscar {step} {directory} --dense DENSE {given}" for step in steps),
-        f"osscar export {directory} --format onnx{' --dense DENSE' if own else ''}",
+        f'model = osscar.load("{directory}"{dense})',
+        "# README.md says whether transformers reads the directory as well",
     )
-    return Text(lines, "What next", "code")
+    return Text(lines, "How to load it", "code")
 
 
 def sections(recovery: Mapping[str, Any]) -> Iterator[Section]:
@@ -123,10 +112,7 @@ def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def recovery_table(recovery: Mapping[str, Any]) -> Table:
-    """Return one row for each check on a part of the held-out samples, relative to the first.
-
-    Distances themselves are shown once, of all of these samples.
-    """
+    """Return one row for each check, relative to the first."""
     first = recovery["points"][0]["held_out"]
 
     def held_out(value: float | None) -> str:

@@ -276,10 +276,7 @@ def check_trainable(model: nn.Module) -> None:
 def _training(
     setup: Setup, log: RecoveryLog | None, ranks: Ranks, tell: Callable[[str], None]
 ) -> Training:
-    """Set up the training with options that fit into memory, which the first rank finds.
-
-    A run that goes on trains as before, whatever memory is free, and ends with the same bytes.
-    """
+    """Set up the training with the options of its log, or those that fit on the first rank."""
 
     def build(options: RecoveryRequest) -> Training:
         training = Training(setup, options)

@@ -103,11 +103,7 @@ class Setup:
         )
 
     def order(self, at_once: int, generator: torch.Generator) -> list[int]:
-        """Draw the order of a pass over all samples.
-
-        Of samples of several shapes, so many of equal shapes come one after the other, and run
-        together; the batches that they make are in random order.
-        """
+        """Draw the order of a pass, in which so many of equal shapes follow one another."""
         order: list[int] = torch.randperm(len(self.samples), generator=generator).tolist()
         if not self.inputs.together:
             return order

@@ -166,10 +166,7 @@ class RecoveryLog(Journal):
 
 
 class Training:
-    """A training of a copy of the smaller model, with options: the request, with what was chosen.
-
-    Ranks share out the samples of a step, and those that are held out.
-    """
+    """A training of a copy of a smaller model, with options; ranks share out all samples."""
 
     def __init__(self, setup: Setup, options: RecoveryRequest, ranks: Ranks = ALONE) -> None:
         self.setup, self.options, self.ranks = setup, options, ranks
@@ -213,11 +210,7 @@ class Training:
         return found if math.isfinite(found) else None
 
     def try_step(self) -> None:
-        """Make a step that takes as much memory as any will, and undo it.
-
-        It has the largest sample, the moments of the optimizer, and, if steps have several passes,
-        a pass beside the gradients of another.
-        """
+        """Make a step that takes as much memory as any will, and undo it."""
         best = self._values()
         largest = max(self.setup.samples, key=lambda one: sum(x.numel() for x in one.values()))
         self.step([], 0.0, ALONE)
@@ -270,10 +263,7 @@ class Training:
         return tuple(points)
 
     def _steps(self) -> Iterator[list[Batch]]:
-        """Yield the samples of each step, of passes over all of them, each in an order of its own.
-
-        They depend on the seed alone, so that a run which goes on sees what it would have seen.
-        """
+        """Yield the samples of each step, which depend on the seed alone."""
         setup, seed = self.setup, self.options.seed
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []

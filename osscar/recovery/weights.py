@@ -36,11 +36,7 @@ _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def trainable(model: nn.Module, dense: nn.Module, request: RecoveryRequest) -> nn.Module:
-    """Return a copy in which gradients flow to what is trained, in a format for small steps.
-
-    It is on the dense model's device.  Weights that are not trained are those of the model itself
-    if they are on that device already.
-    """
+    """Return a copy for small steps on the dense device, which shares what is not trained."""
     device, free = device_of(dense), _not_frozen(model)
     program = isinstance(model, ProgramModule)  # whose number formats are in its code
 
@@ -65,10 +61,7 @@ def _not_frozen(model: nn.Module) -> set[int]:
 
 
 def as_it_came(work: nn.Module, model: nn.Module) -> nn.Module:
-    """Make a trained copy a model like the one that it was made of, with weights of its own.
-
-    Adapters are merged; number formats, flags, modes and device are as they were.
-    """
+    """Make a trained copy, adapters merged, a model like the one that it was made of."""
     for name, layer in _adapted(work).items():
         _merge(layer)
         work.set_submodule(name, layer.get_base_layer())
@@ -119,11 +112,7 @@ def has_peft() -> bool:
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Return the names of the modules to which adapters can be added.
-
-    A matrix that several modules share has none, such as a head that is tied to an embedding, nor
-    one that the model freezes, unless it freezes everything.
-    """
+    """Return the names of modules for adapters: of matrices that are neither shared nor frozen."""
     free = _not_frozen(model)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     read = {

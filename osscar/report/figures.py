@@ -66,10 +66,7 @@ FORMS = {"svg": "Date", "png": "Software", "pdf": "CreationDate"}
 
 
 def file_of(figure: Figure, kind: str) -> bytes:
-    """Return a figure as a file of a form, the same bytes each time.
-
-    A PNG is twice as fine as a screen.
-    """
+    """Return a figure as a file of a form, the same bytes each time."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -86,10 +86,7 @@ def stages_table(stages: Mapping[str, float], title: str = "Where the time went"
 
 
 def longest_stages(stages: Mapping[str, float]) -> str:
-    """Say in parentheses which stages took longest, and what the rest took; nothing without stages.
-
-    What is printed adds up to the whole.
-    """
+    """Say in parentheses which stages took longest; with the rest it adds up to the whole."""
     # What no stage counts is part of the rest.
     longest = sorted(stages.items(), key=lambda stage: (stage[0] == OTHER, -stage[1]))
     named = [*(name for name, _ in longest[:3]), *(["the rest"] if longest[3:] else [])]
@@ -107,10 +104,7 @@ def settings(
     chosen: Mapping[str, Any] = MappingProxyType({}),
     origin: str = "asked",
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield the name, value and origin of each setting that is not empty.
-
-    Settings of a `request` that have its default may have been `chosen` by the run.
-    """
+    """Yield each setting that is not empty, with its value and origin; defaults may be `chosen`."""
     usual: dict[str, Any] = {}
     for one in fields(request) if request else ():
         default = one.default if one.default_factory is MISSING else one.default_factory()

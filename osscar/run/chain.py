@@ -142,17 +142,9 @@ def prune_prepared(
     copy: bool = True,
     measuring: Measuring | None = None,
 ) -> PruningResult:
-    """Prune a prepared model to what a request asks for.
+    """Prune a prepared model, or a copy, to one of the requests that it was prepared for.
 
-    Parameters
-    ----------
-    run, request
-        The model, and a request that it was prepared for.
-    copy
-        Whether a copy is pruned; else the prepared model itself becomes the smaller one.
-    measuring
-        Where loss curves come from; by default those of the run, or they are measured for the
-        request.
+    Loss curves come from `measuring`, else from the run, else they are measured.
     """
     start = time.perf_counter()
     prepared = run.task.prepared

@@ -40,17 +40,10 @@ _MOST_TOLD = 8
 
 
 def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
-    """Try which groups can lose units, in the modules of a model or in its program.
+    """Return the form in which a model is shrunk, and the groups that are skipped, in model order.
 
-    Returned is the form in which it is shrunk, and the groups that are skipped, in model order.
-    The same model and request come to the same answer, so that a run which goes on asks again.
-    Halving skips as few groups as it can, so that all others can go together; of several forms the
-    first is taken in which the fewest are skipped.
-
-    Raises
-    ------
-    AdapterError
-        If no group can follow, or the request is strict and one cannot.
+    Halving skips as few groups as it can; of several forms the first with the fewest is taken.  If
+    none can follow, or one cannot and the request is strict, it is an AdapterError.
     """
     prepared, request, keep, asked = task.prepared, task.request, task.provisional, task.groups
     going = [group for group in asked if keep.get(group.name, group.units) < group.units]
@@ -114,10 +107,7 @@ def _skipped(
 
 
 def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[str, str]:
-    """Return why routed groups cannot go, by name.
-
-    They are tried by themselves: no program says to which other units tokens go.
-    """
+    """Return why routed groups cannot go, by name; no program says where else tokens go."""
     prepared = task.prepared
     for kind in {group.kind for group in groups}:
         if not prepared.ranks.alone:
@@ -207,10 +197,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
 
 
 def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]:
-    """Return the forms to try.
-
-    A program cannot generate text, nobody would time it, and it cannot lose experts.
-    """
+    """Return the forms to try; a program cannot generate, be timed, or lose experts."""
     choice = request.form
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
     stays = generates or bool(request.timing) or request.routed
@@ -255,10 +242,7 @@ def _rehearsal(task: PruningTask, form: Form) -> Callable[[PruningPlan], object]
 
 
 def _arbitrary(groups: Sequence[CouplingGroup], keep: Mapping[str, int]) -> list[GroupPlan]:
-    """Plan to keep units of each group that are drawn, so that no two groups agree by design.
-
-    Where a router chooses groups of units, as many stay in each.
-    """
+    """Plan to keep drawn units of each group, so that no two groups agree by design."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(group: CouplingGroup) -> Iterator[int]:

@@ -43,11 +43,9 @@ def prune_groups(
     records: Sequence[LayerRecord],
     log: RunLog | None,
 ) -> tuple[LayerRecord, ...]:
-    """Solve and refit each group where a walk stops; the model keeps its shape.
+    """Solve and refit each group in `keep` where a walk stops, experts first.
 
-    Experts come first, and all others on the stream of the model without those that leave.  `keep`
-    has the groups that lose units.  `records` are what was committed of them, which is written
-    again; the log keeps what is committed now.
+    What was committed (`records`) is written again; the log keeps what is committed now.
     """
     groups = [group for group in task.groups if group.name in keep]
     run, experts = _Run(task, keep, log), [group for group in groups if group.kind.routed]
@@ -85,10 +83,7 @@ class _Run:
         *,
         last: bool = True,
     ) -> None:
-        """Write records again, and solve the other groups of a walk.
-
-        Unless it is the `last`, another one passes the dense weights once more.
-        """
+        """Write records again, and solve the others; before the `last` keep dense tensors."""
         if not groups and not records:
             return
         left, before = {group.name: group for group in groups}, len(self.done)

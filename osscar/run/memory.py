@@ -155,10 +155,7 @@ def check_can_stream(model: nn.Module, request: PruningRequest) -> None:
 
 
 def matrix_bytes(task: PruningTask) -> int:
-    """Return what a cache of weights on disk leaves to the problem of a layer; 0 without one.
-
-    A limit that cannot hold what the run needs is refused; in the cache there is room for passes.
-    """
+    """Return what a cache leaves to the problem of a layer, 0 without one (RequestError)."""
     check_can_stream(task.prepared.model, task.request)
     cache = weight_cache(task.prepared.model)
     if cache is None:

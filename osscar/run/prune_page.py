@@ -74,7 +74,7 @@ def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
         described(document["calibration"], "calibration"),
         settings(document.get("computed", {}), prefix="computed: ", origin="model"),
     )
-    loading = recoveries.loading_text(document, directory, document["calibration"])
+    loading = recoveries.loading_text(document, directory)
     return page(title, [*sections(document), loading, asked])
 
 
@@ -133,27 +133,19 @@ def _answer(document: Mapping[str, Any]) -> str:
             sentence += f"; {label} goes from {before} to {after}"
     if document.get("target"):
         return f"{sentence}; {reported_in_words(document['target'])}."
-    return f"{sentence}{_divergence(document, '; ')}."
-
-
-def _divergence(document: Mapping[str, Any], before: str = "") -> str:
-    """Say how far the predictions are from the dense ones; nothing if unknown."""
-    divergence, held = document.get("divergence"), document.get("held_out")
-    if divergence is None:
-        return ""
-    data = pluralize(held, "held-out sample") if held else "the last calibration samples"
-    when = ", before the recovery" if document.get("recovery") else ""
-    return f"{before}{_nats(divergence)} nats from the dense predictions on {data}{when}"
+    far = "" if document.get("divergence") is None else f"; {_measured(document)}"
+    return f"{sentence}{far}."
 
 
 def _measured(document: Mapping[str, Any]) -> str:
-    """Say how far outputs are from the dense ones, by whatever measure."""
+    """Say how far outputs are from the dense ones, by whatever measure; nothing if unknown."""
     value, measure = (document["distance"][name] for name in ("value", "measure"))
-    if value is None or measure == "nats":
-        return _divergence(document)
+    if value is None:
+        return ""
     held, when = document["held_out"], ", before the recovery" if document.get("recovery") else ""
     data = pluralize(held, "held-out sample") if held else "the last calibration samples"
-    return f"{value:.4g} {UNITS[measure]} on {data}{when}"
+    nats = f"{_nats(value)} nats from the dense predictions"
+    return f"{nats if measure == 'nats' else f'{value:.4g} {UNITS[measure]}'} on {data}{when}"
 
 
 def _nats(value: float) -> str:
@@ -165,10 +157,7 @@ def _predicts(document: Mapping[str, Any]) -> str:
 
 
 def verdict(document: Mapping[str, Any]) -> str:
-    """Say in one sentence that much was lost, and what to do; nothing where it was not.
-
-    After a recovery that measures divergence, the recovered model counts.
-    """
+    """Say that much was lost, after a recovery if there was one, and what to do; else nothing."""
     recovery = document.get("recovery") or {}
     if document.get("target"):  # whose test has passed
         return ""

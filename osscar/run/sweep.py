@@ -171,10 +171,7 @@ class Sweep:
         *,
         source: str | None = None,
     ) -> SweepResult:
-        """Measure what is not done yet, write the page, and return the document.
-
-        The dense model is called `source`.
-        """
+        """Measure what is not done yet, write the page, and return the document."""
         self.check(model)
         calibration = read_once(model, calibration)
         data = as_inputs(model, calibration)

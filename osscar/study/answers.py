@@ -21,11 +21,7 @@ from solvers.storage import read, write
 
 
 def answered(asked: Record, solution: Solution, directory: Path, certificate: str) -> Record:
-    """Verify a solution, write what proves it to a file, and return its record.
-
-    asked: In which nothing is answered yet.
-    certificate: The name of that file, relative to the directory of the study.
-    """
+    """Verify a solution, write what proves it to a file of the study, and return its record."""
     said = solution.record(solution.verify())
     fields = {field.name for field in dataclasses.fields(Record)}
     rests_on = ProofBasis.WORD if said.recomputed_bound is None else ProofBasis.RECOMPUTED
@@ -88,7 +84,7 @@ def load_certificate(path: Path) -> tuple[Certificate | None, tuple[WindowCertif
         proof = _certificate(kind, _part(tensors, "bound.")) if kind else None
         windows = [_part(tensors, f"{index}.") for index in range(header[_WINDOWS])]
         return proof, tuple(map(_window, windows))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise FileError(path, f"it is not a certificate: {error}") from error
 
 
@@ -108,22 +104,17 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def _certificate(kind: object, tensors: dict[str, Tensor]) -> Certificate:
-    if kind == _KINDS[MultiplierCertificate]:
-        return MultiplierCertificate(**tensors)
-    if kind == _KINDS[EnumerationCertificate]:
-        return EnumerationCertificate()
-    if kind == _KINDS[TreeCertificate]:
-        return _tree(tensors)
-    raise ValueError(f"it is of the kind {kind!r}")
+def _certificate(kind: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a certificate of a kind, of which a tree may have a root."""
+    made = next(of for of, name in _KINDS.items() if name == kind)
+    root = _part(tensors, f"{_ROOT}.")
+    own = {name: value for name, value in tensors.items() if not name.startswith(f"{_ROOT}.")}
+    more = (
+        {_ROOT: MultiplierCertificate(**root) if root else None} if made is TreeCertificate else {}
+    )
+    return made(**own, **more)
 
 
 def _window(tensors: dict[str, Tensor]) -> WindowCertificate:
-    own = {name: value for name, value in tensors.items() if name != _UNITS}
-    return WindowCertificate(tensors[_UNITS], _tree(own))
-
-
-def _tree(tensors: dict[str, Tensor]) -> TreeCertificate:
-    root = _part(tensors, f"{_ROOT}.")
-    own = {name: value for name, value in tensors.items() if not name.startswith(f"{_ROOT}.")}
-    return TreeCertificate(root=MultiplierCertificate(**root) if root else None, **own)
+    units = tensors.pop(_UNITS)
+    return WindowCertificate(units, _certificate(_KINDS[TreeCertificate], tensors))

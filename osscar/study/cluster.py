@@ -33,15 +33,7 @@ class RayCluster:
         self._ray = ray
 
     def solve(self, tasks: Sequence[Task]) -> Iterator[Record]:
-        """Solve all tasks, each with a core and the memory of its problem, as cores are free.
-
-        Workers see the study's directory under the same name.
-
-        Raises
-        ------
-        JournalError
-            If a task costs one worker after the other.
-        """
+        """Solve all tasks, each with a core and its memory (JournalError if workers die)."""
         ray = self._ray
         remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(solve_task)
         running = [
@@ -60,11 +52,7 @@ class RayCluster:
 
 @contextmanager
 def connected(address: str) -> Iterator[RayCluster]:
-    """Connect to a cluster while the block runs; what it has not done by then is stopped.
-
-    The address is ``auto`` for the cluster that this machine belongs to, ``HOST:PORT``, or
-    ``local`` for one of this machine alone that ends with the block.
-    """
+    """Connect to a cluster while the block runs; what it has not done by then is stopped."""
     ray = optional("ray", "ray", "a cluster")
     host = re.fullmatch(r"(?:ray://)?\[?([^/\]]+?)\]?:(\d{1,5})", address)
     try:

@@ -98,15 +98,7 @@ def cores() -> int:
 
 
 def solve_here(tasks: Sequence[Task], jobs: int) -> Iterator[Record]:
-    """Solve all tasks in so many processes of this machine, and give the records as they come.
-
-    This process solves for one job, and where all problems are small.
-
-    Raises
-    ------
-    JournalError
-        If a process was killed.
-    """
+    """Solve all tasks in so many processes, or in this one; yield the records (JournalError)."""
     if jobs == 1 or all(task.asked.units <= _SMALL_UNITS for task in tasks):
         yield from map(solve_task, tasks)
         return
@@ -153,10 +145,7 @@ def _start_worker(threads: int, last_word: connection.Connection) -> None:
 
 
 def solve_task(task: Task) -> Record:
-    """Solve and verify one task; what proves the answer is written into the study's directory.
-
-    What a backend cannot take, and what went wrong in a solve, is a record with an error.
-    """
+    """Solve and verify one task, and write what proves it; a failure is a record with an error."""
     asked, problem = task.asked, task.problem
     refusal = solvers.make_backend(asked.backend, **asked.options).capabilities.refusal(problem)
     if refusal is not None:

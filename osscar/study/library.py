@@ -111,13 +111,7 @@ class Library:
         return [name for name in self.instances if fnmatchcase(name, pattern)]
 
     def chosen(self, patterns: Sequence[str]) -> list[str]:
-        """Return the names that match any of the patterns, in the index's order.
-
-        Raises
-        ------
-        OptionError
-            If a pattern matches nothing.
-        """
+        """Return the names that match any of the patterns, in the index's order (OptionError)."""
         for pattern in patterns:
             if not self.matching(pattern):
                 raise OptionError(
@@ -127,13 +121,7 @@ class Library:
         return [name for name in self.instances if name in names]
 
     def problem(self, name: str) -> SubsetProblem:
-        """Return an instance as a problem.
-
-        Raises
-        ------
-        OptionError
-            If there is none of this name.
-        """
+        """Return an instance as a problem (OptionError if there is none of this name)."""
         if name not in self.instances:
             raise OptionError(
                 f"there is no instance {name!r}; `osscar instances list` has them all"

@@ -148,22 +148,7 @@ def write_report(
     jobs: int = 1,
     stages: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write the page into the study's directory, and its figure as gaps.svg; return its path.
-
-    Parameters
-    ----------
-    study, design, records, summary
-        What was asked, and what came of it.
-    jobs
-        Processes that solved at once, which the times depend on.
-    stages
-        Seconds of this run by stage, where they are known.
-
-    Raises
-    ------
-    OutputError
-        If something cannot be written.
-    """
+    """Write the page into the study's directory, and its figure as gaps.svg; return its path."""
     source = dict(study.source)
     removed = ", ".join(map(share, SPARSITIES))
     if "problems" in source:

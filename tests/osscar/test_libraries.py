@@ -100,7 +100,7 @@ def test_a_model_of_timm_sees_images_as_timm_shows_them_and_is_read_back(tmp_pat
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded = load_model("timm:test_vit", weights=tmp_path / "weights.pt")
     assert lineage_of(loaded.model).origin.options == {"num_classes": 5}
-    assert (loaded.classes, loaded.stated) == ((), None)
+    assert loaded.classes == ()
     assert len(load_model("timm:test_vit", pretrained=False).classes) == 1000
     theirs = timm.data.create_transform(
         **timm.data.resolve_model_data_config(model), is_training=False

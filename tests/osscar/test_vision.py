@@ -95,7 +95,7 @@ def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     assert status == 0, err
     assert "batch norm: new running statistics of 8 layers" in out
     page = Path("my small model/report.html").read_text()
-    assert "osscar eval my small model --dense DENSE --images PATH" in page
+    assert "model = osscar.load(&#34;my small model&#34;, dense=dense)" in page
     written = json.loads(Path("report.json").read_text())
     assert written["batch_norms"] == 8
     assert written["settings"]["residual"] == "0.75"
