@@ -69,7 +69,6 @@ FEWER = {
 }
 OWN = {
     "docs/howto/own-model.md": "net.py",
-    "docs/howto/nanogpt.md": "gpt.py",
     "docs/tutorials/image-classifier.md": "shapes.py",
 }
 """Pages that build a network of one's own, and the file that holds it."""

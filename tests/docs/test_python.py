@@ -123,7 +123,6 @@ def write_encoder():
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 NEEDS = {
     "docs/tutorials/image-classifier.md": ONNX,
-    "docs/howto/nanogpt.md": ONNX,
     "docs/howto/onnx.md": ONNX,
     "docs/after.md": (*ONNX, "accelerate", "datasets", "peft"),
     "docs/from-model-to-file.ipynb": ONNX,
