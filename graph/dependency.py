@@ -65,13 +65,7 @@ class DependencyGraph:
         )
 
     def names_in(self, module: str) -> frozenset[str]:
-        """Return the names of the groups that operators in a module read or return units of.
-
-        Parameters
-        ----------
-        module
-            Qualified name; what it calls is part of it.
-        """
+        """Return the names of the groups whose units operators in a module, or below it, touch."""
         return frozenset(
             name
             for operator in self.operators
@@ -106,17 +100,9 @@ class DependencyGraph:
         return network
 
     def draw(self, path: str | Path) -> Path:
-        """Draw the groups, and the tensors whose slices they own, and return where that lies.
+        """Draw the groups, and the tensors whose slices they own, to a file; return its path.
 
-        Parameters
-        ----------
-        path
-            File to write; its suffix says the format, SVG without one.
-
-        Raises
-        ------
-        GraphError
-            If it cannot be written.
+        The suffix says the format, SVG without one; a GraphError says that it cannot be written.
         """
         import matplotlib
 
@@ -203,11 +189,6 @@ def residual_groups(traced: DependencyGraph) -> frozenset[str]:
 
     Such units run through many blocks: removing one narrows them all.  The gates of squeeze and
     excitation multiply what another layer produced and make no residual stream.
-
-    Parameters
-    ----------
-    traced
-        A traced model.
     """
     network = traced.networkx()
     names = {operator.order: operator.name for operator in traced.operators}

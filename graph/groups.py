@@ -91,13 +91,7 @@ class Slot:
         return self.outer * self.inner
 
     def indices(self, units: Iterable[int]) -> list[int]:
-        """Return, sorted, the indices along `dim` that the given units own.
-
-        Parameters
-        ----------
-        units
-            Unit numbers, each in ``range(self.units)``.
-        """
+        """Return, sorted, the indices along `dim` that the given units own."""
         return sorted(
             self.offset + (o * self.units + u) * self.inner + i
             for u in units
@@ -167,11 +161,6 @@ class CouplingGroup:
     def producers(self) -> tuple[Slot, ...]:
         """The slots that compute the units."""
         return tuple(s for s in self.slots if s.role is Role.PRODUCER)
-
-    @property
-    def pass_through(self) -> tuple[Slot, ...]:
-        """The slots applied element-wise to the units."""
-        return tuple(s for s in self.slots if s.role is Role.PASS_THROUGH)
 
     @property
     def consumers(self) -> tuple[Slot, ...]:

@@ -120,12 +120,8 @@ class Operator:
     ) -> dict[str, Any]:
         """Return arguments with which it can be called at other widths.
 
-        Parameters
-        ----------
-        size
-            Returns the value of a size, such as ``lambda size: size.at(kept)``.
-        tensor
-            Returns what stands for a tensor of a shape and number format.
+        `size` returns the value of a size, such as ``lambda size: size.at(kept)``, and `tensor`
+        what stands for a tensor of a shape and number format.
         """
 
         def shape(operand: Operand) -> tuple[int, ...]:

@@ -39,10 +39,10 @@ def propagate(
     Inside of `opaque` modules, by name or by class, nothing is related, and what touches them is
     frozen.  Raises RuleError if a rule fails, or its layouts do not have the shapes of its outputs.
     """
-    return _Walk(program, table, opaque).run()
+    return _Propagating(program, table, opaque).run()
 
 
-class _Walk:
+class _Propagating:
     def __init__(
         self,
         program: Program,

@@ -24,11 +24,10 @@ _INSTALLED = (
 
 
 def imported(name: str, error: type[Exception]) -> Any:
-    """Import what ``package.module:name`` or ``path/file.py:name`` stands for.
+    """Import what ``package.module:name`` or ``path/file.py:name`` stands for, inside `importable`.
 
-    Returns None where the module has no such name. To be called inside `importable`.
-
-    Raises `error` if there is no such file or module, or its code fails.
+    Returns None where the module has no such name, and raises `error` if there is no such file or
+    module, or its code fails.
     """
     place, _, own = name.rpartition(":")
     if not place:
@@ -56,14 +55,8 @@ def _module_name(place: str) -> str:
 def source_digests(code: Any) -> dict[str, str]:
     """Return the SHA-256 of each file that code of a user's own was loaded from, by its name.
 
-    Beside the file of the code itself these are the files that were loaded from its directory or
-    below.  Installed packages are known by their versions, and do not count.
-
-    Parameters
-    ----------
-    code
-        What `imported` took, such as ``"file.py:name"``; or an object that such code defines.
-        Of anything else, there are none.
+    Beside the file of the code, what `imported` took or an object that it defines, these are files
+    that were loaded from its directory or below.  Installed packages have none.
     """
     own = code.rpartition(":")[0] if isinstance(code, str) else getattr(code, "__module__", None)
     place = own if isinstance(own, str) else ""

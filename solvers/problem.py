@@ -179,11 +179,10 @@ class Consumer:
         names = _NUMBERS if self.scale is None else (*_NUMBERS, "scale")
         return {name: vars(self)[name] for name in names}
 
-    @classmethod
-    def _owning(cls, **given: Any) -> Consumer:
-        """Return a consumer of tensors that nobody else holds, as they are."""
-        made = object.__new__(cls)
-        vars(made).update({"scale": None, **given})
+    def _with(self, **changes: Any) -> Consumer:
+        """Return a copy with other fields, as they are; what was found out of it stays."""
+        made = object.__new__(Consumer)
+        vars(made).update(vars(self) | changes)
         return made
 
     @classmethod
@@ -220,14 +219,16 @@ class Consumer:
             `e` is less than `G` explains.
         """
         terms = damp_terms(H, W0, G=G, e=e, damp=damp, overwrite=overwrite)
-        consumer = cls._owning(
+        consumer = object.__new__(cls)
+        vars(consumer).update(
             **terms,
             rows=_unit_rows(units, len(terms["H"])).to(terms["H"].device),
             scale=None if scale is None else max(float(scale), terms["e"]),
+            # Damping has just made sure of the one, and made G of W0 or not.
+            violation=None,
+            fits=G is None,
         )
         consumer._check_rows()
-        # Damping has just made sure of the one, and made G of W0 or not.
-        vars(consumer).update(violation=None, fits=G is None)
         return consumer
 
     @cached_property
@@ -258,10 +259,6 @@ class Consumer:
         """
         return False
 
-    def _known(self) -> dict[str, Any]:
-        """Return what has been found out, in the place where cached properties keep it."""
-        return {name: vars(self)[name] for name in ("violation", "fits") if name in vars(self)}
-
     @property
     def width(self) -> int:
         """Rows of the widest unit."""
@@ -274,27 +271,18 @@ class Consumer:
 
     def divided(self, number: float) -> Consumer:
         """Return the same least-squares problem with its loss divided by a positive number."""
-        made = Consumer._owning(
+        return self._with(
             H=self.hessian / number,
             G=self.G / number,
             e=self.e / number,
-            W0=self.W0,
-            rows=self.rows,
             damping=self.damping / number,
             scale=None if self.scale is None else self.scale / number,
         )
-        vars(made).update(self._known())  # which is relative to the size of the terms
-        return made
 
     def to(self, device: torch.device | str) -> Consumer:
         """Return this consumer with its tensors on `device`."""
-        before = self._tensors
-        after: dict[str, Any] = {name: held.to(device) for name, held in before.items()}
-        if all(held is before[name] for name, held in after.items()):
-            return self
-        made = Consumer._owning(**after, **self._numbers)
-        vars(made).update(self._known())
-        return made
+        moved = {name: tensor.to(device) for name, tensor in self._tensors.items()}
+        return self if moved["G"] is self.G else self._with(**moved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,22 +349,7 @@ class SubsetProblem:
     ) -> SubsetProblem:
         """Build a problem with one consumer from undamped statistics.
 
-        Parameters
-        ----------
-        H, W0
-            Undamped Gram matrix ``X'X/N``, (p, p), and dense weights, (p, m).
-        keep
-            How many units stay.
-        G, e
-            ``X'Y/N`` and ``|Y|^2/N`` of another target than ``X W0``.
-        units
-            What each unit owns; by default every row is a unit.
-        damp
-            lambda relative to the mean of the diagonal of `H`.
-        name
-            What the problem is called in reports.
-        overwrite
-            Whether matrices may be taken over and written to, as of `Consumer.from_gram`.
+        `keep` and `name` are those of the problem, and all else is as of `Consumer.from_gram`.
         """
         consumer = Consumer.from_gram(H, W0, G=G, e=e, units=units, damp=damp, overwrite=overwrite)
         return cls((consumer,), keep, name)
@@ -446,15 +419,10 @@ class SubsetProblem:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the problem to ``.safetensors``, so that anyone can re-solve it.
 
-        Parameters
-        ----------
-        path
-            Where to; the suffix chooses the format.
-
         Raises
         ------
         ProblemError
-            If the suffix is neither, or the file cannot be written.
+            If the path has another suffix, or the file cannot be written.
         """
         header = {
             "format": FORMAT,
@@ -472,11 +440,6 @@ class SubsetProblem:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubsetProblem:
         """Read a problem that `save` wrote; nothing is unpickled, nor believed.
-
-        Parameters
-        ----------
-        path
-            A ``.safetensors`` file.
 
         Raises
         ------

@@ -113,11 +113,6 @@ class Solution(Selection):
     def verify(self) -> Verification:
         """Recompute in float64, from the problem alone, what this solution claims.
 
-        Returns
-        -------
-        Verification
-            The recomputed numbers, and which claims were not recomputed.
-
         Raises
         ------
         VerificationError
@@ -126,13 +121,7 @@ class Solution(Selection):
         return verify(self)
 
     def record(self, verification: Verification | None = None) -> SolutionRecord:
-        """Return the summary of this solution.
-
-        Parameters
-        ----------
-        verification
-            What `verify` returned, if it was called: its loss and bound are then in the record.
-        """
+        """Return the summary of this solution, with what a verification, if given, recomputed."""
         checked = verification or Verification(self.loss, 0.0)
         loss = checked.loss if math.isfinite(checked.loss) else self.loss
         scale = self.problem.scale or 1.0

@@ -105,10 +105,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, tuple) and all(map(_is_number, values))
-
-
 def _is_tensor(value: Any, dtype: torch.dtype, ndim: int) -> bool:
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.dtype == dtype and value.ndim == ndim
@@ -136,7 +132,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, tuple) and all(isinstance(w, WindowCertificate) for w in v),
         "a tuple of WindowCertificate",
     ),
-    "history": (_are_numbers, "a tuple of finite floats"),
+    "history": (
+        lambda v: isinstance(v, tuple) and all(map(_is_number, v)),
+        "a tuple of finite floats",
+    ),
     "iterations": (lambda v: isinstance(v, int) and v >= 0, "an int, and not negative"),
     "seconds": (lambda v: _is_number(v) and v >= 0, "a finite float, and not negative"),
     "backend": (lambda v: isinstance(v, str), "a string"),
@@ -183,11 +182,8 @@ def require(condition: bool, otherwise: str) -> None:
 def verify(solution: Any) -> Verification:
     """Recompute in float64, from the problem alone, what a solution claims.
 
-    Returns the recomputed numbers, and which claims were not recomputed.
-    Raises VerificationError if a field has a wrong type or range, the problem is ill posed, the
-        support is not feasible, the weights are not the refit on it, the loss is not what they
-        give, the bound lies above the loss or above what its certificate proves, or the status
-        claims more than that.
+    Raises VerificationError if a field has a wrong type or range, the problem is ill posed, or a
+    claim of the text above is false.
     """
     check_fields(solution)
     with recomputing():

@@ -97,16 +97,10 @@ def _matrix_product(call: Call, left: Value, right: Value) -> Value:
     return contract(call, operands, (*batch, *rows, *columns))
 
 
-@rule("aten.matmul", "aten.__matmul__", "aten.dot")
+@rule("aten.matmul", "aten.__matmul__", "aten.dot", "aten.mm", "aten.bmm", "aten.mv")
 def matmul(call: Call) -> Value:
     """Multiply two tensors."""
     return _matrix_product(call, *call.values())
-
-
-@rule("aten.mm", "aten.bmm", "aten.mv")
-def plain_product(call: Call) -> Value:
-    """Multiply matrices, batches of matrices, or a matrix and a vector."""
-    return _matrix_product(call, *call.values()[:2])
 
 
 @rule("aten.addmm", "aten.baddbmm", "aten.addmv")

@@ -55,7 +55,9 @@ def sliced(call: Call) -> Value:
     return _with_dim(value, dim, groups[0])
 
 
-def _select(call: Call) -> Value:
+@rule("aten.select")
+def selected(call: Call) -> Value:
+    """Take one position along a dimension, which is frozen: its number is in the code."""
     value, dim = call.along()
     call.freeze((value.dims[dim],), _PICKED)
     return Value(
@@ -63,16 +65,10 @@ def _select(call: Call) -> Value:
     )
 
 
-@rule("aten.select")
-def selected(call: Call) -> Value:
-    """Take one position along a dimension, which is frozen: its number is in the code."""
-    return _select(call)
-
-
 @rule("aten.unbind")
 def unbound(call: Call) -> list[Value]:
     """Take every position along a dimension apart."""
-    return [_select(call)] * len(call.shapes)
+    return [selected(call)] * len(call.shapes)
 
 
 @rule(

@@ -88,14 +88,15 @@ def gated(call: Call) -> Value:
 _STATISTICS = "statistics are taken over it"
 
 
-def _affine(call: Call, layout: Layout, *names: str) -> Layout:
-    """Apply per-position parameters to a dimension."""
+def _affine(call: Call, dims: tuple[Layout, ...], *names: str) -> tuple[Layout, ...]:
+    """Apply parameters of the positions of some dimensions."""
     for name in names:
         parameter = call.optional(name)
         if parameter is not None:
-            layout = call.unify(layout, parameter.dims[0])
+            pairs = zip(dims, parameter.dims, strict=True)
+            dims = tuple(call.unify(layout, other) for layout, other in pairs)
             call.record(parameter, Role.PASS_THROUGH)
-    return layout
+    return dims
 
 
 def _with_statistics(call: Call, output: Value) -> list[Value]:
@@ -108,38 +109,25 @@ def normalized_over_last(call: Call) -> list[Value]:
     """Freeze the trailing dimensions, whose positions share their statistics."""
     value = call.value("input")
     count = len(call.integers("normalized_shape"))
-    dims = value.dims[-count:]
-    call.freeze(dims, _STATISTICS)
-    for name in ("weight", "bias"):
-        parameter = call.optional(name)
-        if parameter is not None:
-            call.record(parameter, Role.PASS_THROUGH)
-            pairs = zip(dims, parameter.dims, strict=True)
-            dims = tuple(call.unify(layout, other) for layout, other in pairs)
+    call.freeze(value.dims[-count:], _STATISTICS)
+    dims = _affine(call, value.dims[-count:], "weight", "bias")
     return _with_statistics(call, Value((*value.dims[:-count], *dims)))
 
 
 @rule(
     *aten(
         "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm "
-        "_native_batch_norm_legit_no_training _batch_norm_no_update"
+        "_native_batch_norm_legit_no_training _batch_norm_no_update instance_norm"
     )
 )
 def normalized_by_channel(call: Call) -> list[Value]:
-    """Pass every dimension on; channels carry their own statistics and scale."""
+    """Pass channels on, which have their own statistics; those of an instance freeze its space."""
     value = call.value("input")
+    if "instance" in call.operator:
+        call.freeze(value.dims[2:], _STATISTICS)
     names = ("weight", "bias", "running_mean", "running_var")
-    channels = _affine(call, value.dims[1], *names)
-    return _with_statistics(call, Value((value.dims[0], channels, *value.dims[2:])))
-
-
-@rule("aten.instance_norm")
-def normalized_by_instance(call: Call) -> Value:
-    """Pass channels on, freeze the space over which their statistics are taken."""
-    value = call.value("input")
-    call.freeze(value.dims[2:], _STATISTICS)
-    names = ("weight", "bias", "running_mean", "running_var")
-    return Value((value.dims[0], _affine(call, value.dims[1], *names), *value.dims[2:]))
+    channels = _affine(call, value.dims[1:2], *names)
+    return _with_statistics(call, Value((value.dims[0], *channels, *value.dims[2:])))
 
 
 @rule("aten.group_norm", "aten.native_group_norm")
@@ -152,8 +140,8 @@ def normalized_by_group(call: Call) -> list[Value]:
     if factors is None:
         return list(call.opaque("groups of channels are normalized across its boundaries"))
     call.freeze((factors[1], *value.dims[2:]), _STATISTICS)
-    channels = _affine(call, call.axes.product(factors), "weight", "bias")
-    return _with_statistics(call, Value((value.dims[0], channels, *value.dims[2:])))
+    channels = _affine(call, (call.axes.product(factors),), "weight", "bias")
+    return _with_statistics(call, Value((value.dims[0], *channels, *value.dims[2:])))
 
 
 @rule("aten._weight_norm")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 from graph.call import Rule
+
+_Function = TypeVar("_Function", bound=Rule)
 
 
 class RuleTable(Mapping[str, Rule]):
@@ -24,10 +27,10 @@ class RuleTable(Mapping[str, Rule]):
         self._rules: dict[str, Rule] = {}
         self._parent = parent
 
-    def rule(self, *operators: str) -> Callable[[Rule], Rule]:
+    def rule(self, *operators: str) -> Callable[[_Function], _Function]:
         """Register the decorated function as the rule of some operators."""
 
-        def register(function: Rule) -> Rule:
+        def register(function: _Function) -> _Function:
             self._rules.update(dict.fromkeys(operators, function))
             return function
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -106,15 +106,13 @@ def _stack_traces(noted: bool) -> Iterator[None]:
         setattr(fx_config, switch, before)
 
 
-@contextmanager
-def every_size() -> Iterator[None]:
+def every_size() -> AbstractContextManager[None]:
     """Let an open size be 0 or 1, too, unless the code does something else then.
 
     An export takes for granted that it is larger, and no guard of its program says so.  It is for
     programs whose guards are read: torch checks those of kernels, too, before it runs one.
     """
-    with size_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        yield
+    return size_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined, no-any-return]
 
 
 _MOST_QUESTIONS = 200

@@ -36,10 +36,8 @@ in any order, and code that computes something else is off by much more."""
 class _Visits:
     """What the experts of a mixture read in one call: a row for each token at each of its experts.
 
-    X holds inputs times weights, (visits, p), which is what enters the sum over experts; `share`
-    says how much of a correction to the output of the token falls to this expert.  The shares of a
-    token are in proportion to its squared weights: of all ways to split a correction, that one asks
-    the experts themselves for the least change.
+    X holds inputs times weights, (visits, p).  `share` is that of an expert in corrections of its
+    token, in proportion to squared weights: the split that asks experts for the least change.
     """
 
     X: Tensor

@@ -1,10 +1,9 @@
 """A forward pass in which modules that end before changed weights are read return what they did.
 
 The dense model runs once while it is noted when modules end, and when each parameter is first read.
-A model of which a few weights have changed computes the same up to the first that is read: modules
-that end before are not run again, and what code does between them is.  The results are those of the
-whole pass, bit by bit, where modules hand on what they return alone: a model whose passes write
-anything on its modules is not resumed.
+With a few weights changed, modules that end before the first that is read are not run again, and
+what code does between them is.  The results are those of the whole pass, bit by bit; a model whose
+passes write anything on its modules is not resumed.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ _AROUND = ("transform", "anchor_generator")
 class DetectorNetwork(nn.Module):
     """What a detector of torchvision computes of a batch of prepared images, in tensors alone.
 
-    A detector takes a list of images of any size, and returns as many boxes as it finds, which no
-    two passes have to agree on.  In between is a network like any other: the backbone, and the
-    heads that read its feature maps.  It shares the detector's children, under their names.
+    A detector takes images of any size, and returns as many boxes as it finds, which no two passes
+    have to agree on.  In between is a network like any other: the backbone, and the heads that read
+    its feature maps.  It shares the detector's children, under their names.
     """
 
     def __init__(self, detector: Any) -> None:

@@ -19,10 +19,9 @@ from osscar.network.modules import fresh
 def count_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Count the floating-point operations of one forward pass, by running it.
 
-    Counted are the matrix products and convolutions with the shapes that they really have: linear
-    layers, experts for the rows that are sent to them, and attention (scores and weighted sums, as
-    full squares: a causal mask is not discounted).  A multiplication with its addition counts as
-    two.  Look-ups, normalization and other element-wise work are not counted.
+    Counted are matrix products and convolutions with the shapes that they have: linear layers,
+    experts for the rows that are sent to them, and attention (full squares, whatever the mask).  A
+    multiplication with its addition counts as two.
     """
     fast = mha.get_fastpath_enabled()
     # No layer of nn.TransformerEncoder or nn.MultiheadAttention is to run as one operator.

@@ -1,9 +1,8 @@
 """Journals: directories of what a command has done, from which the same command goes on.
 
 A manifest says what is being made, and from what; each thing that is done is a file, written whole
-and put on the disk as soon as it is known.  One process at a time is at work in a journal.  A
-command that is killed at any moment leaves a journal that goes on, and one that has done nothing
-leaves none.
+and put on the disk as soon as it is known.  A command that is killed at any moment leaves a journal
+that goes on, and one that has done nothing leaves none.
 """
 
 from __future__ import annotations

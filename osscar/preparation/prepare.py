@@ -202,35 +202,16 @@ def prepare(
     Model and calibration data are any that `osscar.prune` takes.  The model is not changed, unless
     it is not copied: one that nobody else needs spares the memory.
 
-    Parameters
-    ----------
-    batch_size
-        Samples in a batch; by default 8 windows of tokens, or 64 of anything else, on a processor
-        fewer of large samples.
-    heads
-        Whether fused attention is to call its output layer as a module, so that heads can be
-        refitted.
-    programs
-        Whether it may become an exported program, which can lose more units than modules can.
-    seed
-        By which samples are shuffled (`osscar.data.parts.shuffled`), before anything divides them;
-        None leaves them as they come, where nothing does.
-    ranks
-        The processes that have prepared the same, and share out the work.
+    batch_size: Samples in a batch; by default 8 windows of tokens, or 64 of anything else, on a
+        processor fewer of large samples.
+    heads: Whether fused attention is to call its output layer as a module, to be refitted.
+    programs: Whether it may become an exported program, which can lose more units.
+    seed: By which samples are shuffled before anything divides them; None where nothing does.
+    ranks: The processes that have prepared the same, and share out the work.
 
-    Raises
-    ------
-    ModelError
-        If the model has no weights, or adapters that are not merged, cannot be copied, or two
-        passes over the same inputs differ.
-    NonFiniteError
-        If a weight is not finite.
-    DataError
-        If the model cannot read the calibration data.
-    EquivalenceError
-        If it returns no tensor.
-    graph.GraphError
-        If it cannot be traced.
+    Raises ModelError for a model without weights, with adapters that are not merged, that cannot be
+    copied, or of which two passes differ; NonFiniteError for its weights; DataError if it cannot
+    read the data; EquivalenceError if it returns no tensor; graph.GraphError if it is not traced.
     """
     with default_torch():
         check_usable(model)

@@ -137,9 +137,8 @@ def _is_number(tensor: Tensor) -> bool:
 def finer_precision(model: nn.Module, example: Inputs | None = None) -> Iterator[None]:
     """Compute in the next finer number format, in which rounding cannot hide a wrong slice.
 
-    A deep network that was pruned badly amplifies rounding a thousandfold. Every tensor returns to
-    its own format, with the same value. A model whose code or kernels know only its own format
-    keeps that, if an `example` to try it on is given.
+    A deep network that was pruned badly amplifies rounding a thousandfold.  A model whose code or
+    kernels know only its own format keeps that, if an `example` to try it on is given.
     """
     tensors = named_tensors(model)
     formats = {name: tensor.dtype for name, tensor in tensors}

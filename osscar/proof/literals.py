@@ -1,10 +1,8 @@
 """The sizes that are written in a traced program, and what they become when units leave.
 
-A trace writes down every size that the code has computed, as in ``view(x, [b, 49, 6, 32])``.  What
-such a number means is told by the dimension that it makes, cuts or repeats: a table says which, for
-each operator, and the number becomes the count of those of its positions that stay.  An operator
-without an entry has no numbers that count positions (or its dimensions are frozen); a number that
-cannot be told refuses the plan.
+A trace writes down every size that the code has computed, as in ``view(x, [b, 49, 6, 32])``.  A
+table says, for each operator, which dimension such a number makes, cuts or repeats; it becomes the
+count of those of its positions that stay.  A number that cannot be told refuses the plan.
 """
 
 from __future__ import annotations

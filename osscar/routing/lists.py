@@ -1,10 +1,8 @@
 """Mixtures whose experts are a list of modules, which the code of a block calls by number.
 
 While such a block is `called_as_mixtures`, its code runs with experts that return zeros, which
-leaves what else is in its outputs.  Then the logits of its gate are made into routes as its
-declaration says, and its list of experts is called with tokens, their experts and weights, as a
-block with stacked matrices calls its own.  Held against what the block returns by itself, this
-says whether the declaration is true.
+leaves what else is in its outputs.  Its list of experts is then called with tokens, experts and
+weights, by the routes of its declaration, which is compared with what the block returns by itself.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Numbers that modules keep under names that nobody knows: found by trial, accepted by proof.
 
-A number that equals a size of a group which touches its module is a candidate.  Which candidates
-follow is not guessed: a set of them is accepted only if the shrunk model then computes what the
-masked one does, or if its modules run on until one of another class fails.  Tried are single
-numbers of a class of modules, pairs, and all of them; what needs other sets takes the exported
-form.
+Candidates equal a size of a group which touches their module.  A set of them is accepted only if
+the shrunk model then computes what the masked one does, or if its modules run on until one of
+another class fails.  Tried are single numbers of a class of modules, pairs, and all of them.
 """
 
 from __future__ import annotations

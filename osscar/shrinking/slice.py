@@ -22,17 +22,10 @@ from osscar.shrinking.follow import follow_around, is_list, mend, refresh
 
 
 def slice_units(model: nn.Module, plan: PruningPlan) -> None:
-    """Remove from `model`, in place, every unit that the plan does not keep.
+    """Remove from `model`, in place and on any device, every unit that the plan does not keep.
 
     Tied parameters stay tied.  A weight that is normalized at every call becomes a plain one if the
     plan names it.
-
-    Parameters
-    ----------
-    model
-        The model, on any device, also on ``meta``.
-    plan
-        What stays.
 
     Raises
     ------

@@ -47,12 +47,11 @@ class Perspective(Backend):
     def select(self, problem: SubsetProblem) -> Selection:
         """Bound, round, and improve what rounding gives."""
         claims, relaxation = self.bound(problem)
-        if relaxation is None:
-            support = torch.arange(problem.units, device=problem.device)
-        else:
+        support = torch.arange(problem.units, device=problem.device)
+        if relaxation is not None:
             support = relaxation.support
-        if self.polish and relaxation is not None:
-            support = LocalSearch(start=tuple(support.tolist())).select(problem).support
+            if self.polish:
+                support = LocalSearch(start=tuple(support.tolist())).select(problem).support
         return Selection(
             support,
             Status.BOUNDED,
@@ -68,9 +67,5 @@ class Perspective(Backend):
             return {"lower_bound": terms.certified(0.0), "bound_from": _BOUND_FROM}, None
         relaxation = relax(terms, Effort(self.rounds, self.steps))
         bound, certificate = relaxation.claim
-        claims = {
-            "lower_bound": bound,
-            "bound_from": _BOUND_FROM,
-            "certificate": certificate,
-        }
+        claims = {"lower_bound": bound, "bound_from": _BOUND_FROM, "certificate": certificate}
         return claims, relaxation

@@ -185,7 +185,7 @@ def alternate(
     start: Share and shape of the first multipliers; by default those units are favoured that cost
         least if they alone are removed.
     """
-    share, shape = start or _cold_start(terms)
+    share, shape = start or _favouring_cheap_units(terms)
     best: Relaxation | None = None
     value = -math.inf
     for _ in range(rounds):
@@ -205,10 +205,11 @@ def better(one: Relaxation, other: Relaxation) -> Relaxation:
     return other if other.value > one.value else one
 
 
-def _cold_start(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
+def _favouring_cheap_units(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
     n, r = len(terms.units), terms.removals
     share = torch.full((n,), r / n, dtype=torch.float64, device=terms.units.device)
-    share[terms.single_costs().argsort()[:r]] += 1.0
+    alone = terms.costs(torch.arange(n, device=terms.units.device)[:, None])
+    share[alone.argsort()[:r]] += 1.0
     return share.div_(2), torch.full_like(share, _FIRST_SHAPE)
 
 

@@ -178,10 +178,6 @@ class RemovalTerms:
         """Return the maximum, over the multipliers, of the expected bound of the cost."""
         return sum(c.expected(share, shape, correlation) for c in self.consumers)
 
-    def single_costs(self) -> Tensor:
-        """Return what each unit costs if it alone is removed, (n,)."""
-        return self.costs(torch.arange(len(self.units), device=self.units.device)[:, None])
-
     def costs(self, removed: Tensor) -> Tensor:
         """Return what removing the free units in each row costs, (b, r) -> (b,)."""
         return torch.stack([c.costs(removed) for c in self.consumers]).sum(0)

@@ -81,16 +81,13 @@ class EnumerationCertificate:
     def bound(self, problem: SubsetProblem) -> float:
         """Return the least loss of all supports, at most 20,000 (VerificationError)."""
         removals = problem.units - problem.keep
-        _check_few(math.comb(problem.units, removals))
+        if not (supports := math.comb(problem.units, removals)) <= _MOST_SUPPORTS:
+            raise VerificationError(
+                f"the certificate enumerates {supports} supports; at most {_MOST_SUPPORTS} are "
+                "allowed"
+            )
         inverses = Inverses.of(problem)
         return inverses.proved(_least_loss(inverses, removals))
-
-
-def _check_few(supports: int) -> None:
-    if not supports <= _MOST_SUPPORTS:
-        raise VerificationError(
-            f"the certificate enumerates {supports} supports; at most {_MOST_SUPPORTS} are allowed"
-        )
 
 
 def _least_loss(inverses: Inverses, removals: int) -> float:

@@ -195,11 +195,6 @@ def check_definite(scaled: Tensor, otherwise: str) -> None:
         raise VerificationError(f"the certificate's {otherwise}")
 
 
-def independent_ratio(x: Tensor, shape: Tensor) -> Tensor:
-    """Return ``X_ij / (x_i x_j)``, (..., f, f), of independent units, variances times `shape`."""
-    return torch.diag_embed(shape * (1 / x - 1)) + 1
-
-
 def moment_ratio(x: Tensor, correlation: Tensor) -> Tensor:
     """Return ``X_ij / (x_i x_j)``, (n, n), for means x, (n,), and correlations, (n, n)."""
     s = (1 / x - 1).sqrt()

@@ -33,7 +33,7 @@ from solvers.certificates.certificate import (
     check_numbers,
     check_point,
 )
-from solvers.certificates.inverses import Inverses, Linearization, independent_ratio
+from solvers.certificates.inverses import Inverses, Linearization
 from solvers.errors import VerificationError
 from solvers.problem import SubsetProblem
 
@@ -206,7 +206,8 @@ class TreeCertificate:
         )
         shape = self.shape[free]
         share = share.clamp(LEAST_SHARE, 1.0)
-        terms = given.aggregate(share, independent_ratio(share, shape))
+        # Of independent units, whose variances count as often as `shape` says.
+        terms = given.aggregate(share, torch.diag_embed(shape * (1 / share - 1)) + 1)
         d = terms[1].diagonal(dim1=1, dim2=2)
         largest = d.amax(1, keepdim=True)
         d = d.clamp(min=torch.where(largest > 0, LEAST_DIAGONAL * largest, 1.0))

@@ -124,7 +124,7 @@ class _Elimination:
         likely = self._losses().topk(count, largest=False, sorted=False).indices
         for part in self._parts:
             part.cache_rows(likely)
-        with _serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
+        with serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
             while len(removed) < steps:
                 removed += self._some(min(self._at_once, steps - len(removed)), count)
         for part in self._parts:
@@ -155,27 +155,18 @@ class _Elimination:
             if not missing:
                 break
             self._penalty = penalty
-            more = self._cheapest(self._losses_at(marks), min(_MORE, count))
+            for part, mark in zip(self._parts, marks, strict=True):
+                part.go_back(mark)
+            more = self._losses().topk(min(_MORE, count), largest=False).indices
+            # What has left must not be read: compacting gives its place to another unit.
+            more = more[self._penalty[more] == 0]
             for part in self._parts:
-                part.cache_more([missing[0], *more])
+                part.cache_more([missing[0], *more.tolist()])
         if any(told[4]):
             raise torch.linalg.LinAlgError("a block of the inverse is not positive definite")  # type: ignore[attr-defined]
         for part in self._parts:
             part.at_hand.index_fill_(0, at, False)
         return [(int(unit), loss) for unit, loss in zip(told[1], told[2], strict=True)]
-
-    def _losses_at(self, marks: Sequence[_Mark]) -> Tensor:
-        """Return what removals cost where some parts were marked, and go back there."""
-        for part, mark in zip(self._parts, marks, strict=True):
-            part.go_back(mark)
-        return self._losses()
-
-    def _cheapest(self, losses: Tensor, count: int) -> list[int]:
-        """Return the places of some units that are left, of which there may be fewer."""
-        found = losses.topk(count, largest=False).indices
-        # What has left must not be read: its place goes to another unit once rows are compacted.
-        places: list[int] = found[self._penalty[found] == 0].tolist()
-        return places
 
     def _losses(self) -> Tensor:
         losses = self._penalty
@@ -203,7 +194,8 @@ class _Elimination:
 
 
 @contextmanager
-def _serial(small: bool) -> Iterator[None]:
+def serial(small: bool) -> Iterator[None]:
+    """Compute in one thread while the block runs, if waking others costs more than they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if small else threads)
     try:
@@ -251,7 +243,7 @@ class _ConsumerElimination:
         """Return the refit, in the place of G; A holds its factor."""
         consumer, whole = self.terms.consumer, len(self.rows) == len(self.terms)
         if whole and consumer.fits and G.shape[1] == consumer.G.shape[1]:
-            return self.terms.W0(self.rows, out=G)
+            return self.terms.rows_of(consumer.W0, self.rows, out=G)
         self.A.forward(G)
         self.A.backward(G)
         return G
@@ -405,14 +397,10 @@ class _ConsumerElimination:
     def drift(self, units: Tensor) -> float:
         """Return the error of ``H A = I``, ``W = A G`` and ``K = W W'``, on rows of some units.
 
-        Updates subtract what A and K had of the units that left; near a singular H most of both is
-        subtracted, and the rounding of what was there stays.  A residual with H, which never
-        changes, tells how much: of A one row of each unit probed, (16, n w), which is independent
-        of all updates; of W the same rows in 4 random directions of its columns, instead of all m;
-        and of K the first 4 units at hand, as its rows are held nowhere else.
-
-        Rows of W that are nothing but rounding, as those of weights that are zero, have no digits
-        to lose.
+        Near a singular H updates subtract most of A and K, and the rounding of what was there
+        stays; a residual with H, which never changes, tells how much.  Probed are a row of A of
+        each unit, the same of W in 4 random directions of its columns, and 4 units of K at hand.
+        Rows of W that are nothing but rounding have no digits to lose.
         """
         some = units * self.width
         A = self.A.rows(some)

@@ -32,11 +32,8 @@ _ELEMENTS = 1 << 18
 class ConsumerState:
     """N and U of one consumer, `RowBlocks`; changed in place by `sweep`.
 
-    Each unit has its place in them.  Those in S came first when they were factorized, and still do
-    as long as every exchange lets as many enter as leave.
-
-    N, U: As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place.
-    width: Rows w of each unit.
+    N, U: As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place: units in
+        S came first when they were factorized, and do while as many enter as leave.
     kept: (n,) bool, the units in S.
     N_blocks, K_blocks: Diagonal blocks of N and K, (n, w, w), by unit.
     """
@@ -78,12 +75,10 @@ class ConsumerState:
         self.N_blocks, self.K_blocks = self.N.diagonal_blocks(w)[self._place], K[self._place]
 
     def part(self, units: Tensor) -> ConsumerState:
-        """Return the state of some units alone, while no other is moved.
+        """Return the state of some units, (u,) int64, alone, while no other is moved.
 
         A sweep of units changes the rows and columns of others by what these have in common with
         it, so that a principal block follows from itself.  Losses cannot be asked of it.
-
-        units: (u,) int64, numbered in this order; products can be kept where those in S come first.
         """
         made = object.__new__(ConsumerState)
         at = self._at(units)
@@ -96,14 +91,6 @@ class ConsumerState:
         made._cross = None
         made._read_blocks()
         return made
-
-    def N_rows(self, units: Tensor) -> Tensor:
-        """Return the rows of N of some units, (u w, n w), columns by unit."""
-        return self.N.rows(self._at(units))[:, unit_rows(self._place, self.width)]
-
-    def K_rows(self, units: Tensor) -> Tensor:
-        """Return the rows of K of some units, (u w, n w), columns by unit."""
-        return (self.U[self._at(units)] @ self.U.T)[:, unit_rows(self._place, self.width)]
 
     def pairs(self, leave: Tensor, enter: Tensor) -> tuple[Tensor, Tensor]:
         """Return the entries of N and of K of all pairs of units, (l w, e w) each."""
@@ -293,10 +280,3 @@ def block_scores(A: Tensor, K: Tensor) -> Tensor:
         return (K / A)[..., 0, 0]
     solved = torch.cholesky_solve(K, torch.linalg.cholesky(A))
     return solved.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def solve_spd(A: Tensor, B: Tensor) -> Tensor:
-    """Return ``inv(A) B`` for a small positive definite A."""
-    if len(A) == 1:
-        return B / A
-    return torch.cholesky_solve(B, torch.linalg.cholesky(A))

@@ -12,14 +12,7 @@ from solvers.problem import Consumer, SubsetProblem
 
 
 def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], float]:
-    """Return the optimal weights on a support, and their loss.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    support
-        The units that stay, (k,) int64.
+    """Return the optimal weights on a support, the units (k,) int64 that stay, and their loss.
 
     Returns
     -------
@@ -37,15 +30,7 @@ def refit(problem: SubsetProblem, support: Tensor) -> tuple[tuple[Tensor, ...], 
 
 
 def refit_loss(problem: SubsetProblem, support: Tensor) -> float:
-    """Return the loss of the optimal weights on a support: that of `refit`, in less memory.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    support
-        The units that stay, (k,) int64.
-    """
+    """Return the loss of the optimal weights on a support, as `refit` does, in less memory."""
     return _total(quadratic(c.hessian, c.G, c.e, *_fitted(c, support)) for c in problem.consumers)
 
 
@@ -61,15 +46,7 @@ def refit_loss_and_rounding(problem: SubsetProblem, support: Tensor) -> tuple[fl
 
 
 def quadratic_loss(problem: SubsetProblem, weights: Sequence[Tensor]) -> float:
-    """Return ``tr(W'HW) - 2 tr(W'G) + e``, summed over the consumers, for any weights.
-
-    Parameters
-    ----------
-    problem
-        The problem.
-    weights
-        For each consumer, (p, m) float64.
-    """
+    """Return ``tr(W'HW) - 2 tr(W'G) + e`` of any weights, (p, m) float64 each, of all consumers."""
     pairs = zip(problem.consumers, weights, strict=True)
     return _total(quadratic(c.hessian, c.G, c.e, W) for c, W in pairs)
 

@@ -39,15 +39,8 @@ class RowBlocks:
             found += (rows[:, None] == columns) * (self._diagonal * self._padding)[columns]
         return found
 
-    def G(self, rows: Tensor) -> Tensor:
-        """Return some rows of G, (r, m)."""
-        return self._rows_of(self.consumer.G, rows, None)
-
-    def W0(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Return some rows of the dense weights in `out`, (r, m)."""
-        return self._rows_of(self.consumer.W0, rows, out)
-
-    def _rows_of(self, matrix: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+    def rows_of(self, matrix: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return some rows of G or of the dense weights, (r, m)."""
         found = torch.index_select(matrix, 0, self._order[rows], out=out)
         if self._is_padded:
             found[self._padding[rows]] = 0
@@ -57,10 +50,6 @@ class RowBlocks:
         """Return which of some rows are no padding, (r,) bool, and those rows in the consumer."""
         own = ~self._padding[rows]
         return own, self._order[rows[own]]
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal of H, (n w,)."""
-        return self._diagonal
 
     def gram(self, rows: Tensor, *, cut: int = 0) -> Symmetric:
         """Return H on some rows in half of its memory, panels cut between units and at `cut`."""
@@ -72,7 +61,7 @@ class RowBlocks:
 
     def responses(self, rows: Tensor) -> Tensor:
         """Return a matrix with the same products ``G G'`` on some rows, (r, m) or narrower."""
-        return narrowed(self.G(rows))
+        return narrowed(self.rows_of(self.consumer.G, rows))
 
 
 def narrowed(G: Tensor) -> Tensor:
@@ -86,7 +75,7 @@ def equal_width(consumer: Consumer) -> tuple[Tensor, Tensor]:
     rows = torch.arange(len(terms), device=consumer.G.device)
     if torch.equal(consumer.rows.flatten(), rows):
         return consumer.H, consumer.G
-    return terms.H(rows, rows), terms.G(rows)
+    return terms.H(rows, rows), terms.rows_of(consumer.G, rows)
 
 
 def unit_rows(units: Tensor, width: int) -> Tensor:

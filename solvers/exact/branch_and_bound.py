@@ -25,6 +25,7 @@ from solvers.bounds.relaxation import Effort, relax
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.certificate import MultiplierCertificate
 from solvers.certificates.tree_certificate import KEPT, REMOVED, TreeCertificate
+from solvers.closed_forms.elimination import serial
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.exact.frontier import Frontier, Nodes, TreeRecord
 from solvers.heuristics.incumbent import Incumbent
@@ -87,13 +88,9 @@ class BranchAndBound(Backend):
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search best-first from the swap optimum."""
-        threads = torch.get_num_threads()
         rows = max(len(c.rows) * c.width for c in problem.consumers)
-        torch.set_num_threads(threads if rows > _THREADED_ROWS else 1)
-        try:
+        with serial(rows <= _THREADED_ROWS):
             return self._search(problem)
-        finally:
-            torch.set_num_threads(threads)
 
     def _search(self, problem: SubsetProblem) -> Selection:
         deadline = time.perf_counter() + self.time_limit

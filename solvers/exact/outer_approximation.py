@@ -28,7 +28,6 @@ from solvers.bounds.quadratic import QuadraticBound, made_dominating, scaled_dia
 from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificates.certificate import LEAST_SHARE
-from solvers.closed_forms.pivot import solve_spd
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.closed_forms.row_blocks import unit_rows
 from solvers.heuristics.incumbent import Incumbent
@@ -208,5 +207,6 @@ def _multipliers(consumer: ConsumerRemoval, x: Tensor) -> Tensor:
     removed = torch.nonzero(x == 1).flatten()
     if len(removed) == int(x.count_nonzero()):
         rows = unit_rows(removed, consumer.width)
-        Y[rows] = solve_spd(consumer.A[rows[:, None], rows], consumer.W[rows])
+        factor = torch.linalg.cholesky(consumer.A[rows[:, None], rows])
+        Y[rows] = torch.cholesky_solve(consumer.W[rows], factor)
     return Y

@@ -262,7 +262,11 @@ class ExpertProblem:
         total = 0.0
         for block in self.tokens:
             chosen, _, weights = self.routed(block, kept)
-            total += float(weighted_loss(block, chosen, weights).sum())
+            rows = torch.arange(len(chosen), device=chosen.device)[:, None, None]
+            gram = block.entries(rows, chosen[:, :, None], chosen[:, None, :])
+            explained = (weights * block.cross.gather(1, chosen)).sum(1)
+            lost = torch.einsum("ti,tij,tj->t", weights, gram, weights) - 2 * explained
+            total += float((block.energy + lost).sum())
         return max(total, 0.0)  # where nothing is lost, rounding can be negative
 
     def routed(
@@ -270,12 +274,8 @@ class ExpertProblem:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Send the tokens of a block, by the router's own rule.
 
-        Returns
-        -------
-        chosen
-            Which of a token's candidates, (tokens, top_k) int64.
-        experts, weights
-            As of `RoutingRule.route`.
+        Returns which of a token's candidates are chosen, (tokens, top_k) int64, and experts and
+        weights as of `RoutingRule.route`.
         """
         experts, weights = self.rule.route(block.logits, kept, self.choice_bias)
         order = self.order(block)
@@ -297,11 +297,3 @@ def gate_values(rule: RoutingRule, logits: Tensor) -> Tensor:
     if rule.scores is RouterScores.SIGMOID:
         return logits.sigmoid()
     return (logits - logits.amax(1, keepdim=True)).exp()
-
-
-def weighted_loss(block: RoutedTokens, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return the loss of each token, (tokens,), of weights for chosen candidates, (tokens, k)."""
-    rows = torch.arange(len(chosen), device=chosen.device)[:, None, None]
-    gram = block.entries(rows, chosen[:, :, None], chosen[:, None, :])
-    explained = (weights * block.cross.gather(1, chosen)).sum(1)
-    return block.energy - 2 * explained + torch.einsum("ti,tij,tj->t", weights, gram, weights)

@@ -23,13 +23,11 @@ def accelerated(
 
     FISTA (Beck and Teboulle, SIAM Journal on Imaging Sciences 2, 2009), whose momentum starts anew
     where it points uphill (O'Donoghue and Candes, "Adaptive restart for accelerated gradient
-    schemes", Foundations of Computational Mathematics 15, 2015).
+    schemes", Foundations of Computational Mathematics 15, 2015).  It stops where no entry moves by
+    `tolerance`.
 
     start: (b, n), each row a problem of its own.
-    step: Makes one proximal gradient step from a point, (b, n).
     metric: Diagonal of the quadratic that `step` majorizes the function with, up to a factor.
-    steps: The most steps.
-    tolerance: Stop when a step moves no entry by this much.
     """
     x = y = start.cpu().numpy()
     scale = metric.cpu().numpy() if isinstance(metric, Tensor) else metric
@@ -51,13 +49,9 @@ def accelerated(
 def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     """Return the x with the least ``sum (x - target)^2 / weight`` on the capped simplex.
 
-    These are the x with ``0 <= x <= 1`` and ``sum x = total``.
-
+    These are the x, (b, n), with ``0 <= x <= 1`` and ``sum x = total``, (b,), each from 0 to n.
     ``x = clip(target - tau * weight, 0, 1)`` with tau where the entries sum up to `total`: found
     exactly among the breakpoints, at which the sum, piecewise linear in tau, changes its slope.
-
-    target, weight: (b, n), each row a problem of its own; weights are positive.
-    total: (b,), each from 0 to n.
     """
     # The sum falls from n to 0 in tau, and bends where an entry leaves 1, at (target - 1) / weight,
     # or reaches 0, at target / weight.  With `fell` as far as it has come at each bend, tau lies

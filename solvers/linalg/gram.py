@@ -164,17 +164,12 @@ def damp_terms(
     damp: float,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Validate undamped statistics and add the proximal term.
+    """Validate undamped statistics, add the proximal term, and return the fields of a `Consumer`.
 
-    An input that was always zero (a dead neuron) has no effect on the layer: its weights are taken
-    as zero, so that removing it is free.
-
-    The arguments are those of `solvers.Consumer.from_gram`.  Where e is less than G explains, by no
-    more than the rounding of their format, it is raised to that; damp is raised, with a warning,
-    where H is so close to singular that hardly a digit of its inverse is left (`DEFINITE_MARGIN`).
-
-    Returns the fields of a `Consumer`: ``H + lambda I``, ``G + lambda W0``, ``e + lambda |W0|^2``,
-        W0 with zeros for dead inputs, and lambda as `damping`.
+    The arguments are those of `solvers.Consumer.from_gram`.  Weights of an input that was always
+    zero (a dead neuron) are taken as zero, so that removing it is free.  Where e is less than G
+    explains, by no more than the rounding of their format, it is raised to that; damp is raised,
+    with a warning, where hardly a digit of the inverse of H is left (`DEFINITE_MARGIN`).
     """
     H, W0, given, digits = _matrices(H, W0, G, overwrite)
     if not 0 <= damp < math.inf:

@@ -17,10 +17,11 @@ from solvers.closed_forms import elimination, swaps
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.fixed_rows import eliminate_fixed
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.row_blocks import RowBlocks, equal_width
+from solvers.closed_forms.row_blocks import RowBlocks, equal_width, unit_rows
 from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
 from solvers.exact.enumeration import Enumerate
 from solvers.linalg import gram, symmetric
+from solvers.problem import NO_ROW
 from tests.solvers.instances import (
     INSTANCES,
     Instance,
@@ -75,13 +76,15 @@ def plain_state(consumer, kept):
 
 def assert_sound(state, tolerance=1e-8):
     """N and K are those of the formulas, relative to their largest entries, and of all pairs."""
-    units, leave, enter = torch.arange(len(state.kept)), state.support, state.removed
+    leave, enter = state.support, state.removed
     for part, consumer in zip(state.consumers, state.problem.consumers, strict=True):
         rows, columns = (
             (some[:, None] * part.width + torch.arange(part.width)).flatten()
             for some in (leave, enter)
         )
-        found = (part.N_rows(units), part.K_rows(units)), part.pairs(leave, enter)
+        place = unit_rows(part._place, part.width)
+        N, K = part.N.rows(place), (part.U @ part.U.T)[place]
+        found = (N[:, place], K[:, place]), part.pairs(leave, enter)
         for expected, whole, pairs in zip(plain_state(consumer, state.kept), *found, strict=True):
             slack = tolerance * float(expected.abs().max())
             assert float((whole - expected).abs().max()) <= slack
@@ -91,7 +94,10 @@ def assert_sound(state, tolerance=1e-8):
 
 def test_short_units_are_filled_up_with_rows_of_the_size_of_the_others():
     consumer, _ = INSTANCES["ragged_consumers"].problem.consumers
-    assert torch.equal(RowBlocks(consumer).diagonal(), equal_width(consumer)[0].diagonal())
+    padding = torch.nonzero(consumer.rows.flatten() == NO_ROW).flatten()
+    filled = RowBlocks(consumer).H(padding, padding)
+    mean = float(consumer.hessian.diagonal().mean())
+    assert torch.equal(filled, mean * torch.eye(len(padding), dtype=torch.float64))
 
 
 # ---- what leaves, enters, and is exchanged -------------------------------------------------------
