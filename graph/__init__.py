@@ -2,13 +2,7 @@
 
 from graph.call import Call, Value
 from graph.dependency import DependencyGraph, residual_groups, trace
-from graph.errors import (
-    ExampleInputError,
-    GraphError,
-    RuleError,
-    TraceError,
-    UnknownGroupError,
-)
+from graph.errors import ExampleInputError, GraphError, RuleError, TraceError, UnknownGroupError
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from graph.operators import Operand, Operator, Size
 from graph.rules import DEFAULT as DEFAULT_RULES

@@ -44,10 +44,7 @@ def propagate(
 
 class _Propagating:
     def __init__(
-        self,
-        program: Program,
-        table: RuleTable,
-        opaque: Collection[str | type[torch.nn.Module]],
+        self, program: Program, table: RuleTable, opaque: Collection[str | type[torch.nn.Module]]
     ) -> None:
         self.program = program
         self.table = table

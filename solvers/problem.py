@@ -39,13 +39,7 @@ from solvers.linalg.gram import (
     unexplained,
 )
 from solvers.linalg.symmetric import Symmetric
-from solvers.linalg.values import (
-    as_owned,
-    as_tensor,
-    check_diagonal,
-    check_energy,
-    check_entries,
-)
+from solvers.linalg.values import as_owned, as_tensor, check_diagonal, check_energy, check_entries
 
 FORMAT = "osscar-subset-problem/1"
 NO_ROW = -1

@@ -12,12 +12,7 @@ import torch
 
 from solvers.bounds.perspective import Perspective
 from solvers.closed_forms.refit import refit
-from solvers.errors import (
-    BackendError,
-    SolverError,
-    VerificationError,
-    is_shortage,
-)
+from solvers.errors import BackendError, SolverError, VerificationError, is_shortage
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Selection
 from solvers.registry import BACKENDS, make_backend

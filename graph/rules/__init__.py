@@ -14,15 +14,7 @@ Dimensions whose positions influence one another are frozen with `Call.freeze`, 
 which nothing is known are made with `Call.unknown`, and `Call.opaque` answers anything safely.
 """
 
-from graph.rules import (
-    contraction,
-    convolution,
-    elementwise,
-    indexing,
-    recurrent,
-    reduction,
-    shape,
-)
+from graph.rules import contraction, convolution, elementwise, indexing, recurrent, reduction, shape
 from graph.rules.table import DEFAULT, PROGRAM, RuleTable, rule
 
 __all__ = [

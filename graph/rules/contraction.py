@@ -90,10 +90,7 @@ def _matrix_product(call: Call, left: Value, right: Value) -> Value:
     columns = ("column",) if len(right.dims) > 1 else ()
     left_batch, right_batch = _batch(len(left.dims) - 2), _batch(len(right.dims) - 2)
     batch = max(left_batch, right_batch, key=len)
-    operands = (
-        (left, (*left_batch, *rows, "sum")),
-        (right, (*right_batch, "sum", *columns)),
-    )
+    operands = ((left, (*left_batch, *rows, "sum")), (right, (*right_batch, "sum", *columns)))
     return contract(call, operands, (*batch, *rows, *columns))
 
 

@@ -122,12 +122,7 @@ def resampled(call: Call) -> list[Value]:
     space = _SPACE[".".join(call.operator.split(".")[:2])]
     call.freeze(value.dims[-space:], _WINDOW)
     return [
-        Value(
-            (
-                *value.dims[:-space],
-                *(call.unknown(size, _WINDOW) for size in shape[-space:]),
-            )
-        )
+        Value((*value.dims[:-space], *(call.unknown(size, _WINDOW) for size in shape[-space:])))
         for shape in call.shapes
     ]
 

@@ -270,10 +270,7 @@ def embedded_in_bags(call: Call) -> list[Value]:
         call.freeze(other.dims, reason)
     call.record(weight, Role.PRODUCER, 1)
     bags, *others = call.shapes
-    return [
-        Value((call.unknown(bags[0], reason), weight.dims[1])),
-        *call.unknowns(others, reason),
-    ]
+    return [Value((call.unknown(bags[0], reason), weight.dims[1])), *call.unknowns(others, reason)]
 
 
 @rule("aten.unfold")

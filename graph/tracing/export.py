@@ -357,10 +357,7 @@ _HINTS = (
         "outputs. Register a dataclass of yours with torch.export.register_dataclass, any other "
         "class with torch.utils._pytree.register_pytree_node.",
     ),
-    (
-        r"ScriptModule",
-        "TorchScript cannot be read: pass the Python module from which it was made.",
-    ),
+    (r"ScriptModule", "TorchScript cannot be read: pass the Python module from which it was made."),
     (
         r"quantized|PackedParams|__obj_flatten__",
         "The packed weights of quantized layers cannot be cut: prune the floating-point model, "

@@ -222,10 +222,7 @@ def _mixture_around(module: str, mixtures: Collection[str]) -> str | None:
 
 
 def _reason(
-    model: nn.Module,
-    slots: tuple[Slot, ...],
-    elsewhere: Collection[str],
-    mixtures: Collection[str],
+    model: nn.Module, slots: tuple[Slot, ...], elsewhere: Collection[str], mixtures: Collection[str]
 ) -> str | None:
     """Return why a consumer cannot be refitted where its module is called, or None."""
     tensor, name = slots[0].tensor, slots[0].module

@@ -233,10 +233,7 @@ class _MultiplicationWatch(TorchFunctionMode):
     """
 
     def __init__(
-        self,
-        tensors: Mapping[int, str],
-        product: _OnProduct,
-        other: Callable[[str], None],
+        self, tensors: Mapping[int, str], product: _OnProduct, other: Callable[[str], None]
     ) -> None:
         super().__init__()
         self._tensors, self._product, self._other = tensors, product, other
@@ -333,10 +330,7 @@ def weights_read_elsewhere(model: nn.Module) -> Iterator[set[str]]:
 
 
 def _watching(
-    model: nn.Module,
-    names: Iterable[str],
-    product: _OnProduct,
-    other: Callable[[str], None],
+    model: nn.Module, names: Iterable[str], product: _OnProduct, other: Callable[[str], None]
 ) -> AbstractContextManager[None]:
     """Watch what each forward pass does with some tensors, in a mode of its own."""
     own, tensors = model.forward, {id(attrgetter(name)(model)): name for name in names}

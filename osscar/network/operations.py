@@ -72,11 +72,7 @@ def _passed_over() -> dict[Any, Callable[..., int]]:
     return {packet: formula for packet, formula in found.items() if packet is not None}
 
 
-_ATTENTION = (
-    "flash_attention_for_cpu",
-    "attention_math_for_mps",
-    "fused_attention_overrideable",
-)
+_ATTENTION = ("flash_attention_for_cpu", "attention_math_for_mps", "fused_attention_overrideable")
 
 
 def _attention(

@@ -22,12 +22,7 @@ from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import ExpertMap, LinearMap
-from osscar.consumers.linear_maps import (
-    last_matrices,
-    linear_maps,
-    refittable,
-    refittable_mixtures,
-)
+from osscar.consumers.linear_maps import last_matrices, linear_maps, refittable, refittable_mixtures
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.parts import shuffled
@@ -50,13 +45,7 @@ from osscar.network.modules import (
 from osscar.offload.on_disk import is_on_disk, shapes_only
 from osscar.preparation.failures import failures_named, refuse_chance
 from osscar.preparation.together import computes_alone, together
-from osscar.proof.equivalence import (
-    call,
-    comparable,
-    computes,
-    outputs_or_none,
-    proved_unchanged,
-)
+from osscar.proof.equivalence import call, comparable, computes, outputs_or_none, proved_unchanged
 from osscar.proof.lineage import remember_structure
 from osscar.proof.structural import DensePrograms, dense_programs
 from osscar.routing.declared import traced_around

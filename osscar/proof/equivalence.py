@@ -41,11 +41,7 @@ from osscar.routing.masks import without_experts
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 """Positional or keyword arguments of a model's forward pass."""
 
-_FINER = {
-    torch.float32: torch.float64,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
+_FINER = {torch.float32: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 class _Rounding(NamedTuple):

@@ -180,10 +180,7 @@ _SENT = (
 
 
 def traced_around(
-    model: nn.Module,
-    example: Mapping[str, Any],
-    small: Mapping[str, Any],
-    error: graph.TraceError,
+    model: nn.Module, example: Mapping[str, Any], small: Mapping[str, Any], error: graph.TraceError
 ) -> tuple[graph.DependencyGraph, tuple[CouplingGroup, ...]]:
     """Trace a model around its declared blocks, or raise the error of the plain trace."""
     blocks = {} if is_on_disk(model) else declared_in(model)

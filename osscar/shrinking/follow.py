@@ -157,7 +157,7 @@ _COUNTS: dict[UnitKind, dict[str, Callable[[int, GroupPlan], bool]]] = {
     },
     UnitKind.NEURONS: {
         r"(moe_)?intermediate_(size|dim)|ffn_(dim|hidden_size)|d_ff|inner_dim|"
-        r"mlp_dim|expert_dim|dim_feedforward|hidden_features": _is_count,
+        r"mlp_dim|expert_dim|dim_feedforward|hidden_features": _is_count
     },
     UnitKind.EXPERTS: {r"(moe_)?(num|n)_(local_|routed_)?experts": _is_count},
 }

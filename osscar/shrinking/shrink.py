@@ -129,10 +129,7 @@ def shrink(
 
 
 def rehearse(
-    model: nn.Module,
-    plan: PruningPlan,
-    inputs: Sequence[Inputs],
-    programs: DensePrograms,
+    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], programs: DensePrograms
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with preserved(model):
@@ -172,11 +169,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
             "osscar.prune or osscar.load returned (an exported program needs no proof)"
         )
     work = copied(dense)
-    with (
-        torch.random.fork_rng(graphics_cards(model)),
-        evaluating(model, work),
-        torch.no_grad(),
-    ):
+    with torch.random.fork_rng(graphics_cards(model)), evaluating(model, work), torch.no_grad():
         for number, plan in enumerate(plans, 1):
             fold(work, plan.tensors)
             programs = dense_programs(work, by_name(work, example))
@@ -198,12 +191,7 @@ class _Masked:
     finer: bool
 
     @classmethod
-    def from_run(
-        cls,
-        model: nn.Module,
-        plan: PruningPlan,
-        inputs: Sequence[Inputs],
-    ) -> _Masked:
+    def from_run(cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Masked:
         """Run a model without what a plan removes."""
         untouched, own = ModelState(model), number_format(model)
         with untouched.watching(), finer_precision(model, inputs[0]):
@@ -211,12 +199,7 @@ class _Masked:
             return cls(untouched, distance, number_format(model) != own)
 
 
-def _proved(
-    model: nn.Module,
-    plan: PruningPlan,
-    masked: _Masked,
-    programs: DensePrograms,
-) -> Proof:
+def _proved(model: nn.Module, plan: PruningPlan, masked: _Masked, programs: DensePrograms) -> Proof:
     """Shrink a model and prove it; if that fails, it is as it was."""
     with preserved(model, on_error=True):
         before, untouched = dict(named_tensors(model)), masked.untouched

@@ -53,10 +53,7 @@ class ShrunkProgram:
 
 
 def shrink_program(
-    model: nn.Module,
-    plan: PruningPlan,
-    inputs: Sequence[Inputs],
-    example: Mapping[str, Tensor],
+    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], example: Mapping[str, Tensor]
 ) -> ShrunkProgram:
     """Make a smaller model of a model's exported program, and prove that nothing else has changed.
 

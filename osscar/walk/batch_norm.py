@@ -49,9 +49,7 @@ def statistics_put_back(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def dense_statistics(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    ranks: Ranks = ALONE,
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], ranks: Ranks = ALONE
 ) -> DenseStatistics | None:
     """Measure what batch-norm layers, if any, are called with on this rank's batches."""
     layers = batch_norms(model)

@@ -94,8 +94,7 @@ class LayerReport(SolutionRecord):
         float | None, Column("refitted >", decimals, note="loss of experts after the refit")
     ]
     relative_bound: Annotated[
-        float | None,
-        Column("bound >", _bound, note="no choice of as many units has a lower loss"),
+        float | None, Column("bound >", _bound, note="no choice of as many units has a lower loss")
     ]
     gap: Annotated[float | None, Column("gap >", "{:.1%}".format)]
     recomputed_bound: Annotated[float | None, Column("certificate", row=_certificate)]

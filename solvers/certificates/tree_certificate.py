@@ -249,11 +249,7 @@ class TreeCertificate:
     # ---- what their children add -------------------------------------------------------------
 
     def _divide(
-        self,
-        proved: Tensor,
-        bounds: Linearization,
-        nodes: Tensor,
-        siblings: tuple[Tensor, Tensor],
+        self, proved: Tensor, bounds: Linearization, nodes: Tensor, siblings: tuple[Tensor, Tensor]
     ) -> None:
         """Raise what is proved of the parents of all `nodes` of one depth."""
         parent = self.parent[nodes]

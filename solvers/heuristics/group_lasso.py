@@ -52,10 +52,7 @@ class GroupLasso(Backend):
                 break
             low, high = (penalty, high) if alive > problem.keep else (low, penalty)
         return Selection(
-            best.support,
-            Status.FEASIBLE,
-            iterations=self.bisections,
-            history=tuple(best.history),
+            best.support, Status.FEASIBLE, iterations=self.bisections, history=tuple(best.history)
         )
 
 
