@@ -164,7 +164,7 @@ def why_not_dense(model: nn.Module, dense: nn.Module) -> str | None:
 
 
 def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = None) -> str | None:
-    """Say how far a model is from outputs computed in a format, by default float32; else None."""
+    """Say how far a model is from a sample's outputs, computed in `dtype`; None if it is not."""
     if not sample.outputs:
         return None
     with attempt() as tried, model_state(model):  # the model may be anyone's code
