@@ -184,7 +184,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
 
 @dataclass(frozen=True)
 class _Masked:
-    """How far models are from the masked one, in a `finer` format or its own, and its `untouched` state."""
+    """How far models are from the masked one, in a finer number format or their own."""
 
     untouched: ModelState
     distance: Callable[[nn.Module], Match]
