@@ -33,39 +33,22 @@ def _opt(width: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
     }
 
 
-def _llama(neurons: int, **others: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": neurons,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        **others,
-    }
-
-
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "qwen2-0.5b": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "intermediate_size": 4864,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-    },
-    "opt-125m": _opt(768, 12, 12),
     "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-6.7b": _opt(4096, 32, 32),
     "opt-30b": _opt(7168, 48, 56),
-    "llama-2-7b": _llama(11008, num_key_value_heads=32, vocab_size=32000),
-    "llama-3-8b": _llama(14336, num_key_value_heads=8, vocab_size=128256, rope_theta=5e5),
+    "llama-2-7b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
 }
 
 
