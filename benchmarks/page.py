@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measuring import markdown, rows_in
 from osscar.base.printable import share
-from osscar.report.figures import color, file_of, legend, new_figure, shares
+from osscar.report.figures import file_of, legend, new_figure, shares
 
 DENSE, OURS = "dense", "this toolkit"
 
@@ -232,7 +232,7 @@ def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:
             marker = MARKERS[number // 8 % len(MARKERS)]
             axes.errorbar(
                 sizes, means, spread, marker=marker, markersize=4, linewidth=1, capsize=2,
-                color=color(number), label=method,
+                color=f"C{number}", label=method,
             )  # fmt: skip
         first = here[0]
         axes.axhline(first.original, color="black", linewidth=0.7)

@@ -217,19 +217,6 @@ def _round_to(value: Any) -> Any:
     raise ValueError("give a whole number from 1, or auto")
 
 
-def _groups(value: Any) -> Any:
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ValueError(
-            "give a mapping of names of groups to what to keep, such as {'h.0.neurons': 0.5}"
-        )
-    for name, keep in value.items():
-        try:
-            parse_keep(keep)
-        except ValueError as error:
-            raise ValueError(f"{name!r} has {safe_repr(keep)}: {error}") from error
-    return value
-
-
 def _share_lost(value: Any) -> float:
     percent = str(value).strip().endswith("%")
     with suppress(ValueError):
@@ -237,12 +224,6 @@ def _share_lost(value: Any) -> float:
         if 0 < lost < (math.inf if percent else 1) and not isinstance(value, bool):
             return lost
     raise ValueError("give a percentage above zero, such as 5%, or a fraction, such as 0.05")
-
-
-def _patterns(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise ValueError("give a list of patterns for names of groups, such as ['h.0.*']")
-    return tuple(value)
 
 
 KeepOption = Annotated[Keep | None, Read(_keep)]
@@ -406,10 +387,10 @@ class PruningRequest:
     channels: KeepOption = None
     residual: KeepOption = None
     experts: Annotated[Keep | None, Read(_experts)] = None
-    groups: Annotated[Mapping[str, Keep], Read(_groups)] = field(default_factory=dict)
+    groups: Mapping[str, Annotated[Keep, Read(_keep)]] = field(default_factory=dict)
     round_to: Annotated[RoundTo, Read(_round_to)] = AUTO
     at_least: KeepOption = None
-    skip: Annotated[Sequence[str], Read(_patterns)] = ()
+    skip: Sequence[str] = ()
     backend: "str | solvers.Backend" = "local_search"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     certify: bool = False
@@ -426,6 +407,7 @@ class PruningRequest:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "skip", tuple(self.skip))
         for wrong, advice in self._contradictions():
             if wrong:
                 raise RequestError(advice)
@@ -564,11 +546,6 @@ class PruningRequest:
 
             group = solvers.EXPERT_BACKENDS if experts else solvers.BACKENDS
             return solvers.make_backend(self.backend, group, **self.backend_options)
-        if not callable(getattr(type(self.backend), "select", None)):
-            raise OptionError(
-                f"backend is {safe_repr(self.backend)}; give a name, or an object with a method "
-                "select"
-            )
         if self.backend_options:
             raise OptionError("backend_options go with a name; this backend object has its own")
         return self.backend
@@ -715,13 +692,6 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
             raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}{more}")
         from osscar.base.devices import default_torch  # loads torch
 
-        if len(args) > len(first):
-            takes = ", ".join(one.name for one in first)
-            raise TypeError(
-                f"{keywords.__name__}() takes {len(first)} positional arguments ({takes}) but "
-                f"{len(args)} were given; name all others, such as {fields[0].name}="
-                f"{safe_repr(args[len(first)])}"
-            )
         given = signature.bind(*args, **asked).arguments
         leading = [given.pop(one.name) for one in first]
         # Of what `torch.compile` has made, the model.

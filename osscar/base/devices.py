@@ -73,17 +73,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def this_device(device: torch.device) -> dict[str, str]:
     """Return what decides how fast kernels run here, and how they round, besides their inputs."""
     on_card = device.type == "cuda"
+    named = system_value("/proc/cpuinfo", "model name")  # which Python does not know on Linux
     return {
-        "device": torch.cuda.get_device_name(device) if on_card else _processor(),
+        "device": torch.cuda.get_device_name(device)
+        if on_card
+        else named or platform.processor() or platform.machine(),
         "threads": "" if on_card else str(torch.get_num_threads()),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    """Return the name of the processor, which Python knows on some systems only."""
-    named = system_value("/proc/cpuinfo", "model name")
-    return named or platform.processor() or platform.machine()
 
 
 @contextmanager

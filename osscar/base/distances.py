@@ -17,17 +17,12 @@ NATS, RELATIVE = "nats", "relative"
 
 @dataclass(frozen=True)
 class OwnDistance:
-    """A distance that the caller's code measures.
+    """A distance that the caller's code measures; `source` is its name, with its file's digest.
 
-    Parameters
-    ----------
-    function
-        Called with what the smaller model returns for a batch, what the dense one does, and the
-        batch, a dict of tensors by argument name.  It returns one number a sample, (samples,), at
-        least 0, and 0 where both return the same.  To recover a model it has to be differentiable
-        in the first.
-    source
-        Its name, and the digest of the file that it is from.
+    The function is called with what the smaller model returns for a batch, what the dense one
+    does, and the batch, a dict of tensors by argument name.  It returns one number a sample,
+    (samples,), at least 0, and 0 where both return the same; it is differentiable in the first for
+    a recovery.
     """
 
     function: Callable[..., Any] = field(repr=False)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import BusyError, FileError, OutputError
-from osscar.base.inputs import file_name
 
 LOCK_FILE = ".osscar.lock"
 """The file by which one process at a time locks a directory."""
@@ -104,17 +103,22 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
 
 def resolved(path: str | os.PathLike[str]) -> Path:
     """Return a path to be written without links in it (OutputError if it cannot be a path)."""
-    name = file_name(path, "the output", "the name of a file or directory")
+    name = os.fspath(path)
     try:
         return Path(name).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text; the file appears whole or not at all (OutputError)."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, which appears whole or not at all (OutputError)."""
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:

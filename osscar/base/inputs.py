@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import reprlib
 from collections.abc import Callable
@@ -37,19 +36,6 @@ def safe_repr(value: object) -> str:
         return f"an object of {type(value).__qualname__}"
 
 
-def file_name(value: object, what: str, example: str) -> str:
-    """Return a name of a file or model as text; an OptionError if it is neither text nor a path.
-
-    `what` it names, such as ``"the model"``, and an example of what would have served, are for the
-    message.
-    """
-    if isinstance(value, str | os.PathLike):
-        name = os.fspath(value)
-        if isinstance(name, str):
-            return name
-    raise OptionError(f"{what} is {safe_repr(value)} ({type(value).__name__}); give {example}")
-
-
 def whole_number(value: object, what: str, least: int) -> int:
     """Return a number that counts something (OptionError); `what` names also the option."""
     from pydantic import Strict
@@ -62,15 +48,12 @@ def parse_size(value: object) -> int:
     """Read a size of memory: ``"8GB"``, ``"512MiB"``, or a number of bytes (OptionError)."""
     text = str(value).strip()
     found = _SIZE.fullmatch(text)
-    if isinstance(value, bool) or not isinstance(value, str | Integral) or found is None:
-        raise OptionError(
-            f"{safe_repr(value)} is not a size of memory; give one such as 8GB or 512MiB"
-        )
-    number, unit, binary = found.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
-    if size < 1:
-        raise OptionError(f"{safe_repr(value)} of memory is less than a byte; give one such as 8GB")
-    return size
+    if found is not None and isinstance(value, str | Integral) and not isinstance(value, bool):
+        number, unit, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+        if size:
+            return size
+    raise OptionError(f"{safe_repr(value)} is not a size of memory; give one such as 8GB or 512MiB")
 
 
 def count_from(least: int) -> Interval:
@@ -99,13 +82,7 @@ class Read:
 
 
 def from_percent(value: Any) -> Any:
-    """Return a percentage as the fraction that it is, and anything else as it is.
-
-    Examples
-    --------
-    >>> from_percent("30%"), from_percent("0.3"), from_percent(2)
-    (0.3, '0.3', 2)
-    """
+    """Return ``"30%"`` as the fraction that it is, 0.3, and anything else as it is."""
     if isinstance(value, str) and value.strip().endswith("%"):
         with suppress(ValueError, ZeroDivisionError):
             return float(Fraction(value.strip().removesuffix("%")) / 100)
@@ -167,6 +144,7 @@ _ADVICE = {
     "string_type": "give text",
     "dict_type": "give a mapping",
     "tuple_type": "give a tuple",
+    "sequence_str": "give a list",
     "callable_type": "give a function",
 }
 """What to give, by what pydantic calls the error; of other errors, its own words are shown."""

@@ -10,13 +10,7 @@ from typing import Any
 
 
 def pluralize(count: int, noun: str, several: str = "") -> str:
-    """Return how many there are of something, in the form that goes with the number.
-
-    Examples
-    --------
-    >>> pluralize(1, "sample"), pluralize(2000, "sample"), pluralize(2, "batch", "batches")
-    ('1 sample', '2,000 samples', '2 batches')
-    """
+    """Return how many there are of something, such as ``"2,000 samples"``."""
     return f"{count:,} {noun if count == 1 else several or noun + 's'}"
 
 
@@ -31,13 +25,7 @@ def capitalized(text: str) -> str:
 
 
 def published(source: str) -> str:
-    """Return a source as files name it that are handed on: without the folders of this machine.
-
-    Examples
-    --------
-    >>> published("directory /home/me/small"), published("text.txt")
-    ('directory small', 'text.txt')
-    """
+    """Return a source as files name it that are handed on: without the folders of this machine."""
     name = source.removeprefix("directory ")
     if not (Path(name).is_absolute() or name.startswith("~")):
         return source
@@ -45,16 +33,10 @@ def published(source: str) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return a text in which nothing can move a cursor, change a colour or fail to be encoded.
+    """Return a text in which nothing can move a cursor, change a colour or fail to be encoded.
 
-    Names come from files and from strangers: control characters, marks that reverse the direction
-    of writing, and halves of surrogate pairs are written as escapes.  Characters of `keep`, such as
-    line feeds, are left as they are.
-
-    Examples
-    --------
-    >>> printable("a\x1b[31mb")
-    'a\\x1b[31mb'
+    Control characters, marks that reverse the direction of writing, and halves of surrogate pairs
+    are written as escapes, except for characters of `keep`, such as line feeds.
     """
     if text.isprintable():
         return text
@@ -65,13 +47,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def listed(names: Sequence[str], most: int = 4, between: str = ", ") -> str:
-    """Return the first of some names, and how many more there are.
-
-    Examples
-    --------
-    >>> listed(["a", "b", "c", "d"]), listed(["a", "b", "c", "d", "e"], 3)
-    ('a, b, c, d', 'a, b, c and 2 more')
-    """
+    """Return the first of some names, and how many more there are: ``"a, b, c and 2 more"``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
 
@@ -81,11 +57,6 @@ def command_line(*words: object, options: Mapping[str, Any] | None = None) -> st
 
     Options go by the names of a command's parameters: None and False leave one away, True makes a
     flag, and a list repeats it.
-
-    Examples
-    --------
-    >>> command_line("osscar", "eval", "my model", options={"text": "FILE", "prove": True})
-    "osscar eval 'my model' --text FILE --prove"
     """
     given = list(map(str, words))
     for name, value in (options or {}).items():
@@ -102,13 +73,7 @@ _PREFIXES = ("", "k", "M", "G", "T")
 
 
 def share(value: float, digits: int = 3) -> str:
-    """Return a share in per cent, with so many digits and no more than it has.
-
-    Examples
-    --------
-    >>> share(0.025), share(0.5), share(1 / 3)
-    ('2.5%', '50%', '33.3%')
-    """
+    """Return a share in per cent, with so many digits and no more than it has: ``"2.5%"``."""
     return f"{float(f'{100 * value:.{digits}g}'):g}%"
 
 
@@ -118,13 +83,7 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def decimals(value: float | None, digits: int = 4) -> str:
-    """Return a number with so many decimals, or in powers of ten where those would be zeros.
-
-    Examples
-    --------
-    >>> decimals(0.25), decimals(2e-7), decimals(None)
-    ('0.2500', '2.0e-07', '')
-    """
+    """Return a number with so many decimals, or as ``"2.0e-07"`` where those would be zeros."""
     if value is None:
         return ""
     if value and math.isfinite(value) and abs(value) < 10.0**-digits:

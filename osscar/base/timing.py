@@ -10,15 +10,12 @@ import enum
 import sys
 import time
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from osscar.base.allocator import memory_kept
 from osscar.base.progress import progress_bar
-
-Clock = Callable[[], float]
-"""Returns seconds from some beginning."""
 
 
 def clock() -> float:
@@ -74,7 +71,6 @@ OTHER = "other"
 class Profile:
     """Seconds by stage; those of a stage within another count for the inner one alone."""
 
-    clock: Clock = clock
     seconds: dict[Stage, float] = field(default_factory=dict)
     _running: list[Stage] = field(default_factory=list, repr=False)
     _since: float = 0.0
@@ -85,7 +81,7 @@ class Profile:
         return {**told, OTHER: max(0.0, seconds - sum(told.values()))}
 
     def _charge(self) -> None:
-        now = self.clock()
+        now = clock()
         if self._running:
             running = self._running[-1]
             self.seconds[running] = self.seconds.get(running, 0.0) + now - self._since
@@ -97,9 +93,9 @@ _profiles: list[Profile] = []
 
 
 @contextmanager
-def profiled(clock: Clock = clock) -> Iterator[Profile]:
+def profiled() -> Iterator[Profile]:
     """Yield the profile of the block, stage by stage, as it goes on."""
-    profile = Profile(clock)
+    profile = Profile()
     _profiles.append(profile)
     try:
         yield profile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from pydantic import with_config
 from osscar import __version__
 from osscar.base.errors import CheckpointError, FileError
 from osscar.base.files import write_json
-from osscar.base.inputs import file_name
 from osscar.base.json_files import STRICT, read_json
 from osscar.proof.lineage import Lineage
 
@@ -56,10 +56,9 @@ class Manifest:
         write_json(directory / MANIFEST_FILE, dataclasses.asdict(self), indent=1)
 
 
-def checkpoint_directory(directory: object) -> Path:
+def checkpoint_directory(directory: str | os.PathLike[str]) -> Path:
     """Return the directory of a checkpoint, as far as the names of its files tell."""
-    example = "the directory of a checkpoint, such as result.save(directory).path"
-    name = file_name(directory, "the checkpoint", example)
+    name = os.fspath(directory)
     # Such as of a name that is too long, and of a user without a home.
     with suppress(OSError, RuntimeError, ValueError):
         source = Path(name).expanduser()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from osscar.base.devices import FLOATS, default_torch
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
-from osscar.base.inputs import file_name, safe_repr
+from osscar.base.inputs import safe_repr
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
 from osscar.checkpoint.first_pass import check_sample
 from osscar.checkpoint.formats import cast, tensors_of
@@ -87,7 +87,7 @@ def load(
         If there is no ``osscar.json``, as after ``save_pretrained`` of transformers, so that what
         the model has seen is not known.
     """
-    name = file_name(directory, "the checkpoint", "the directory that holds it")
+    name = os.fspath(directory)
     check_dtype(dtype)
     if dense is not None:
         check_usable(dense)

@@ -9,12 +9,12 @@ from typing import Any
 from osscar.base.errors import DataError, ModelError, OptionError, warn
 from osscar.base.printable import pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
-from osscar.cli.opening import chat_template_unused, quiet, stated_preprocessing
+from osscar.cli.opening import chat_template_unused, held_out, quiet, stated_preprocessing
 from osscar.cli.options import EvalOptions
 from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
-from osscar.evaluation.evaluate import Comparison, Evaluation, compare, evaluate
+from osscar.evaluation.evaluate import Evaluation, compare, evaluate
 from osscar.evaluation.tables import comparison_table, evaluation_table
 from osscar.export.open_program import example_for
 from osscar.models.load import load_model
@@ -27,17 +27,11 @@ from osscar.shrinking.shrink import prove
 
 def run(model: str, options: EvalOptions) -> None:
     """Measure quality, speed, size and memory."""
-    text, images, inputs = options.text, options.images, options.inputs
     dense, weights = options.dense, options.weights
     check_files(options, model)
     if options.prove and dense is None:
         raise OptionError("--prove compares with the dense model: give it, --dense MODEL")
-    stated = stated_preprocessing(options)
-    load: dict[str, Any] = {
-        "device": options.device,
-        "dtype": options.dtype,
-        "trust_remote_code": options.trust_remote_code,
-    }
+    load = {name: getattr(options, name) for name in ("device", "dtype", "trust_remote_code")}
     sort = kind_of(model)
     elsewhere = dense is not None and kind_of(dense).takes_weights and not sort.takes_weights
     with quiet():
@@ -45,12 +39,10 @@ def run(model: str, options: EvalOptions) -> None:
             model,
             weights=None if elsewhere else weights,
             dense=dense if sort is ModelKind.CODE_DIRECTORY else None,
-            preprocessing=stated,
+            preprocessing=stated_preprocessing(options),
             **load,
         )
-        data = loaded.held_out(
-            text=text, images=images, inputs=inputs, windows=options.windows, seqlen=options.seqlen
-        )
+        data = held_out(loaded, options)
         if data is None:
             raise DataError(
                 f"{model} reads no text: give --images a directory or an .npz file of images, or "
@@ -71,7 +63,16 @@ def run(model: str, options: EvalOptions) -> None:
         comparison, structure = None, None
         if dense is not None:
             original = _original(loaded, dense, data, weights, load)
-            comparison = _comparison(loaded, original, dense, data, how)
+            other = why_not_dense(loaded.model, original.model)
+            if other is not None:
+                warn(
+                    f"{dense} is not the dense model that this one was pruned from: {other}; give "
+                    "the same weights and code to measure what pruning changed"
+                )
+            if isinstance(data, TextSet):
+                data.check_same_tokens(original.tokenizer)
+            how["dense_path"] = original.path
+            comparison = compare(loaded.model, original.model, data, **how)
             if options.prove:
                 structure = prove(loaded.model, original.model, example_for(original.model))
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
@@ -86,17 +87,17 @@ def run(model: str, options: EvalOptions) -> None:
     numbers = evaluation.numbers()
     if comparison is None and numbers.get("top1", numbers.get("perplexity")) is None:
         say("nothing is known of its quality: that takes labels, or --dense the dense model")
-    measured = {"model": evaluation} if comparison is None else vars(comparison)
     content = {
         "name": model,
-        "dense_name": None if comparison is None else dense,
-        **_source(data, text, images, inputs),
+        "dense_name": dense,
+        **_source(data, options),
         "computed": dataclasses.asdict(computed),
         "structure": None if structure is None else dataclasses.asdict(structure),
-        **{
-            name: dataclasses.asdict(one) if isinstance(one, Evaluation) else one
-            for name, one in measured.items()
-        },
+        **(
+            {"model": dataclasses.asdict(evaluation)}
+            if comparison is None
+            else dataclasses.asdict(comparison)
+        ),
     }
     write_json(options.json, document("eval", 3, content))
 
@@ -117,25 +118,6 @@ def _original(
             "that it was pruned from"
         )
     return load_model(dense, weights=weights if sort.takes_weights else None, **load)
-
-
-def _comparison(
-    loaded: LoadedModel,
-    original: LoadedModel,
-    dense: str,
-    data: TextSet | SampleSet,
-    options: dict[str, Any],
-) -> Comparison:
-    """Measure a model beside its dense one."""
-    other = why_not_dense(loaded.model, original.model)
-    if other is not None:
-        warn(
-            f"{dense} is not the dense model that this one was pruned from: {other}; give the same "
-            "weights and code to measure what pruning changed"
-        )
-    if isinstance(data, TextSet):
-        data.check_same_tokens(original.tokenizer)
-    return compare(loaded.model, original.model, data, dense_path=original.path, **options)
 
 
 def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedModel) -> str:
@@ -159,10 +141,10 @@ def _scored(data: TextSet | SampleSet, evaluation: Evaluation, loaded: LoadedMod
     return f"{how_much}, {scores} as scores of classes{' of the last position' if last else ''}"
 
 
-def _source(
-    data: TextSet | SampleSet, text: str | None, images: str | None, inputs: str | None
-) -> dict[str, Any]:
+def _source(data: TextSet | SampleSet, options: EvalOptions) -> dict[str, Any]:
     """Return what was scored as it was given, and what was done to images."""
     if isinstance(data, ImageSet):
-        return {"images": images, "preprocessing": data.preprocessing.record()}
-    return {"text": text or data.source} if inputs is None else {"inputs": inputs}
+        return {"images": options.images, "preprocessing": data.preprocessing.record()}
+    if options.inputs is not None:
+        return {"inputs": options.inputs}
+    return {"text": options.text or data.source}

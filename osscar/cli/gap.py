@@ -20,7 +20,7 @@ from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import check_files, document, say, show, way_back, write_json
 from osscar.cli.instances import tell_known
 from osscar.cli.opening import opened, quiet, stated_preprocessing
-from osscar.cli.options import DataOptions, GapOptions, given
+from osscar.cli.options import DataOptions, GapOptions, given, request_of
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.report.sections import facts
@@ -49,16 +49,11 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
         raise OptionError(
             "--jobs counts processes of this machine, and --ray solves on a cluster; give one"
         )
-    design = StudyDesign(
+    design = request_of(
+        options,
+        StudyDesign,
         sparsities=None if options.sparsity is None else _numbers(options.sparsity),
         backends=DEFAULT_BACKENDS if options.backends is None else _names(options.backends),
-        exact_units=options.exact_units,
-        window_units=options.window_units,
-        windows=options.windows,
-        bound_rounds=options.bound_rounds,
-        time_limit=options.time_limit,
-        gap_tolerance=options.gap_tolerance,
-        seed=options.seed,
     )
     problems = _problems(sources)
     if problems:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from graph import UnitKind
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError
-from osscar.base.files import atomic_write
+from osscar.base.files import write_bytes
 from osscar.base.inputs import safe_repr
 from osscar.base.printable import are, pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
@@ -22,7 +21,7 @@ from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
-from osscar.preparation.prepare import Prepared, prepare
+from osscar.preparation.prepare import prepare
 from osscar.report.figures import FORMS, file_of
 from osscar.report.run_tables import groups_table
 from osscar.request import PRUNED_KINDS, PruningRequest
@@ -58,7 +57,9 @@ def run(model: str, options: InspectOptions) -> None:
         data = _data(loaded, options)
         with prepare(loaded.model, data, copy=False, batch_size=options.batch_size) as prepared:
             groups, residual = prepared.every_group, prepared.residual
-            times = _times(prepared) if options.times else None
+            times = None
+            if options.times:  # at the widths that a speed-up may give groups
+                times = ModelTimes.measured(PruningTask(prepared, PruningRequest(speedup=2.0)))
     shown = [g for g in groups if options.all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     show(groups_table(shown, residual))
     for group in shown:
@@ -86,7 +87,11 @@ def run(model: str, options: InspectOptions) -> None:
             "widths of the last column"
         )
     if options.svg is not None:
-        say(f"drawing: {_drawn(options.svg, prepared, times)}")
+        if times is None:
+            prepared.traced.draw(options.svg)
+        else:
+            write_bytes(options.svg, file_of(times.figure(), form[1:] or "svg"))
+        say(f"drawing: {options.svg}")
     content = {
         "model": loaded.source,
         "parameters": total,
@@ -116,17 +121,3 @@ def _data(loaded: LoadedModel, options: InspectOptions) -> Any:
         return torch.zeros(windows, options.seqlen or loaded.window_length, dtype=torch.int64)
     rows = torch.arange(options.batch_size or SAMPLES_AT_ONCE)
     return {name: tensor[rows % len(tensor)] for name, tensor in loaded.example.items()}
-
-
-def _times(prepared: Prepared) -> ModelTimes:
-    """Time a model's groups at the widths that a speed-up may give them."""
-    return ModelTimes.measured(PruningTask(prepared, PruningRequest(speedup=2.0)))
-
-
-def _drawn(path: Path, prepared: Prepared, times: ModelTimes | None) -> Path:
-    """Draw the times of groups if there are any, else the groups."""
-    if times is None:
-        return prepared.traced.draw(path)
-    with atomic_write(path) as file:
-        file.write_bytes(file_of(times.figure(), path.suffix[1:] or "svg"))
-    return path

@@ -13,12 +13,20 @@ from osscar.base.errors import OptionError
 from osscar.base.memory import in_words
 from osscar.base.printable import pluralize
 from osscar.cli.common import err, say, say_aside
-from osscar.cli.options import DataOptions, InspectOptions, OpenOptions, RunOptions
+from osscar.cli.options import (
+    DataOptions,
+    EvalOptions,
+    InspectOptions,
+    OpenOptions,
+    RunOptions,
+    SweepOptions,
+)
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
 from osscar.data.loaders import DEFAULT_WINDOWS
 from osscar.data.preprocessing import Preprocessing
-from osscar.data.text import DEFAULT_SEQLEN, CalibrationSet
+from osscar.data.samples import SampleSet
+from osscar.data.text import DEFAULT_SEQLEN, CalibrationSet, TextSet
 from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
@@ -116,6 +124,14 @@ def opened(
     if says:
         tell_data("calibration", loaded, data, always=False)
     return loaded, data
+
+
+def held_out(
+    loaded: LoadedModel, options: EvalOptions | SweepOptions
+) -> TextSet | SampleSet | None:
+    """Find the test data that options name."""
+    names = ("text", "images", "inputs", "windows", "seqlen")
+    return loaded.held_out(**{name: getattr(options, name) for name in names})
 
 
 def tell_data(what_for: str, loaded: LoadedModel, data: CalibrationData, always: bool) -> None:

@@ -62,7 +62,7 @@ _GROUPS = {
     "Advanced: training": "learning_rate lora micro_batch_size checkpointing mixed_precision "
     "augment recover_text recover_steps",
     "Advanced: model": "dtype device max_memory form strict dense prove trust_remote_code",
-    "Advanced: output": "config overwrite restart json list_problem",
+    "Advanced: output": "config overwrite restart json",
 }
 """Under which titles help shows options, in this order: what people use first, then the rest."""
 
@@ -115,7 +115,7 @@ def _is_read(one: dataclasses.Field[Any]) -> bool:
 def _command(
     request: type[Any] | None = None,
     but: tuple[str, ...] = (),
-    only: tuple[str, ...] = (),
+    only: str = "",
     first: tuple[str, ...] = (),
 ) -> Callable[[type[T]], type[T]]:
     """Make a dataclass of options of a class, with the unchecked fields of a request."""
@@ -124,7 +124,7 @@ def _command(
         fields = options.__annotations__
         words = {} if request is None else _help(request)
         for one in () if request is None else dataclasses.fields(request):
-            if one.name in but or (only and one.name not in only):
+            if one.name in but or (only and one.name not in only.split()):
                 continue
             kind = str | None if _is_read(one) else bare(one.type)
             default: Any = one.default
@@ -254,30 +254,8 @@ class RecoverOptions(OpenOptions, SavedOptions):
 
 @_command(
     PruningRequest,
-    only=(
-        *(
-            "context",
-            "batch",
-            "timed",
-            "timed_in",
-            "allocation",
-            "seed",
-            "batch_size",
-            "round_to",
-            "at_least",
-        ),
-        *(
-            "distance",
-            "backend",
-            "damp",
-            "experts",
-            "skip",
-            "form",
-            "batch_norm",
-            "strict",
-            "device",
-        ),
-    ),
+    only="context batch timed timed_in allocation seed batch_size round_to at_least distance "
+    "backend damp experts skip form batch_norm strict device",
 )
 class SweepOptions(RunOptions):
     """What `osscar sweep` takes."""
@@ -450,8 +428,6 @@ class SolveOptions:
     """Add a lower bound if the solver gives none."""
     bound_rounds: int = BOUND_ROUNDS
     """Rounds of the search for that bound; more rounds give a better bound."""
-    list_problem: bool = False
-    """Show the problem and the solvers that can take it, and do not solve it."""
     device: Device = "auto"
     json: Json = None
 

@@ -26,11 +26,19 @@ def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 
 def _options(path: Path) -> dict[str, Any]:
     """Read options by their names on the command line."""
+    import yaml  # here, since help needs none
+
+    readers = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
     try:
-        found = _content(path)
+        if path.suffix == ".json":
+            found: Any = read_json(path, dict[str, Any])
+        elif path.suffix in readers:
+            found = readers[path.suffix](path.read_text(encoding="utf-8"))
+        else:
+            raise OptionError(f"--config is {str(path)!r}; give a .toml, .yaml or .json file")
     except OSError as error:
         raise OptionError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise OptionError(f"{path} holds no options by name; write lines such as sparsity = 0.3")
@@ -40,21 +48,6 @@ def _options(path: Path) -> dict[str, Any]:
     if "config" in known:
         raise OptionError(f"{path} names a further file with config; write all options into one")
     return known
-
-
-def _content(path: Path) -> Any:
-    if path.suffix == ".toml":
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-    if path.suffix == ".json":
-        return read_json(path, dict[str, Any])
-    raise OptionError(f"--config is {str(path)!r}; give a .toml, .yaml or .json file")
 
 
 def _of_report(report: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
-from osscar.base.printable import are, pluralize
+from osscar.base.printable import pluralize
 from osscar.cli.common import (
     check_files,
     check_json_path,
@@ -21,7 +21,7 @@ from osscar.cli.common import (
 )
 from osscar.cli.opening import quiet
 from osscar.cli.options import SolveOptions, parse_options
-from osscar.report.run_tables import backends_table, takers_table
+from osscar.report.run_tables import backends_table
 from solvers import Solution, SubsetProblem, Verification
 
 
@@ -47,11 +47,6 @@ def run(file: Path, options: SolveOptions) -> None:
     problem = SubsetProblem.load(file)
     if options.keep is not None:
         problem = problem.with_keep(options.keep)
-    if options.list_problem:
-        _print_problem(problem, file)
-        content = {"file": str(file), **describe(problem)}
-        write_json(options.json, document("problem", 1, content))
-        return
     if options.keep is None and problem.keep == problem.units:
         raise OptionError(
             f"{file} keeps all of its {pluralize(problem.units, 'unit')}, so that there is nothing "
@@ -91,35 +86,6 @@ def describe(problem: SubsetProblem) -> dict[str, Any]:
             for consumer in problem.consumers
         ],
     }
-
-
-def _print_problem(problem: SubsetProblem, file: Path) -> None:
-    supports = math.comb(problem.units, problem.keep)
-    size = f"{supports:,}" if supports < 10**9 else f"about 10^{int(math.log10(supports))}"
-    size += " support; " if supports == 1 else " supports; "
-    units = pluralize(problem.units, "unit")
-    asked = f"keep {problem.keep} of {units}"
-    if problem.keep == problem.units:
-        size, asked = "", f"{units}; give --keep, the number of units to keep"
-    say(f"{problem.name or file.stem}: {asked}")
-    for consumer in problem.consumers:
-        p, m = consumer.W0.shape
-        say(
-            f"  read by a linear map of {pluralize(p, 'input')} and {pluralize(m, 'output')}, "
-            f"{pluralize(consumer.width, 'input')} per unit; "
-            + (
-                f"damping {consumer.damping:.3g} of every input"
-                if consumer.damping
-                else "damping, if any, is part of H"
-            )
-        )
-    made_up = problem.empty_loss != problem.scale
-    less = f", {problem.empty_loss:.6g} once fixed rows make up for it" if made_up else ""
-    say(f"  {size}removing everything loses {problem.scale:.6g}{less}")
-    if len(problem.dead):
-        dead = len(problem.dead)
-        say(f"  {pluralize(dead, 'unit')} {are(dead)} dead, with inputs that were always zero")
-    show(takers_table(solvers.backends(), problem))
 
 
 def _print_solution(solution: Solution, verification: Verification) -> None:

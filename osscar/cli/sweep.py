@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from osscar.cli.common import check_files, say, say_verdict, show, way_back, write_json
-from osscar.cli.opening import limit_of, opened, quiet
+from osscar.cli.opening import held_out, limit_of, opened, quiet
 from osscar.cli.options import SweepOptions, recovery_of
 from osscar.cli.points import asked_points
 from osscar.report.run_tables import skipped_table
@@ -28,13 +28,7 @@ def run(model: str, options: SweepOptions) -> None:
             device=base.device,
             max_memory=limit_of(model, options, base),
         )
-        score = loaded.held_out(
-            text=options.text,
-            images=options.images,
-            inputs=options.inputs,
-            windows=options.windows,
-            seqlen=options.seqlen,
-        )
+        score = held_out(loaded, options)
         swept = Sweep(place, base, points, score, loaded.classes, recover, say)
         document = swept.run(loaded.model, data, source=loaded.source)
     show(sweep_table(document), skipped_table(document["skipped"]))

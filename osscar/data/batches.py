@@ -35,25 +35,10 @@ _PROOF_TOKENS = 64
 class ModelInputs:
     """Calibration data as one model reads them.
 
-    Parameters
-    ----------
-    tensors
-        By the name of the argument; the first dimension of each is the sample.
-    tokens
-        Whether they are the windows of a language model: `input_ids`, (samples, seqlen) int64.
-    predictions
-        Of how many predictions of a sample the classes are known, by dimension: () of one, and None
-        of none.
-    apart
-        In the place of `tensors`, samples of sizes of their own, such as graphs.
-    together
-        Whether samples `apart` of equal shapes run together, joined along the first dimension; each
-        runs alone otherwise.
-    order
-        Which samples there are, and in which order, as positions in `tensors` or `apart`, (n,)
-        int64; None of all as they come.  The tensors themselves are not copied.
-    sample_groups
-        A number for each sample in `tensors` or `apart`: those of one number belong together.
+    They are `tensors` by argument, the first dimension being the sample, windows of a language
+    model (`tokens`), or samples `apart` of sizes of their own, which run alone or, of equal shapes,
+    `together`.  `predictions` says how many of a sample have known classes, by dimension.  `order`
+    are positions, (n,) int64; samples of one number in `sample_groups` belong together.
     """
 
     tensors: Mapping[str, Tensor]
@@ -229,16 +214,7 @@ _FORMS = (
 
 
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
-    """Return calibration data in the form that the model reads.
-
-    Parameters
-    ----------
-    model
-        The model.
-    calibration
-        A `CalibrationSet` or token windows (int64) for a language model; an `ImageSet`, a
-        `TensorSet`, a `SampleList`, a tensor, or a mapping of tensors by argument name.
-    """
+    """Return calibration data, of any kind that `osscar.prune` takes, as the model reads them."""
     check_signature(model)
     if isinstance(calibration, CalibrationSet):
         calibration = calibration.tokens
@@ -253,11 +229,9 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         told = {"predictions": calibration.predictions, "sample_groups": calibration.sample_groups}
     if of_set and isinstance(given, list):
         return ModelInputs({}, apart=_samples_apart(model, given), **told)
-    if not of_set and not isinstance(given, Tensor | Mapping):
-        raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     tensors = _by_name(model, given)
     if tensors is None:
-        raise DataError(f"not all of the data ({', '.join(map(str, given))}) are tensors; {_FORMS}")
+        raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
     check_tensors(tensors)
     check_arguments(model, tensors)
     return ModelInputs(tensors, **told)

@@ -247,7 +247,7 @@ def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> Imag
 
 def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
     try:
-        path = located(spec, "the place of the images", "a directory or .npz file")
+        path = located(spec)
         if path.is_dir():
             return _from_directory(path, preprocessing)
         if path.suffix == ".npz" and path.is_file():
@@ -333,13 +333,7 @@ class _Rows(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         row = self.data[index]
-        found = row if self.column == _ROW else row[self.column]
-        if not is_image(found):
-            raise DataError(
-                f"row {index} of the images is a {type(found).__name__}, and row 0 an image; give "
-                "images of PIL"
-            )
-        return found
+        return row if self.column == _ROW else row[self.column]
 
 
 def image_column(row: Any) -> str | int | None:

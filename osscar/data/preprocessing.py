@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import torch
@@ -38,10 +39,6 @@ def _mean(value: Any, least: float = -math.inf) -> tuple[float, ...]:
         scale = "at most 1" if least else "in (0, 1]"
         raise ValueError(f"give numbers {scale}, for pixels scaled to 0..1")
     return tuple(map(float, numbers))
-
-
-def _std(value: Any) -> tuple[float, ...]:
-    return _mean(value, least=0)
 
 
 Size: TypeAlias = Annotated[int | tuple[int, int] | None, Read(_size)]
@@ -81,7 +78,7 @@ class Preprocessing:
     resize: Size = None
     crop: Size = None
     mean: Annotated[tuple[float, ...] | None, Read(_mean)] = None
-    std: Annotated[tuple[float, ...] | None, Read(_std)] = None
+    std: Annotated[tuple[float, ...] | None, Read(partial(_mean, least=0))] = None
     interpolation: Literal[
         "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = "bilinear"
@@ -184,18 +181,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Transform:
-    """A function from an image of PIL to a tensor, of a library or a user's own.
+    """A function that makes the same tensor of an image of PIL each time, and what it says.
 
-    Parameters
-    ----------
-    function
-        It must make the same tensor of an image each time.
-    source
-        Where it comes from, in words.
-    steps
-        What it says of itself.
-    channels
-        3 (RGB), or 1: images are converted to grayscale before it is called.
+    Images are RGB, or grayscale for one channel.
     """
 
     function: Callable[[Any], Any] = dataclasses.field(compare=False)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, FileError, first_line
 from osscar.base.files import reason_of
-from osscar.base.inputs import file_name
 from osscar.base.memory import attempt
 from osscar.data.batches import accepted_arguments, check_arguments, needed_arguments
 from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet
@@ -19,15 +18,14 @@ from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet
 _SUFFIXES = (".npz", ".safetensors")
 
 
-def located(spec: str | Path, what: str, give: str) -> Path:
-    """Return the path that a name stands for; `what` it names and what to `give` are for errors."""
-    text = file_name(spec, what, give)
+def located(spec: str | Path) -> Path:
+    """Return the path that a name stands for."""
     try:
-        path = Path(text).expanduser()
+        path = Path(spec).expanduser()
         path.exists()  # which fails of a name that is too long
         return path
     except (OSError, RuntimeError) as error:
-        raise FileError(text, f"it cannot be looked for: {reason_of(error)}") from error
+        raise FileError(spec, f"it cannot be looked for: {reason_of(error)}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -55,7 +53,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def holds_images(spec: str | Path, model: nn.Module) -> bool:
     """Tell whether a name is a directory, or an archive of `images` that the model lacks."""
-    path = located(spec, "the data", "a directory or a file")
+    path = located(spec)
     if path.suffix != ".npz" or not path.is_file() or IMAGES in accepted_arguments(model):
         return path.is_dir()
     names: list[str] = []
@@ -86,7 +84,7 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     FileError
         If there is no such file, it is damaged, or its entries do not fit the model.
     """
-    path = located(spec, "the file of tensors", "an .npz or .safetensors file")
+    path = located(spec)
     if path.suffix not in _SUFFIXES or not path.is_file():
         raise FileError(spec, f"there is no {' or '.join(_SUFFIXES)} file of that name")
     tensors, needed = read_tensors(path), needed_arguments(model)

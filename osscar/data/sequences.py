@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError
 from osscar.data.batches import accepted_arguments, needed_arguments
-from osscar.data.samples import IGNORED, LABELS, kind_of_numbers
+from osscar.data.samples import IGNORED, LABELS
 
 TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 
@@ -109,8 +109,6 @@ def _is_cut_with(name: str, owner: str, x: Tensor, kept: Mapping[str, Tensor]) -
 def _kept(name: str, inputs: Mapping[str, Tensor], mask_name: str) -> Tensor:
     """Return which positions of a sequence are not padded, (samples, positions) bool."""
     x, mask = inputs[name], inputs.get(mask_name)
-    if name in (TOKENS, DECODER_TOKENS) and kind_of_numbers(x) != "whole":
-        raise DataError(f"{name!r} is {x.dtype}; give the ids of tokens")
     kept = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     if kept.shape != x.shape[:2] or x.ndim < 2:
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from osscar.base.errors import DataError, ModelError, OptionError, first_line, optional, warn
-from osscar.base.inputs import file_name, whole_number
+from osscar.base.files import reason_of
+from osscar.base.inputs import whole_number
 from osscar.base.printable import pluralize
 from osscar.data.samples import columns_of, named_generator
 from osscar.network.modules import context_length
@@ -35,20 +37,13 @@ _TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".raw"}
 
 def read_text(path: str | Path) -> str:
     """Read a file of UTF-8 text, with newlines alone (DataError)."""
-    name = file_name(path, "the text", "a file of plain text")
+    name = os.fspath(path)
     try:
         text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"no text file at {name!r}; check the path") from None
-    except UnicodeDecodeError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # or no such user, or a NUL
         raise DataError(
-            f"{name!r} is not UTF-8 (byte {error.start}: {error.object[error.start]:#04x}); give "
-            "plain UTF-8 text"
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:  # no home directory of that user; a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"cannot read {name[:300]!r}: {reason}; give a text file, or a list of texts"
+            f"cannot read {name[:300]!r}: {reason_of(error)}; give plain UTF-8 text, or a "
+            "list of texts"
         ) from error
     if "\0" in text or not text.strip():
         what = "is binary (it holds NUL bytes)" if "\0" in text else "is empty"
@@ -67,7 +62,7 @@ def _text_of(spec: Any, characters: int | None) -> tuple[str, str]:
     if is_text(spec):
         name = f"a {type(spec).__name__}"
         return _joined(spec, name, characters), name
-    name = file_name(spec, "the text", "a file, a data set, or a list of texts")
+    name = os.fspath(spec)
     try:
         is_file = Path(name).expanduser().exists() or Path(name).suffix in _TEXT_SUFFIXES
     except (OSError, RuntimeError, ValueError):
@@ -137,11 +132,6 @@ def _as_words(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise OptionError(
-            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
-            "belongs to the model"
-        )
     # verbose=False: a text longer than the model's context is the normal case here
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     ids: list[int] = tokenizer(text, **options)["input_ids"]
@@ -411,7 +401,7 @@ def load_text(
     DataError
         If the text is missing, unreadable, or has fewer than two tokens.
     OptionError
-        If the tokenizer is none of transformers, or a number is out of range.
+        If a number is out of range.
     """
     for number, what in (
         (windows, "the number of windows to score (windows, `--windows`)"),

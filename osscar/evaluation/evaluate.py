@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from osscar.base.inputs import whole_number
 from osscar.data.loaders import read_once
 from osscar.data.samples import SampleSet
 from osscar.evaluation.quality import SAMPLES_AT_ONCE, Windows, arguments, score
@@ -211,8 +210,6 @@ def _evaluate_all(
     new_tokens: int,
     repetitions: int,
 ) -> list[Evaluation]:
-    whole_number(new_tokens, "the number of new tokens", 1)
-    whole_number(repetitions, "the number of repetitions", 1)
     models: list[Any] = [model for model, _ in candidates]
     data = read_once(models[-1], data, whole=True)
     size = SAMPLES_AT_ONCE if batch_size is None else batch_size

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.tracing.preserve import without_cache
-from osscar.base.errors import ModelError, OptionError
+from osscar.base.errors import ModelError
 from osscar.base.timing import clock, interleaved
 from osscar.evaluation.size import count_parameter_bytes
 from osscar.network.modules import count_parameters, evaluating, forward, tensors_in
@@ -113,8 +113,6 @@ def measure_speed(
     At most half as many new tokens are decoded as the prompt has, which is cut by as many: prompt
     and new tokens together stay within the models' context.
     """
-    if len(prompt) < 2:
-        raise OptionError(f"timing needs a prompt of at least 2 tokens, not {len(prompt)}")
     new_tokens = min(new_tokens, len(prompt) // 2)
     tasks = [_Decoding(model, prompt[None].to(model.device), new_tokens) for model in models]
     prefill = [Timer(partial(task.prefill, task.prompt), timer=clock) for task in tasks]

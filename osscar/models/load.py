@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from osscar.base.devices import default_torch, resolve_device, resolve_dtype
 from osscar.base.errors import FileError, ModelError, OptionError, warn
-from osscar.base.inputs import file_name, safe_repr
+from osscar.base.inputs import safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for, memory_of
 from osscar.base.printable import published
 from osscar.checkpoint import reading as checkpoint
@@ -100,7 +101,7 @@ def load_model(
         If weights are left out or were drawn, or are one entry of their file, or the tokenizer has
         far fewer tokens than the model.
     """
-    text = file_name(name, "the model", "its name or directory")
+    text = os.fspath(name)
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)

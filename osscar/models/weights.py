@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from itertools import compress, product
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from osscar.base.errors import ModelError, first_line, warn
-from osscar.base.inputs import file_name
 from osscar.base.memory import attempt
 
 _RENAMED = (
@@ -27,7 +27,7 @@ weights of old."""
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights, or its one entry that is a state dict, unpickling tensors alone."""
-    name = file_name(path, "the file of weights", "its path")
+    name = os.fspath(path)
     # torch.load on a file of any other sort raises whatever it meets.
     with attempt() as tried:
         file = Path(name).expanduser()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from osscar.base.printable import pluralize, share
 from osscar.distance.distance import Compared
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.figures import color, from_zero, legend, new_figure
+from osscar.report.figures import from_zero, legend, new_figure
 from osscar.report.html import page
 from osscar.report.sections import (
     Figure,
@@ -156,10 +156,10 @@ def recovery_figure(recovery: Mapping[str, Any]) -> Drawing:
     ):
         points = [(p["step"], p[name]) for p in recovery["points"] if p[name] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), style, color=color(index), markersize=4,
+            axes.plot(*zip(*points, strict=True), style, color=f"C{index}", markersize=4,
                       linewidth=1, label=label)  # fmt: skip
     kept = next(point for point in recovery["points"] if point["step"] == recovery["kept"])
-    axes.plot([kept["step"]], [kept["held_out"]], "o", color=color(2), markersize=9,
+    axes.plot([kept["step"]], [kept["held_out"]], "o", color="C2", markersize=9,
               markerfacecolor="none", markeredgewidth=1.5, label="kept")  # fmt: skip
     from_zero(axes)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)

@@ -27,11 +27,6 @@ def shares(value: float, _: object = None) -> str:
     return share(value)
 
 
-def color(index: int) -> str:
-    """Return a colour of matplotlib's cycle."""
-    return f"C{index}"
-
-
 def new_figure(
     rows: int = 1, columns: int = 1, *, width: float = 4.4, height: float = 2.9, **sharing: Any
 ) -> tuple[Figure, list[Axes]]:

@@ -10,7 +10,7 @@ from osscar.base.printable import listed
 from osscar.report.sections import Table, table
 
 if TYPE_CHECKING:
-    from solvers import BackendInfo, Capabilities, SubsetProblem
+    from solvers import BackendInfo, Capabilities
 
 
 def skipped_table(groups: Iterable[Mapping[str, Any]]) -> Table:
@@ -79,18 +79,3 @@ def _takes(capabilities: Capabilities) -> str:
         "" if "cuda" in capabilities.devices else "CPU only",
     ]
     return ", ".join(filter(None, limits)) or "everything"
-
-
-def takers_table(infos: Sequence[BackendInfo], problem: SubsetProblem) -> Table:
-    """Return one row for each backend, which says whether it takes a problem, or why not."""
-    return table(
-        "",
-        {
-            "backend": lambda info: info.name,
-            "kind": lambda info: info.kind,
-            "takes this problem": lambda info: (
-                info.unavailable or info.capabilities.refusal(problem) or "yes"
-            ),
-        },
-        infos,
-    )

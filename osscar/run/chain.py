@@ -79,17 +79,8 @@ def prepare(
 ) -> Iterator[PreparedRun]:
     """Do all that is done once: copy and trace the model, try what can follow, run it dense.
 
-    Parameters
-    ----------
-    model, calibration, log, ranks, tell
-        As `osscar.run.prune.prune_as_asked` takes them; how distances are measured is told.
-    request
-        Decides what is tried, how distances are measured, and how many samples are held out.
-    others
-        What the model is pruned to if that is several requests, by one set of loss curves; what
-        they cannot have is refused now.
-    pruned_on
-        The part of the calibration data that groups are refitted to; by default all.
+    The model may be pruned to several requests (`others`) by one set of loss curves, and
+    refitted to a part of the data (`pruned_on`).
     """
     check_timed(model, request)
     with (

@@ -205,11 +205,7 @@ def _forms_to_try(model: nn.Module, request: PruningRequest) -> tuple[Form, ...]
 
 
 def includes_program_only_groups(model: nn.Module, request: PruningRequest) -> bool:
-    """Whether groups count that only programs can lose.
-
-    A class of transformers, which so much else can read, is given up for what its code cannot do,
-    not for these.
-    """
+    """Whether groups count that only programs can lose: not by default of transformers' classes."""
     asked = request.form == "exported"
     plain = not isinstance(model, PreTrainedModel)
     return Form.EXPORTED in _forms_to_try(model, request) and (asked or plain)

@@ -22,7 +22,7 @@ from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.tables import comparison_rows
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
-from osscar.report.figures import color, from_zero, legend, new_figure, shares
+from osscar.report.figures import from_zero, legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -377,7 +377,7 @@ def depth_figure(
     for index, kind in enumerate(kinds):
         mine = {name: group for name, group in groups.items() if group["kind"] == kind}
         at = {name: place for place, name in enumerate(mine, 1)}
-        look: Any = {"color": color(index), "markersize": 3.5, "linewidth": 1}
+        look: Any = {"color": f"C{index}", "markersize": 3.5, "linewidth": 1}
         kept = [group["kept"] / group["units"] for group in mine.values()]
         above.plot([*at.values()], kept, "o-", label=kind, **look)
         pruned = [(at[one["name"]], one) for one in layers if one["kind"] == kind]

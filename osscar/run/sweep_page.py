@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import capitalized, engineering, pluralize, share
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.figures import color, legend, new_figure, shares
+from osscar.report.figures import legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -271,9 +271,9 @@ def _figure(points: Sequence[Point], name: str, measure: _Measure) -> Drawing:
         ):
             if found:
                 at = [*start, *((float(p["speedup"]), v) for p, v in found)]
-                axes.plot(*zip(*at, strict=True), style, color=color(index), **look, **more)
+                axes.plot(*zip(*at, strict=True), style, color=f"C{index}", **look, **more)
         for point, value in recovered or one_shot:
-            axes.hlines(value, *_between(point), color=color(index), linewidth=3, alpha=0.2)
+            axes.hlines(value, *_between(point), color=f"C{index}", linewidth=3, alpha=0.2)
     if level is not None:
         axes.plot(*start[0], "k*", markersize=8, zorder=3)
         axes.axhline(level, color="k", linewidth=0.6, alpha=0.4)

@@ -23,7 +23,7 @@ from osscar.allocation.times import time_operators
 from osscar.base.devices import this_device
 from osscar.base.printable import pluralize
 from osscar.network.modules import device_of
-from osscar.report.figures import color, from_zero, new_figure
+from osscar.report.figures import from_zero, new_figure
 from osscar.report.sections import Table, table
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class ModelTimes:
         figure, panels = new_figure(max(1, len(shown)), height=0.4 + 1.3 * max(1, len(shown)))
         for axes, one in zip(panels, shown, strict=False):
             milliseconds = [1000 * seconds for seconds in one.seconds]
-            axes.plot(one.kept, milliseconds, "o-", color=color(0), markersize=2.5, linewidth=1.2)
+            axes.plot(one.kept, milliseconds, "o-", color="C0", markersize=2.5, linewidth=1.2)
             for width in one.stairs:
                 axes.axvline(width, color="k", linewidth=0.7, linestyle=":")
             axes.set_title(one.name, loc="left", fontsize=9)

@@ -1,13 +1,12 @@
 """What an optimality-gap study solves."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Interval, MinLen
 
 import solvers
-from osscar.base.errors import OptionError
-from osscar.base.inputs import PERCENT, check_fields, count_from, safe_repr
+from osscar.base.inputs import PERCENT, check_fields, count_from
 from osscar.request import BOUND_ROUNDS, SHARE
 from osscar.study.records import Instance
 
@@ -60,10 +59,6 @@ class StudyDesign:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("sparsities", "backends"):
-            values: tuple[Any, ...] = getattr(self, name) or ()
-            if len(set(values)) < len(values):
-                raise OptionError(f"{name} is {safe_repr(values)}; give each once")
         for backend in self.backends:  # before anything is solved that the last one cannot
             solvers.make_backend(backend)
 

@@ -21,7 +21,7 @@ import torch
 import solvers
 from osscar.base.errors import JournalError
 from osscar.base.files import atomic_write, digest, resolved
-from osscar.base.inputs import checked, count_from, file_name
+from osscar.base.inputs import checked, count_from
 from osscar.base.printable import pluralize
 from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed
@@ -86,7 +86,7 @@ class Study:
     """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
-        self.directory = Path(file_name(directory, "the study", "its directory"))
+        self.directory = Path(directory)
         self.source = dict(source)
         self._journal = _StudyJournal(self.directory)
         self._store = Store(self.directory / _STORE)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from osscar.base.printable import share
-from osscar.report.figures import color, legend, new_figure, shares
+from osscar.report.figures import legend, new_figure, shares
 from osscar.study.cases import Case
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def gaps_figure(cases: Sequence[Case]) -> Drawing:
         mine = [case for case in cases if sparsity in case.sparsities]
         x = [names.index(case.best.instance) + offset for case in mine]
         axes.bar(x, [case.root_gap or 0.0 for case in mine], step * 0.9, facecolor="none",
-                 edgecolor=color(index), linewidth=0.7)  # fmt: skip
+                 edgecolor=f"C{index}", linewidth=0.7)  # fmt: skip
         axes.bar(x, [0.0 if case.closed else case.gap or 0.0 for case in mine], step * 0.9,
-                 color=color(index), label=f"{share(sparsity)} removed")  # fmt: skip
+                 color=f"C{index}", label=f"{share(sparsity)} removed")  # fmt: skip
     axes.set_xticks(range(len(names)), list(map(_short, names)), rotation=90, fontsize=7,
                     parse_math=False)  # fmt: skip
     axes.yaxis.set_major_formatter(shares)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osscar.base.files import atomic_write, write_text
+from osscar.base.files import write_bytes, write_text
 from osscar.base.printable import are, decimals, percent, pluralize, share
 from osscar.report.html import page
 from osscar.report.sections import (
@@ -172,8 +172,7 @@ def write_report(
     ]
     for section in shown:
         if isinstance(section, Figure):
-            with atomic_write(study.directory / f"{section.name}.svg") as file:
-                file.write_bytes(section.svg)
+            write_bytes(study.directory / f"{section.name}.svg", section.svg)
     path = study.directory / REPORT_FILE
     write_text(path, page("How far from optimal?", shown))
     return path

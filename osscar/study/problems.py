@@ -27,16 +27,8 @@ def model_problems(
     """Pose the problem of every prunable group on the dense model's own activations.
 
     This is the walk of `osscar.prune`, by its default seed, with nothing committed, so that
-    problems do not depend on each other's answers; a Gram matrix is in memory from the first call
-    that reads its group to the last.  Each problem bears the name of its group, and keeps all units
-    until `SubsetProblem.with_keep` says otherwise.
-
-    Parameters
-    ----------
-    model, calibration, damp
-        As `osscar.prune` takes them; the model is not changed.
-    wanted
-        Which groups, by name.
+    problems do not depend on each other's answers.  Each keeps all units until
+    `SubsetProblem.with_keep` says otherwise.
     """
     checked("damp", Annotated[float, DAMP], damp)
     with prepare(model, calibration, seed=0) as prepared:

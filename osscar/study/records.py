@@ -8,6 +8,7 @@ import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -73,12 +74,7 @@ def _kept(record: Mapping[str, Any]) -> str:
     return f"{record['keep']} of {record['units']}"
 
 
-def _words(status: str) -> str:
-    return status.lower().replace("_", " ")
-
-
-def _precise(value: float) -> str:
-    return decimals(value, 6)
+_precise = partial(decimals, digits=6)
 
 
 @with_config(STRICT)
@@ -119,7 +115,7 @@ class Record:
     backend: Annotated[str, Column("backend")]
     options: Options
     code: str = ""
-    status: Annotated[str, Column("status", _words)] = ""
+    status: Annotated[str, Column("status", lambda name: name.lower().replace("_", " "))] = ""
     loss: float | None = None
     relative_loss: Annotated[float | None, Column("loss >", _precise)] = None
     lower_bound: float | None = None

@@ -93,22 +93,8 @@ def test_solve_shows_loss_bound_and_proof_and_what_was_not_recomputed(run, file,
         assert ("no support has a loss below" in out) == bool(told)
 
 
-def test_a_problem_says_what_it_holds_and_who_takes_it(run, file, tmp_path):
-    def told(problem, *more):
-        problem.save(tmp_path / "told.safetensors")
-        status, out, err = run("solve", "told.safetensors", "--list-problem", *more)
-        assert status == 0, err
-        return " ".join(out.split())
-
-    plain = solvers.SubsetProblem.load(file)
-    out = told(plain, "--json", "p.json")
-    assert "keep 5 of 9 units" in out
-    assert "126 supports" in out
-    assert "fixed rows" not in out
-    assert all(name in out for name in solvers.backend_names())
-    assert read(tmp_path / "p.json")["consumers"][0]["outputs"] == 4
-    whole = plain.with_keep(9)  # as a problem of a study, which is no choice
-    assert "nine: 9 units; give --keep, the number of units to keep" in told(whole)
+def test_a_problem_that_keeps_all_units_is_no_choice(run, file, tmp_path):
+    solvers.SubsetProblem.load(file).with_keep(9).save(tmp_path / "told.safetensors")
     status, out, err = run("solve", "told.safetensors")
     assert (status, out, "--keep" in err) == (2, "", True)
     assert "keeps 9 of 9 units" in run("solve", "told.safetensors", "--keep", 9)[1]
@@ -159,7 +145,7 @@ def test_json_never_replaces_what_is_read_or_written(run, file, tmp_path):
 
 @pytest.mark.usefixtures("drawn")
 def test_names_are_shown_as_they_are_and_do_not_steer_the_terminal(run, file):
-    commands = (("solve",), ("solve", "--list-problem"), ("gap", *PROBLEM_FILES))
+    commands = (("solve",), ("gap", *PROBLEM_FILES))
     plain = "[bold]x[/bold] [/oops] :smile: $x$"
     for name, shown, expected in (
         ("\x1b]0;owned\x07\x1b[2Jname\r", "owned", 2),

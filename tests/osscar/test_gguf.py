@@ -383,7 +383,6 @@ def test_what_cannot_be_exported(uneven, tmp_path, monkeypatch):
     there.write_text(earlier)
     for source, given, error, message in (
         (tmp_path, {}, errors.CheckpointError, "no directory with a checkpoint"),
-        (None, {}, errors.OptionError, r"the checkpoint is None .*such as result\.save"),
         (uneven, {"dtype": "q4_0"}, errors.OptionError, "f32, f16, bf16"),
         (uneven, {"out": there}, errors.OutputError, "there already"),
         (uneven, {"out": tmp_path / "no" / "where"}, errors.OutputError, "is no directory"),
