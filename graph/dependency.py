@@ -13,7 +13,7 @@ import torch
 
 from graph.errors import ExampleInputError, GraphError, TraceError, UnknownGroupError
 from graph.grouping import groups_by_axis
-from graph.groups import CouplingGroup, Role, UnitKind
+from graph.groups import CouplingGroup, UnitKind
 from graph.operators import Operator, Size
 from graph.propagate import propagate
 from graph.rules import DEFAULT, RuleTable
@@ -75,29 +75,6 @@ class DependencyGraph:
             for names, _ in size.terms
             for name in names
         )
-
-    def networkx(self) -> nx.DiGraph[str]:
-        """Return a directed graph of operators, slots and groups.
-
-        Nodes carry ``kind`` (``"operator"``, ``"slot"`` or ``"group"``) and the object they stand
-        for as ``data``.  Edges run from operators to the operators that read their results, from
-        slots to the operators that use them, and between slots and groups: from producers and
-        pass-through slots to the group, from the group to its consumers.
-        """
-        network: nx.DiGraph[str] = nx.DiGraph()
-        by_order = {operator.order: operator.name for operator in self.operators}
-        for operator in self.operators:
-            network.add_node(operator.name, kind="operator", data=operator)
-            network.add_edges_from((name, operator.name) for name in operator.inputs)
-        for group in self.groups:
-            network.add_node(group.name, kind="group", data=group)
-            for slot in group.slots:
-                name = f"{slot.tensor}[{slot.dim}]+{slot.offset} {slot.role.value} of {group.name}"
-                network.add_node(name, kind="slot", data=slot)
-                reads = slot.role is Role.CONSUMER
-                network.add_edge(*((group.name, name) if reads else (name, group.name)))
-                network.add_edge(name, by_order[slot.order])
-        return network
 
     def draw(self, path: str | Path) -> Path:
         """Draw the groups, and the tensors whose slices they own, to a file; return its path.
@@ -190,7 +167,10 @@ def residual_groups(traced: DependencyGraph) -> frozenset[str]:
     Such units run through many blocks: removing one narrows them all.  The gates of squeeze and
     excitation multiply what another layer produced and make no residual stream.
     """
-    network = traced.networkx()
+    network: nx.DiGraph[str] = nx.DiGraph()
+    for operator in traced.operators:
+        network.add_node(operator.name, target=operator.target)
+        network.add_edges_from((name, operator.name) for name in operator.inputs)
     names = {operator.order: operator.name for operator in traced.operators}
     return frozenset(
         group.name
@@ -216,7 +196,7 @@ def _is_summed(network: nx.DiGraph[str], producers: set[str], consumers: set[str
     flow = nx.restricted_view(network, consumers - producers, read)
     reached = {name: {name} | nx.descendants(flow, name) for name in producers}
     for name in set().union(*reached.values()):
-        if not network.nodes[name]["data"].target.startswith("aten.add"):
+        if not network.nodes[name]["target"].startswith("aten.add"):
             continue
         sources = [
             {p for p in producers if value in reached[p]} for value in network.predecessors(name)

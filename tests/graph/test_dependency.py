@@ -1,11 +1,10 @@
-"""The dependency graph as a whole: names, drawing, networkx, and what it does not depend on."""
+"""The dependency graph as a whole: names, drawing, and what it does not depend on."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
-import networkx as nx
 import pytest
 import torch
 
@@ -46,19 +45,6 @@ def test_groups_of_a_language_model(llama):
     hidden = llama.group("hidden")
     assert (hidden.kind, hidden.prunable) == (UnitKind.HIDDEN, False)
     assert hidden.frozen[0].module == "model.layers.0.input_layernorm"
-
-
-def test_networkx_joins_slots_groups_and_operators(llama):
-    network = llama.networkx()
-    kinds = nx.get_node_attributes(network, "kind")
-    assert set(kinds.values()) == {"operator", "slot", "group"}
-    group = llama.group("model.layers.0.mlp.neurons")
-    makers = {network.nodes[name]["data"].tensor for name in network.predecessors(group.name)}
-    readers = {network.nodes[name]["data"].tensor for name in network.successors(group.name)}
-    assert makers == {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")}
-    assert readers == {"model.layers.0.mlp.down_proj.weight"}
-    operators = network.subgraph(name for name, kind in kinds.items() if kind == "operator")
-    assert nx.is_directed_acyclic_graph(operators)
 
 
 def layers():
