@@ -78,9 +78,7 @@ def solve(
         problem = problem.to(device)
     refusal = chosen.capabilities.refusal(problem)
     if refusal is not None:
-        raise BackendError(
-            f"backend {name!r} {refusal}; choose another (`osscar solve --list-problem`)"
-        )
+        raise BackendError(f"backend {name!r} {refusal}; choose another (`osscar backends`)")
     problem.check_definite()
     start = time.perf_counter()
     try:

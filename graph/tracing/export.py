@@ -222,9 +222,8 @@ def _is_wrapper(node: Node) -> bool:
 
 def _copied(module: GraphModule, into: Graph, known: dict[Node, Any]) -> Any:
     """Copy all nodes whose results are not `known` and return what the module returns."""
-    for node in module.graph.nodes:
-        if node.op == "output":
-            return map_arg(node.args[0], known.__getitem__)
+    *nodes, output = module.graph.nodes
+    for node in nodes:
         if node in known:
             continue
         if _is_wrapper(node):
@@ -233,7 +232,7 @@ def _copied(module: GraphModule, into: Graph, known: dict[Node, Any]) -> Any:
             known[node] = known[node.args[0]][node.args[1]]
         else:
             known[node] = into.node_copy(node, known.__getitem__)
-    raise ValueError("a traced graph returns nothing")
+    return map_arg(output.args[0], known.__getitem__)
 
 
 def _called(module: GraphModule, call: Node, into: Graph, known: dict[Node, Any]) -> Any:
