@@ -108,6 +108,8 @@ class Call:
 
     def value(self, name: str) -> Value:
         """Return a tensor argument."""
+        if name not in self.arguments:
+            raise TypeError(f"{self.operator} has no argument {name!r}, but {[*self.arguments]}")
         argument = self.arguments[name]
         if not isinstance(argument, Value):
             raise TypeError(f"argument {name!r} of {self.operator} is not a tensor: {argument!r}")

@@ -94,7 +94,7 @@ class _Propagating:
         call = Call(CONSTANT, module_of(node), -1, {}, shapes, self.axes, self.findings)
         rule = self.table.find(CONSTANT)
         assert rule is not None
-        (value,) = _checked(call, _applied(rule, call))
+        (value,) = _applied(rule, call)
         return replace(value, constant=self.program.constants.get(node.name, ()))
 
     def _output(self, node: torch.fx.Node) -> None:
@@ -118,16 +118,16 @@ class _Propagating:
         if not call.shapes:
             return None
         self._note(node, call)
-        checked = _checked(call, self._result(node, call))
+        checked = self._result(node, call)
         single = isinstance(node.meta.get("val"), torch.Tensor)
         return checked[0] if single else checked
 
-    def _result(self, node: torch.fx.Node, call: Call) -> Result:
+    def _result(self, node: torch.fx.Node, call: Call) -> tuple[Value, ...]:
         if not self.opaque.isdisjoint(_owners(node)):
-            return call.opaque("it enters a module that was declared opaque")
+            return _values(call.opaque("it enters a module that was declared opaque"))
         rule = self.table.find(call.operator)
         if rule is None:
-            return call.opaque(f"no propagation rule is known for {call.operator}")
+            return _values(call.opaque(f"no propagation rule is known for {call.operator}"))
         _freeze_overwritten(call)
         return _applied(rule, call)
 
@@ -205,25 +205,26 @@ def _owners(node: torch.fx.Node) -> Iterator[str]:
         yield kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _applied(rule: Any, call: Call) -> Result:
+def _applied(rule: Any, call: Call) -> tuple[Value, ...]:
+    """Return what a rule says of the outputs of a call, in the shapes of these."""
     try:
-        return rule(call)  # type: ignore[no-any-return]
+        values = _values(rule(call))
+        shapes = tuple(tuple(call.axes.size(dim) for dim in value.dims) for value in values)
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise RuleError(
             f"the rule {rule.__module__}.{rule.__name__} failed on {call.operator} in module "
             f"{call.module!r}: {type(error).__name__}: {error}"
         ) from error
-
-
-def _checked(call: Call, result: Result) -> tuple[Value, ...]:
-    values = (result,) if isinstance(result, Value) else tuple(result)
-    shapes = tuple(tuple(call.axes.size(dim) for dim in value.dims) for value in values)
     if shapes != call.shapes:
         raise RuleError(
             f"the rule of {call.operator} in module {call.module!r} returned layouts of shapes "
             f"{shapes} for outputs of shapes {call.shapes}"
         )
     return values
+
+
+def _values(result: Result) -> tuple[Value, ...]:
+    return (result,) if isinstance(result, Value) else tuple(result)
 
 
 def values_in(result: object) -> list[Value]:

@@ -26,14 +26,13 @@ _INSTALLED = (
 def imported(name: str, error: type[Exception]) -> Any:
     """Import what ``package.module:name`` or ``path/file.py:name`` stands for, inside `importable`.
 
-    Returns None where the module has no such name, and raises `error` if there is no such file or
-    module, or its code fails.
+    Raises `error` if there is no such file, module or name, or the code of the file fails.
     """
     place, _, own = name.rpartition(":")
     if not place:
         raise error(f"{name!r} names no code; give module:name or path/file.py:name")
     if not place.endswith(".py"):
-        return getattr(_installed(place, own, error), own, None)
+        return _named(own, _installed(place, own, error), place, error)
     path = Path(place).expanduser()
     if not path.is_file():
         raise error(f"there is no file {place!r}")
@@ -44,6 +43,12 @@ def imported(name: str, error: type[Exception]) -> Any:
     sys.modules[spec.name] = module
     with blamed(place, error):
         spec.loader.exec_module(module)
+    return _named(own, module, place, error)
+
+
+def _named(own: str, module: ModuleType, place: str, error: type[Exception]) -> Any:
+    if own and not hasattr(module, own):
+        raise error(f"{place!r} has no {own!r}")
     return getattr(module, own, None)
 
 

@@ -471,8 +471,11 @@ def _unit_rows(units: Any, p: int) -> Tensor:
             raise ProblemError(f"{p} rows cannot be shared equally by {count} units")
         return torch.arange(p).view(count, p // count)
     if isinstance(units, Tensor | np.ndarray):
-        return as_owned(units, torch.int64)
-    listed = [list(map(int, rows)) for rows in units]
+        rows = torch.as_tensor(units)
+        if rows.is_floating_point():
+            raise ProblemError(f"units are rows of {rows.dtype}; give whole numbers")
+        return as_owned(rows, torch.int64)
+    listed = [list(map(operator.index, rows)) for rows in units]
     width = max([1, *map(len, listed)])
     filled = [rows + [NO_ROW] * (width - len(rows)) for rows in listed]
     return torch.tensor(filled, dtype=torch.int64)

@@ -138,10 +138,8 @@ def make_backend(name: str, group: str = BACKENDS, /, **options: Any) -> Backend
     known = [f.name for f in dataclasses.fields(cast(Any, cls)) if f.init]
     unknown = sorted(str(key) for key in options if key not in known)
     if unknown:
-        raise BackendError(
-            f"backend {name!r} has no option {', '.join(unknown)}; "
-            f"it has {', '.join(known) or 'none'}"
-        )
+        takes = f"it has {', '.join(known)}" if known else "it takes none"
+        raise BackendError(f"backend {name!r} has no option {', '.join(unknown)}; {takes}")
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError:  # names that only a type checker imports: the backend checks for itself

@@ -244,6 +244,8 @@ def _between(ends: Ends, seconds: float) -> float:
     times are noisy: a bisection where these mislead.
     """
     fast, slow, quick = ends
+    if slow[0] <= fast[0]:
+        return slow[0]
     other = fast if quick is not None or slow[1] >= 1 else _DENSE
     slope = (slow[1] - other[1]) / (slow[0] - other[0])
     part = (slow[1] - seconds) / max(slope * (slow[0] - fast[0]), 1e-9)

@@ -268,6 +268,12 @@ def _reason(
             "layers, mixtures of experts, and weights that code only multiplies by (linear, "
             "matmul, einsum, conv) can be refitted without one"
         )
+    if layer is not None and known and slots[0].dim not in layer.form(module).summed:
+        return (
+            f"is read by dimension {slots[0].dim} of {tensor!r}, and the row of {kind} in "
+            f"osscar.consumers.layers.LAYERS sums over {layer.form(module).summed}: correct its "
+            "form"
+        )
     users = [
         user
         for user, other in model.named_modules()

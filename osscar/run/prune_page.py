@@ -211,7 +211,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         held = "no samples, so that no refit was compared with the dense weights on unseen data"
         yield "held out", "" if document["held_out"] else held
     dead = sum(layer["dead"] for layer in layers if not UnitKind(layer["kind"]).routed)
-    yield "dead units", f"{dead} (zero on all calibration data; removed first)" if dead else ""
+    yield "dead units", f"{dead} (zero on all calibration data)" if dead else ""
     if any(layer["lower_bound"] is not None for layer in layers):
         proofs = [
             ProofBasis.WORD if layer["recomputed_bound"] is None else ProofBasis.RECOMPUTED

@@ -51,7 +51,7 @@ class LayerReport(SolutionRecord):
     name, kind, units, kept
         The group, and how many of its units stayed.
     dead
-        Units whose inputs were zero on all calibration data; they are removed first.
+        Units whose inputs were zero on all calibration data.
     damp
         Weight of the proximal term.
     correction_weight
@@ -103,7 +103,7 @@ class LayerReport(SolutionRecord):
     measure_seconds: float
     dead: Annotated[
         int,
-        Column("dead >", _count, note="units that are zero on all calibration data, removed first"),
+        Column("dead >", _count, note="units that are zero on all calibration data"),
     ]
     damp: float
     correction_weight: float

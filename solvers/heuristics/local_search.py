@@ -1,4 +1,4 @@
-"""The default backend: exact greedy elimination, then the best swaps to a certified optimum."""
+"""The default backend: exact greedy elimination, then the best swaps until none helps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LocalSearch(Backend):
     """
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
-    summary: ClassVar[str] = "greedy start, then the exactly best swaps to a certified optimum"
+    summary: ClassVar[str] = "greedy start, then the best swaps until none lowers the loss"
     start: tuple[int, ...] | None = None
     max_swaps: Natural = 10_000
     tolerance: Tolerance = 1e-9

@@ -172,15 +172,17 @@ def test_a_user_rule_unfreezes_an_operator():
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("rule", "message"),
     [
-        ("input", r"aten\.linear.*'0' returned .* shapes"),
-        ("no such argument", r"aten\.linear.*'0'"),
+        (lambda call: call.value("input"), r"aten\.linear.*'0' returned .* shapes"),
+        (lambda call: call.value("self"), r"aten\.linear.*'0'.*no argument 'self', but \['bias',"),
+        (lambda call: None, r"failed on aten\.linear.* in module '0'"),
+        (lambda call: call.value("input").dims, r"failed on aten\.linear.* in module '0'"),
     ],
 )
-def test_a_rule_that_is_wrong_is_named_with_operator_and_module(argument, message):
+def test_a_rule_that_is_wrong_is_named_with_operator_and_module(rule, message):
     rules = graph.DEFAULT_RULES.extended()
-    rules.rule("aten.linear")(lambda call: call.value(argument))
+    rules.rule("aten.linear")(rule)
     with pytest.raises(graph.RuleError, match=message):
         graph.trace(nn.Sequential(nn.Linear(4, 5)), (torch.randn(3, 4),), rules=rules)
 

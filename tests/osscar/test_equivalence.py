@@ -156,6 +156,7 @@ def test_each_column_and_each_kind_of_number_is_compared_by_itself() -> None:
             prove_equal([*beside, labels], [*beside, other])
         other[ties:] = labels[ties:]
         assert prove_equal([*beside, labels], [*beside, other]).ties == ties
+        assert prove_equal([labels, *beside], [other, *beside]).ties == ties
 
 
 def test_masking_is_undone_where_two_groups_read_one_weight() -> None:

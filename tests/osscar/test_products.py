@@ -15,6 +15,7 @@ import osscar
 from osscar.consumers.layers import LAYERS, Layer, features
 from osscar.consumers.layers import ROWS as ROWS_OF_LINEAR
 from osscar.consumers.observe import reads
+from osscar.consumers.products import Contraction
 from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
 from osscar.run.prune_page import prune_page
@@ -213,6 +214,16 @@ def test_a_layer_with_code_of_its_own_says_where_its_row_is_missing(
         with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
             (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
         assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
+
+
+def test_a_row_that_sums_over_another_dimension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Layer(lambda _: Contraction((0,), (1,), (-1,)), scaled)
+    monkeypatch.setitem(LAYERS, ScaledLinear.forward, wrong)
+    with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
+        (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
+    assert (
+        "the row of ScaledLinear in osscar.consumers.layers.LAYERS sums over (0,)" in freeze.reason
+    )
 
 
 def test_modules_may_be_called_as_products_are() -> None:

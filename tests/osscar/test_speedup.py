@@ -150,6 +150,14 @@ def test_a_model_is_faster_where_no_widths_lie_between():
     assert models.speedup(kept) == pytest.approx(2.0, rel=speedup.CLOSE)
 
 
+def test_where_the_table_allows_no_width_less_nothing_fits():
+    """The table says that the least widths take 0.6, and those of that limit are slow."""
+    models = Models(lambda width: 0.4 if width == 0 else 1.1)
+    aim, proposal = Aim(models, 2.0, lambda kept: 0.6), Proposal(lambda share: {"a": 800}, 4)
+    assert aim.fitted(proposal) is None
+    assert aim.fitted(proposal) is None
+
+
 def test_a_proposal_that_does_not_fit_goes_on():
     """Times rise all at once, where straight lines lead only slowly."""
     models = Models(lambda width: 0.2 + 0.75 / (1 + math.exp((800 - width) / 10)))

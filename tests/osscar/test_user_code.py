@@ -174,7 +174,7 @@ def test_a_backend_of_ones_own_is_named_as_models_are(tmp_path, monkeypatch, run
 
     for name, refused in (
         ("own/none.py:First", "there is no file"),
-        ("own/mine.py:Second", "is None; give a frozen dataclass"),
+        ("own/mine.py:Second", r"own/mine\.py' has no 'Second'"),
         ("broken.py:First", r"ZeroDivisionError.*line 1 of .*broken\.py"),
     ):
         with pytest.raises(solvers.BackendError, match=refused):
