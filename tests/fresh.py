@@ -1,71 +1,82 @@
-"""New processes, forked from one that has imported torch and transformers and run nothing.
+"""New processes, forked from this one as it was before any test had run.
 
-To start Python and import these takes seconds, and the tests save many models: `forked` stands in
-for `fresh_process.NewPython`, but for the tests that are about new processes.
+To start Python and import torch and transformers takes seconds, and the tests save many models:
+`forked` stands in for `fresh_process.NewPython`, but for the tests that are about new processes.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from osscar.checkpoint import fresh_process
 
-_TEMPLATE = """
-import os, sys
-from osscar.checkpoint.fresh_process import work
-import osscar.cli.commands, osscar.walk.expert_walk, pytest, tests.osscar.families, torchvision
-for line in sys.stdin:
-    folder, modules = line.split()
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            import transformers.dynamic_module_utils as code
-            code.HF_MODULES_CACHE = modules
-            log = os.open(f"{folder}/said", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.dup2(log, 1), os.dup2(log, 2)
-            work(folder)
-            status = 0
-        except BaseException as error:
-            print(type(error).__name__, error, flush=True)
-        finally:
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
 
 class _Template:
-    """The process that is forked; started when it is first needed."""
+    """A child that runs nothing, and forks whenever a checkpoint is to be read."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        asked, answered = os.pipe(), os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            os.close(asked[1])
+            try:
+                _serve(asked[0], answered[1])
+            finally:
+                os._exit(0)
+        os.close(asked[0]), os.close(answered[1])
+        self._tasks, self._statuses = os.fdopen(asked[1], "w"), os.fdopen(answered[0])
 
     def run(self, folder: Path) -> int:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _TEMPLATE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(folder, folder / "modules", file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
+        # What has been imported here it imports once, and not in each fork.
+        known = (
+            m for m in sys.modules if m.startswith("transformers.models.") and m.count(".") > 2
+        )
+        print(folder, *known, file=self._tasks, flush=True)
+        return int(self._statuses.readline())
 
     def end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        self._tasks.close(), self._statuses.close()
+
+
+def _serve(asked: int, answered: int) -> None:
+    """Read lines of a folder and of modules to import; fork, work there, and write its status."""
+    with os.fdopen(asked) as tasks, os.fdopen(answered, "w") as statuses:
+        for line in tasks:
+            folder, *modules = line.split()
+            for module in modules:
+                import_module(module)
+            child = os.fork()
+            if not child:
+                _work(folder)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=statuses, flush=True)
+
+
+def _work(folder: str) -> None:
+    status = 1
+    try:
+        import transformers.dynamic_module_utils as code
+
+        code.HF_MODULES_CACHE = f"{folder}/modules"
+        said = os.open(f"{folder}/said", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(said, 1), os.dup2(said, 2)
+        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)
+        fresh_process.work(folder)
+        status = 0
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+    finally:
+        os._exit(status)
 
 
 @dataclass

@@ -31,6 +31,8 @@ from osscar.walk.schedule import _called_on_shapes
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_CAPTURES = "transformers.utils.output_capturing"
+"""Whose hooks note outputs in passing; a model of transformers has them from its first pass on."""
 _FEW = 64
 
 _known: dict[Hashable, Any] = {}
@@ -62,7 +64,16 @@ def _told(value: Any, around: tuple[int, ...] = ()) -> Hashable:
         return type(value), str(value)
     if id(value) in around or len(around) > _FEW or not hasattr(value, "__dict__"):
         raise _Unknown
-    return type(value), _told(vars(value), (*around, id(value)))
+    held = _attributes(value) if isinstance(value, nn.Module) else vars(value)
+    return type(value), _told(held, (*around, id(value)))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds but hooks that change nothing; others are unknown."""
+    hooks = (hook for table in _HOOKS for hook in getattr(module, table).values())
+    if any(getattr(hook, "__module__", "") != _CAPTURES for hook in hooks):
+        raise _Unknown
+    return {name: value for name, value in vars(module).items() if name not in _HOOKS}
 
 
 def _architecture(model: nn.Module) -> Hashable:
@@ -73,12 +84,10 @@ def _architecture(model: nn.Module) -> Hashable:
     modules: dict[int, str] = {}
     told: list[Hashable] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise _Unknown
         if modules.setdefault(id(module), name) != name:
             told.append((name, modules[id(module)]))
             continue
-        held = {k: v for k, v in vars(module).items() if k not in _TABLES}
+        held = {k: v for k, v in _attributes(module).items() if k not in _TABLES}
         own = {k: modules.get(id(v), v) for k, v in held.items()}  # which may be a module
         told.append((name, type(module), _told(own)))
     return (

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import osscar
-from tests.osscar.families import tokens
+from tests.osscar.families import CALIBRATION
 from tests.osscar.interrupted_cases import CASES
 from tests.osscar.interruptions import Ended, Plan, hidden
 
@@ -22,9 +22,11 @@ ALL = [name if name == "plan" else pytest.param(name, marks=pytest.mark.slow) fo
 
 @pytest.fixture(scope="module", autouse=True)
 def imported(tiny):
-    """Import what commands take, which their children then have; figures are not drawn there."""
-    model = osscar.load_model(tiny).model
-    osscar.recover(osscar.prune(model, tokens(), neurons=0.5), model, tokens(), steps=1)
+    """Import and trace what commands do, which children then have; figures are not drawn there."""
+    loaded = osscar.load_model(tiny)
+    data = osscar.load_calibration(CALIBRATION, loaded.tokenizer, samples=8, seqlen=32)
+    asked = {"sparsity": 0.5, "allocation": "uniform", "backend": "wanda", "device": "cpu"}
+    osscar.recover(osscar.prune(loaded.model, data, **asked), loaded.model, data, steps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", drawn_by_nobody)
         patch.setattr(Figure, "draw_without_rendering", lambda _: None)

@@ -80,7 +80,7 @@ def test_all_points_share_curves_that_are_measured_once_at_their_widths(monkeypa
         original(self, *given, **more)
 
     monkeypatch.setattr(Walk, "__init__", noted)
-    points = jobs(SPARSITY, (0.2, 0.25, 0.7), baselines=True)
+    points = (*jobs(SPARSITY, (0.2, 0.25, 0.7)), SweepJob("wanda", SPARSITY, 0.7))
     found = dict(prune_points(small_net(), images(), BASE, points))
     assert walks.count(True) == 1
     budgets = [found[job].budget for job in points[:3]]
