@@ -36,10 +36,8 @@ class _Template:
         self._tasks, self._statuses = os.fdopen(asked[1], "w"), os.fdopen(answered[0])
 
     def run(self, folder: Path) -> int:
-        # What has been imported here it imports once, and not in each fork.
-        known = (
-            m for m in sys.modules if m.startswith("transformers.models.") and m.count(".") > 2
-        )
+        # Code of models that has been imported here it imports once, and not in each fork.
+        known = (m for m in sys.modules if m.startswith("transformers.") and ".modeling_" in m)
         print(folder, *known, file=self._tasks, flush=True)
         return int(self._statuses.readline())
 

@@ -149,9 +149,6 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
     assert parameters == document["parameters_after"]
 
 
-# ---- what is refused ---------------------------------------------------------------------
-
-
 # ---- that were ended ---------------------------------------------------------------------
 
 

@@ -266,6 +266,3 @@ def test_a_network_is_pruned_to_a_speed_in_onnx_runtime(monkeypatch):
     whole = [given for given in runs if not isinstance(given[0], bytes)]
     assert len(whole) >= 3  # the dense model, that of the least widths, and one that was proposed
     assert {threads for _, threads in runs} == {torch.get_num_threads()}
-
-
-# ---- what makes no sense -----------------------------------------------------------------

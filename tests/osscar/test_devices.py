@@ -296,6 +296,3 @@ class Work(TorchDispatchMode):
         self.waits += masks or name in self.WAITS
         self.kernels += name not in self.VIEWS
         return func(*args, **(kwargs or {}))
-
-
-# ---- the benchmark -----------------------------------------------------------------------

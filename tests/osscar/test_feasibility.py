@@ -284,6 +284,3 @@ def test_the_widths_that_are_tried():
         assert found == {
             f"blocks.{i}.{kind}": count for kind, of in kept.items() for i, count in enumerate(of)
         }
-
-
-# ---- runs that go on, sweeps, and the command --------------------------------------------

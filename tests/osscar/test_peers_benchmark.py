@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.case import Case
 from benchmarks.measuring import read
-from benchmarks.page import DENSE, OURS
+from benchmarks.page import DENSE
 from benchmarks.peers import backends
 from benchmarks.peers.__main__ import BENCH, methods
 from benchmarks.peers.decoders import short_gpt, slice_gpt
@@ -80,19 +80,6 @@ def test_slices_of_full_width_and_no_removed_block_leave_the_model_as_it_is(fami
         short = short_gpt(replace(case, size={"params": count_parameters(model)})).model
         assert torch.allclose(sliced, expected, atol=1e-4)
         assert torch.equal(short(input_ids=tokens).logits, expected)
-
-
-def rows(theirs, seconds):
-    shared = {"task": "demo", "setting": SETTING, "samples": 2, "steps": 0}
-    size = {"parameters": 80, "flops": 80, "forward": {"model": 1.0, "dense": 1.0}}
-    done = {**size, "peak_bytes": 1e9, "form": "pickle", "proved": ""}
-    yield {**shared, "method": DENSE, "seed": 0, "quality": {"perplexity": 10.0}, **size,
-           "parameters": 100, "flops": 100, "size": {"params": 80}}  # fmt: skip
-    for seed in range(3):
-        for method, value in ((OURS, 12.0), ("theirs", theirs)):
-            known = {"quality": {"perplexity": value + seed}, "seconds": seconds[method]}
-            yield {**shared, "method": method, "seed": seed, **done, **known}
-    yield {**shared, "method": "broken", "seed": 0, "failed": "IndexError: index 32"}
 
 
 def test_flap_adds_up_the_variances_that_the_weights_see():

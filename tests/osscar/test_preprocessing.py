@@ -209,6 +209,3 @@ def test_a_model_of_one_channel_gets_grayscale_images():
     assert loaded.preprocessing.sentence().startswith("grayscale, ")
     with pytest.raises(DataError, match=r"float tensors of 3 channels, and the example"):
         load_model("net.py:gray", preprocessing=Preprocessing(mean=(0.5, 0.4, 0.5), std=0.5))
-
-
-# ---- pruned from Python with tensors -----------------------------------------------------

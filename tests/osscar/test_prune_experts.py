@@ -158,9 +158,6 @@ def test_shares_of_experts_are_rounded_as_those_of_units_are(asked, kept, prepar
     assert count_kept(one.group, parse_keep(asked), round_to=8) == kept
 
 
-# ---- what is refused ---------------------------------------------------------------------
-
-
 # ---- beside heads and neurons ------------------------------------------------------------
 
 

@@ -177,6 +177,3 @@ def test_activations_that_a_refit_broke_are_not_laid_to_the_dense_weights(monkey
     with pytest.raises(NonFiniteError) as caught:
         osscar.prune(model, x, groups={"3.neurons": 6})
     assert "refitted" not in str(caught.value)
-
-
-# ---- what is shown -----------------------------------------------------------------------

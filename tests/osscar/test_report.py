@@ -29,9 +29,6 @@ from osscar.report.terminal import print_section
 from osscar.request import PruningRequest
 from osscar.run import prune_page
 
-# ---- figures -----------------------------------------------------------------------------
-
-
 # ---- tables of evaluations ---------------------------------------------------------------
 
 TEXT = Evaluation(

@@ -260,6 +260,3 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     ):
         with pytest.raises((OptionError, DataError, OsscarError), match=message):
             osscar.sweep(model, data, place, **wrong)
-
-
-# ---- as a person runs it -----------------------------------------------------------------
