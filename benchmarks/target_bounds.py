@@ -48,15 +48,29 @@ def rare(times: float) -> Draw:
     return draw
 
 
-CASES: dict[str, tuple[Draw, int]] = {
-    "normal, 16": (normal, 16),
-    "normal, 32": (normal, 32),
-    "normal, 128": (normal, 128),
-    "lognormal, 128": (lognormal, 128),
-    "1 % with 5 times the loss, 512": (rare(5), 512),
-    "1 % with 10 times the loss, 512": (rare(10), 512),
-    "1 % with 30 times the loss, 512": (rare(30), 512),
-    "1 % with 100 times the loss, 512": (rare(100), 512),
+@dataclass(frozen=True)
+class Case:
+    """A draw, how many samples search and test, and how good predictions are.
+
+    A size loses so many times what is predicted, to a power; `factors` are logarithms.
+    """
+
+    draw: Draw
+    samples: int
+    factors: tuple[float, float] = (-1.5, 0.7)
+    powers: tuple[float, float] = (0.7, 1.6)
+
+
+CASES = {
+    "normal, 16": Case(normal, 16),
+    "normal, 32": Case(normal, 32),
+    "normal, 128": Case(normal, 128),
+    "lognormal, 128": Case(lognormal, 128),
+    "1 % with 5 times the loss, 512": Case(rare(5), 512),
+    "1 % with 10 times the loss, 512": Case(rare(10), 512),
+    "1 % with 30 times the loss, 512": Case(rare(30), 512),
+    "1 % with 100 times the loss, 512": Case(rare(100), 512),
+    "lognormal, 128, too little predicted": Case(lognormal, 128, (0.0, 1.2), (0.6, 1.0)),
 }
 
 COSTS = 1 - np.append(np.geomspace(0.8, 0.001, 30), 0)
@@ -78,17 +92,19 @@ class Outcome:
         return self.truth <= self.report.reported.bound
 
 
-def search(draw: Draw, samples: int, rng: np.random.Generator) -> Outcome:
-    """Search once, with so many samples to search on and as many to test on."""
+def search(case: Case, rng: np.random.Generator) -> Outcome:
+    """Search once."""
     target = QualityTarget(TargetKind.DIVERGENCE, float(np.exp(rng.uniform(-3, 0.5))))
-    factor, power = float(np.exp(rng.uniform(-1.5, 0.7))), float(rng.uniform(0.7, 1.6))
+    factor, power = float(np.exp(rng.uniform(*case.factors))), float(rng.uniform(*case.powers))
     attempts, truths = list[Attempt](), list[float]()
     while (limit := next_limit(FRONTIER, attempts, target)) is not None:
         predicted = (1 / limit) ** 2 - 1
         truths.append(factor * predicted**power)
-        measured, tested = (bounded_mean(truths[-1] * draw(rng, samples)) for _ in range(2))
+        measured, tested = (
+            bounded_mean(truths[-1] * case.draw(rng, case.samples)) for _ in range(2)
+        )
         good = measured.bound <= target.most
-        attempts.append(Attempt(limit, limit, predicted, measured, tested if good else None))
+        attempts.append(Attempt(limit, limit, measured, tested if good else None))
     report = TargetReport(target.kind, target.most, "nats", Cost.PARAMETERS, 1.0, tuple(attempts))
     return Outcome(report, None if report.chosen is None else truths[report.chosen])
 
@@ -96,7 +112,7 @@ def search(draw: Draw, samples: int, rng: np.random.Generator) -> Outcome:
 def searches(case: str, count: int, seed: int) -> list[Outcome]:
     """Search so many times."""
     rng = np.random.default_rng(seed)
-    return [search(*CASES[case], rng) for _ in range(count)]
+    return [search(CASES[case], rng) for _ in range(count)]
 
 
 def main() -> None:

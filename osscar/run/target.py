@@ -19,12 +19,12 @@ import numpy as np
 from torch import nn
 
 from graph.tracing.preserve import without_cache
-from osscar.allocation.allocate import Sharing
 from osscar.allocation.budget import Budget
 from osscar.allocation.clocks import Clock
 from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.allocation.limits import COUNTED, Allowance, allowances
-from osscar.allocation.measured import Curve, known_curves, measured_curves
+from osscar.allocation.limits import COUNTED, allowances
+from osscar.allocation.measured import known_curves, measured_curves
+from osscar.allocation.search import Search
 from osscar.allocation.speedup import time_against
 from osscar.allocation.task import PruningTask
 from osscar.allocation.timed import clock_of
@@ -42,7 +42,15 @@ from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
 from osscar.run.result import PruningResult
 from osscar.run.run_log import RunLog, begun
-from osscar.run.target_search import Attempt, Frontier, TargetReport, WholeTime, next_limit
+from osscar.run.target_search import (
+    SURE,
+    Attempt,
+    Frontier,
+    TargetReport,
+    WholeTime,
+    next_limit,
+    samples_needed,
+)
 
 _FIRST = 0.3
 """Share of what may be removed that is gone where curves are first measured."""
@@ -54,9 +62,6 @@ _BUDGETS = {
     "time": BudgetKind.SPEEDUP,
 }
 """By which an attempt asks for a size, by the field `smallest`."""
-
-_SIZES = 12
-"""Points of the frontier where other budgets hold, too."""
 
 Recover = Callable[[PruningResult, Any, int], Recovery]
 """Recovers a pruned model, given the data that it was pruned on and the number of its attempt."""
@@ -186,7 +191,11 @@ class _Search:
         self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
         logged = ranks.broadcast("whether there is a log", lambda: log is not None)
         budget, passed = self._known_budget(), dict[int, Made]()
-        while (limit := next_limit(self._frontier(budget), self.attempts, self.target)) is not None:
+
+        def following() -> float | None:
+            return next_limit(self._frontier(budget), self.attempts, self.target)
+
+        while (limit := ranks.broadcast("the next size", following)) is not None:
             number = len(self.attempts) + 1
             made, attempt = self._attempt(number, limit, budget)
             self.attempts.append(attempt)
@@ -215,26 +224,19 @@ class _Search:
 
     def _attempt(self, number: int, limit: float, budget: Budget) -> tuple[Made | None, Attempt]:
         """Make a model, and measure it; a size whose model or outputs overflow has no measure."""
-        ranks, found = self.task.prepared.ranks, budget
-        made: Made | None = None
-        measured: Bounded | None = None
-        tested: Bounded | None = None
+        ranks = self.task.prepared.ranks
         try:
             with ranks.alike("the model of an attempt"):
                 made = pruned, recovery = self._made(number, limit, budget)
         except NonFiniteError:
-            pass
-        else:
-            found = pruned.budget or budget
-            model = pruned.model if recovery is None else recovery.model
-            measured, tested = ranks.broadcast("an attempt", partial(self._measured, model))
+            return None, Attempt(limit, limit, None)
+        model = pruned.model if recovery is None else recovery.model
+        measured, tested = ranks.broadcast("an attempt", partial(self._measured, model))
         if measured is None:
-            costs, losses = zip(*self._frontier(budget), strict=True)
-            return None, Attempt(limit, limit, float(np.interp(limit, costs, losses)), None)
-        predicted = found.predicted if found.on_trial is None else found.on_trial
-        assert predicted is not None
-        reached = found.of(self._kind).reached
-        return made, Attempt(limit, reached, predicted, measured, tested)
+            return None, Attempt(limit, limit, None)
+        assert pruned.budget is not None
+        reached = pruned.budget.of(self._kind).reached
+        return made, Attempt(limit, reached, measured, tested)
 
     @timed(Stage.PRUNED)
     def _measured(self, model: nn.Module) -> tuple[Bounded | None, Bounded | None]:
@@ -247,18 +249,20 @@ class _Search:
             return None, None
 
     def _failure(self, report: TargetReport) -> RequestError:
-        """Say that no model is within the target, and which is nearest."""
+        """Say that no model is within the target, which is nearest, and what would help."""
         known = [one for one in self.attempts if one.measured is not None]
-        nearest = min(known, key=Attempt.likely, default=self.attempts[-1])
-        said, budgets = report.searched_in_words(nearest), self.task.request.budgets
-        beside = f" and {self.task.request.in_words(budgets)}" if budgets else ""
+        nearest = min(known, key=lambda one: one.likely(SURE), default=self.attempts[-1])
+        said, found = report.searched_in_words(nearest), nearest.measured
         if report.tests:
             said = f"{next(report.tests_in_words())}, though the search held it for good"
+            found = self.attempts[report.tests[0][0]].tested
+        budgets = self.task.request.budgets
+        beside = f" and {self.task.request.in_words(budgets)}" if budgets else ""
+        wanted = found and samples_needed(found, self.target.most)
+        more = f"give about {4 * wanted:,} samples (samples, `--samples`), " if wanted else ""
         return RequestError(
-            f"no model that was tried is within {self.target}{beside}: the nearest, {said}; allow "
-            "more to be lost, give more calibration data (samples, `--samples`), or recover what "
-            "is pruned "
-            "(recover, `--recover`)"
+            f"no model that was tried is within {self.target}{beside}: the nearest, {said}; {more}"
+            "allow more to be lost, or recover what is pruned (recover, `--recover`)"
         )
 
     def _report(self, budget: Budget) -> TargetReport:
@@ -280,37 +284,30 @@ class _Search:
         return count(COUNTED[self._kind], prepared, self.task.counted)
 
     @cached_property
-    def _allowed(self) -> list[Allowance]:
-        """What the other budgets allow."""
-        return allowances(self.task) if self.task.request.budgets else []
-
-    @property
     def _largest(self) -> float:
-        """The largest size within the other budgets."""
-        own = (one.most for one in self._allowed if one.budget is self._kind)
-        return min([self._cost.dense, *own])
+        """The largest size to try: one group, or streams, lose the least."""
+        cost, task = self._cost, self.task
+        widths = ((name, some[-2]) for name, some in task.options.items() if len(some) > 1)
+        fewer = [{**task.keep, name: int(width)} for name, width in widths]
+        fewer += (one.keep for one in task.with_streams[1:])
+        allowed = allowances(task) if task.request.budgets else ()
+        own = (one.most for one in allowed if one.budget is self._kind)
+        return min([max(map(cost.of, fewer)), *own])
 
     def _frontier(self, budget: Budget) -> Frontier:
-        """Return the least predicted distance at each size, within the other budgets."""
-        if not self._allowed:
-            return budget.frontier
-        cost, dense, others = self._cost, self._cost.dense, self.task.keep
-        known = known_curves(budget)
-        curves = {
-            group.name: known.get(group.name) or Curve(group.name, np.zeros(group.units + 1))
-            for group in self.task.shared
+        """Return the least predicted distance at each size, with all channels of streams."""
+        task, dense = self.task, self._cost.of(self.task.keep)
+        known, found = known_curves(budget), [(0.0, 1.0), (dense, 0.0)]
+        losses = {
+            name: known[name].losses[some] if name in known else np.zeros(len(some))
+            for name, some in task.options.items()
         }
-        sharing = Sharing(self.task, curves)
-        more = [one for one in self._allowed if one.budget is not self._kind]
-        least = cost.of({**others, **self.task.least})
-        found = [(least, float("inf"))]
-        for most in np.linspace(least, self._largest, _SIZES).tolist():
-            own = Allowance(self._kind, COUNTED[self._kind], cost, most, dense)
-            kept = sharing.choose([own, *more]).kept
-            lost = sum(float(curves[name].losses[units]) for name, units in kept.items())
-            if lost < found[-1][1]:
-                found.append((cost.of({**others, **kept}), lost))
-        return (*found[1:], (dense, 0.0))
+        if losses:  # of streams alone, nothing is predicted
+            search = Search(task.options, losses, task.keep, [self._cost])
+            found = [*search.frontier(task.least)]
+        costs, lost = zip(*found, strict=True)
+        sizes = [*(cost for cost in costs if cost < self._largest), self._largest]
+        return (*zip(sizes, np.interp(sizes, costs, lost).tolist(), strict=True), (dense, 0.0))
 
     def _request(self, limit: float) -> PruningRequest:
         """Return the request of an attempt: a size in place of the target."""

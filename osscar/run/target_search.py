@@ -1,8 +1,10 @@
 """Choose the next size that is tried for a quality target, and which of the sizes is returned.
 
-An *attempt* prunes to a size, and measures the model on the samples of the search.  The first size
-is where the curves predict the target; each other one is where a line through the two nearest
-attempts, in logarithms of prediction and measurement, meets it (the secant method).
+An *attempt* prunes to a size, and measures the model on the samples of the search.  The curves
+predict half of the target for the first size, as the rest is for the bound.  Each other one is
+where a line through the two nearest attempts, in logarithms of prediction and measurement, meets
+the target (the secant method): larger sizes, until one is sure to pass its test, and then smaller
+ones that may pass.
 
 The sizes that the search holds for good are then tested on samples that chose nothing, from the
 largest on, each at a level of 5 %, until one fails; the last that passed is returned.  Whatever was
@@ -32,12 +34,15 @@ from osscar.request import QualityTarget, TargetKind
 
 MOST_ATTEMPTS = 4
 
+SURE, _BOLD = 3.0, 1.5
+"""A size is sure, or worth a test, if its value and so many times what the bound adds are within
+the target: a test of it on as many other samples passes in 98 of 100, or in three of four."""
+
 _AIM = 0.95
 """Share of the target that is aimed at, once more for each attempt that was beyond it."""
 
-_MARGIN = 2.0
-"""A size is within the target if its value, and so many times what the bound adds, are: a test of
-it on as many other samples then passes in seven of eight."""
+_FIRST = 0.5
+"""Share of the target that the first attempt is predicted to lose: the rest is for the bound."""
 
 _SLOPES = 0.5, 3.0
 """The least and the greatest slope that two attempts may tell; one alone is taken for 1."""
@@ -55,6 +60,10 @@ _FLOOR = 0.01
 _GAIN = 0.05
 """Share of what another attempt could remove that it has to remove more than the best one."""
 
+_LESS = 0.2
+"""Share of what the largest attempt removed by which the next removes less at least, if it was
+beyond."""
+
 Frontier = Sequence[tuple[float, float]]
 """Costs of the whole model, ascending, with the least predicted distance at each."""
 
@@ -65,14 +74,12 @@ class Attempt:
     """One size that was tried, and the quality lost, after the recovery if there was one.
 
     limit, reached: The size that was allowed, and the one that came out.
-    predicted: Its distance from the dense model by the curves.
     measured: The quality lost on the samples of the search; None where outputs overflow.
     tested: The same on samples that choose nothing; None where the search found too much lost.
     """
 
     limit: float
     reached: float
-    predicted: float
     measured: Bounded | None
     tested: Bounded | None = None
 
@@ -84,11 +91,11 @@ class Attempt:
         """Whether the bound of the test is."""
         return self.tested is not None and self.tested.bound <= most
 
-    def likely(self) -> float:
-        """Return the bound that a test probably passes; infinity where outputs overflow."""
+    def likely(self, margin: float) -> float:
+        """Return the value and so many times what its bound adds; infinity where it overflows."""
         if self.measured is None:
             return math.inf
-        return self.measured.value + _MARGIN * (self.measured.bound - self.measured.value)
+        return self.measured.value + margin * (self.measured.bound - self.measured.value)
 
 
 @dataclass(frozen=True)
@@ -240,41 +247,58 @@ def reported_in_words(target: Mapping[str, Any]) -> str:
     return _lost_in_words(kind, lost, target["measure"])
 
 
+def samples_needed(found: Bounded, most: float) -> int | None:
+    """Return on how many samples a test of such a model is sure to pass; None where it loses more.
+
+    What the bound adds falls with the root of their number.
+    """
+    if found.value >= most:
+        return None
+    share = SURE * (found.bound - found.value) / (most - found.value)
+    return math.ceil(found.samples * share * share)
+
+
 def next_limit(
     frontier: Frontier, attempts: Sequence[Attempt], target: QualityTarget
 ) -> float | None:
-    """Return what the next model may cost, or None; the frontier ends with the dense model."""
+    """Return what the next model may cost, or None; the frontier ends with the dense model.
+
+    Sizes are compared by what the frontier predicts of them.  Until one is sure to be within the
+    target, larger ones are tried, and then smaller ones that are worth a test.
+    """
     dense, most = frontier[-1][0], target.most
-    points = {max(loss, LEAST): cost for cost, loss in reversed(frontier) if cost < dense}
-    if len(attempts) == MOST_ATTEMPTS or not points:
+    costs, losses = np.array([point for point in frontier if point[0] < dense]).reshape(-1, 2).T
+    if len(attempts) == MOST_ATTEMPTS or not len(costs):
         return None
-    losses, costs = np.log(list(points)), list(points.values())
+    logs = np.log(np.maximum(losses, LEAST))
 
     def cost_at(predicted: float) -> float:
-        return float(np.interp(predicted, losses, costs))
+        return float(np.interp(predicted, logs[::-1], costs[::-1]))
 
     if not attempts:
         # In nats; a drop of accuracy by d is taken for d / 2 nats, which is a guess.
         nats = {TargetKind.PERPLEXITY: math.log1p(most), TargetKind.TOP1: most / 2}
-        return cost_at(math.log(nats.get(target.kind, most)))
-    # Logarithms of what was predicted, and of what was measured as shares of the target.
-    known = [
-        (
-            math.log(max(one.predicted, LEAST)),
-            math.log(min(max(one.likely() / most, _FLOOR), _STEP)),
-        )
-        for one in attempts
-    ]
-    (x, y), *others = sorted(known, key=lambda point: abs(point[1]))
+        return cost_at(math.log(_FIRST * nats.get(target.kind, most)))
+    margin = _BOLD if any(one.likely(SURE) <= most for one in attempts) else SURE
+    lost = [one.likely(margin) / most for one in attempts]
+    # What is smaller than a size that was allowed loses more, and what is larger than one that came
+    # out loses less.
+    sizes = [a.limit if y > 1 else a.reached for a, y in zip(attempts, lost, strict=True)]
+    beyond = [size for size, y in zip(sizes, lost, strict=True) if y > 1]
+    within = [size for size, y in zip(sizes, lost, strict=True) if y <= 1]
+    # Logarithms of what is predicted, and of what was measured as shares of the target.
+    predicted = np.interp(sizes, costs, logs).tolist()
+    measured = [math.log(max(y, _FLOOR) if y < math.inf else _STEP) for y in lost]
+    (x, y), *others = sorted(zip(predicted, measured, strict=True), key=lambda one: abs(one[1]))
     slope = 1.0
     if others and abs(others[0][0] - x) > _APART:
         slope = (others[0][1] - y) / (others[0][0] - x)
-    beyond = [one.limit for one in attempts if one.likely() > most]
     move = ((1 + len(beyond)) * math.log(_AIM) - y) / min(max(slope, _SLOPES[0]), _SLOPES[1])
     limit = cost_at(x + min(max(move, -math.log(_STEP)), math.log(_STEP)))
-    if beyond:  # what is smaller loses more
+    if not within:
+        largest = max(beyond)
+        limit = max(limit, largest + _LESS * (dense - largest))
+        return min(limit, float(costs[-1])) if largest < costs[-1] else None
+    if beyond:
         limit = max(limit, max(beyond) + _GAIN * (dense - max(beyond)))
-    within = [one.reached for one in attempts if one.likely() <= most]
-    if within:
-        return limit if min(within) - limit >= _GAIN * (dense - limit) else None
-    return min(limit, costs[0]) if max(beyond) < costs[0] else None
+    return limit if min(within) - limit >= _GAIN * (dense - limit) else None
