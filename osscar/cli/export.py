@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from osscar.base.errors import OptionError
 from osscar.cli.common import check_files, document, say, write_json
 from osscar.cli.opening import quiet
-from osscar.cli.options import ExportOptions
+from osscar.cli.options import ExportOptions, refuse
 from osscar.export.gguf import export_gguf
 from osscar.export.onnx import export_onnx
 from osscar.export.pt2 import export_pt2
@@ -23,10 +22,10 @@ def run(directory: Path, options: ExportOptions) -> None:
     """Write a model for llama.cpp, ONNX Runtime or torch.export."""
     check_files(options, directory)
     format, dense = options.format, options.dense
-    for name in ("dense", "inputs") if format == "gguf" else ("dtype",):
-        if getattr(options, name) is not None:
-            formats = "gguf" if name == "dtype" else "onnx and pt2"
-            raise OptionError(f"--{name} is for {formats}; omit it")
+    if format == "gguf":
+        refuse(options, ("dense", "inputs"), "omit it, as it is for onnx and pt2")
+    else:
+        refuse(options, ("dtype",), "omit it, as it is for gguf")
     how: dict[str, Any] = {"out": options.out, "overwrite": options.overwrite}
     with quiet():
         if format == "gguf":

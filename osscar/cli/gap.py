@@ -20,7 +20,7 @@ from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import check_files, document, say, show, way_back, write_json
 from osscar.cli.instances import tell_known
 from osscar.cli.opening import opened, quiet, stated_preprocessing
-from osscar.cli.options import DataOptions, GapOptions, given, request_of
+from osscar.cli.options import DataOptions, GapOptions, refuse, request_of
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.report.sections import facts
@@ -57,7 +57,8 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
     )
     problems = _problems(sources)
     if problems:
-        _refuse_options_of_models(options)
+        posing = _POSING - {"device"} if options.device == "cpu" else _POSING
+        refuse(options, posing, "omit it: problem files are solved as they are, on the CPU")
         source: dict[str, Any] = {"problems": [one.described for one in problems]}
     else:
         source = _described(sources[0], options)
@@ -128,15 +129,6 @@ def _capture_model(study: Study, model: str, options: GapOptions) -> None:
         wanted=lambda name: any(fnmatchcase(name, pattern) for pattern in patterns),
     )
     study.capture(((str(group.kind), problem.to("cpu")) for group, problem in problems), dense)
-
-
-def _refuse_options_of_models(options: GapOptions) -> None:
-    for name, value in given(options).items():
-        if name in _POSING and (name, value) != ("device", "cpu"):
-            raise OptionError(
-                f"--{name.replace('_', '-')} is for models; omit it: problem files are "
-                "solved as they are, on the CPU"
-            )
 
 
 @dataclass(frozen=True)

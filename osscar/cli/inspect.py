@@ -11,11 +11,10 @@ from graph import UnitKind
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError
 from osscar.base.files import write_bytes
-from osscar.base.inputs import safe_repr
 from osscar.base.printable import are, pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
-from osscar.cli.options import InspectOptions, given
+from osscar.cli.options import InspectOptions, refuse
 from osscar.data.batches import SAMPLES_AT_ONCE, WINDOWS_AT_ONCE
 from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
@@ -27,18 +26,12 @@ from osscar.report.run_tables import groups_table
 from osscar.request import PRUNED_KINDS, PruningRequest
 from osscar.run.times_page import ModelTimes
 
-_OF_TIMES = "batch_size", "seqlen", "dtype"
-
 
 def run(model: str, options: InspectOptions) -> None:
     """Show the coupling groups of a model."""
     stated = stated_preprocessing(options)
-    for name, value in given(options).items():
-        if name in _OF_TIMES and not options.times:
-            option = f"--{name.replace('_', '-')}"
-            raise OptionError(
-                f"{option} is {safe_repr(value)} without --times; give --times, too, or omit it"
-            )
+    if not options.times:
+        refuse(options, ("batch_size", "seqlen", "dtype"), "give --times, too, or omit it")
     check_files(options, model)
     form = "" if options.svg is None else options.svg.suffix
     if options.times and form[1:] not in ("", *FORMS):

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
@@ -441,6 +441,13 @@ def given(options: Any) -> dict[str, Any]:
     }
 
 
+def refuse(options: Any, names: Collection[str], advice: str) -> None:
+    """Refuse options that are given and mean nothing."""
+    for name, value in given(options).items():
+        if name in names:
+            raise OptionError(f"--{name.replace('_', '-')} is {safe_repr(value)}; {advice}")
+
+
 # ---- requests ----------------------------------------------------------------------------
 
 
@@ -468,12 +475,7 @@ def recovery_of(
         own = {name: getattr(request, name) for name in ("device", "seed", "distance")}
         asked = RecoveryRequest(**own)
         return asked if steps is None else dataclasses.replace(asked, steps=steps)
-    for name, value in given(options).items():
-        if name.startswith("recover_"):
-            raise OptionError(
-                f"--{name.replace('_', '-')} is {safe_repr(value)} without --recover; give both, "
-                "or neither"
-            )
+    refuse(options, ("recover_text", "recover_steps"), "give --recover, too, or omit it")
     return None
 
 

@@ -127,11 +127,7 @@ class LoadedModel:
         if seqlen is not None:
             raise OptionError(f"seqlen (`--seqlen`) is {seqlen}, and the data are no text; omit it")
         if spec is None:
-            raise DataError(
-                f"{self.source} reads no text: give calibration (`--calibration`) a directory of "
-                f"images, an .npz "
-                f"file of them, or {self._tensors_in_words()}"
-            )
+            raise self._no_data("calibration (`--calibration`)")
         if has_images(spec) if not named else holds_images(spec, self.model):
             data: SampleSet = self.images(spec)
         elif named:
@@ -181,11 +177,7 @@ class LoadedModel:
             return self._windows(text, "--text", count, seqlen, seed, overlapping=False)
         data = self._samples(images, inputs)
         if data is None:
-            raise DataError(
-                f"{self.source} reads no text: give images (`--images`) a directory of images or "
-                f"an .npz file "
-                f"of them, or inputs (`--inputs`) {self._tensors_in_words()}"
-            )
+            raise self._no_data("images or inputs (`--images`, `--inputs`)")
         return data if samples is None else data.sample(samples, seed)
 
     def held_out(
@@ -249,14 +241,12 @@ class LoadedModel:
     def _check_given(self, text: object, images: object, inputs: object) -> None:
         """Refuse data of another kind than the model reads."""
         if self.tokenizer is not None and (images is not None or inputs is not None):
-            raise OptionError(
-                f"{self.source} reads text, not images: omit images (`--images`) "
-                f"and inputs (`--inputs`)"
-            )
-        if self.tokenizer is None and text is not None:
-            raise OptionError(
-                f"{self.source} reads no text: omit text (`--text`) and seqlen (`--seqlen`)"
-            )
+            wrong = "text, not images: omit images (`--images`) and inputs (`--inputs`)"
+        elif self.tokenizer is None and text is not None:
+            wrong = "no text: omit text (`--text`) and seqlen (`--seqlen`)"
+        else:
+            return
+        raise OptionError(f"{self.source} reads {wrong}")
 
     def _samples(self, images: Any, inputs: str | Path | None) -> SampleSet | None:
         """Read samples of one kind or the other; None if none are given."""
@@ -268,9 +258,12 @@ class LoadedModel:
             return self.images(images)
         return None if inputs is None else self.tensors(inputs)
 
-    def _tensors_in_words(self) -> str:
+    def _no_data(self, option: str) -> DataError:
         needed = ", ".join(needed_arguments(self.model))
-        return f"an .npz or .safetensors file of tensors for {needed}"
+        return DataError(
+            f"{self.source} reads no text: give {option} a directory of images, an .npz file of "
+            f"them, or an .npz or .safetensors file of tensors for {needed}"
+        )
 
     def tensors(self, spec: str | Path) -> TensorSet:
         """Read samples that are fed as they are, as `osscar.load_tensors` does.

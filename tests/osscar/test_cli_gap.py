@@ -106,7 +106,7 @@ BAD = [
     (("gap", "demo", "--sparsity", "many"), "is not a list such as"),
     (("gap", "demo", "--backends", "nonsense"), "no backend 'nonsense'"),
     (("gap", "demo", "other"), "give one model, not 2"),
-    (("gap", "demo-heads-k4", "--samples", "3"), "--samples is for models"),
+    (("gap", "demo-heads-k4", "--samples", "3"), "--samples is 3; omit it: problem files"),
     (("solve", "nine.safetensors", "--keep", "10"), "keep is 10"),
     (("solve", "text.safetensors"), "text.safetensors"),
 ]

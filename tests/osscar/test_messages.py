@@ -68,7 +68,7 @@ BEFORE_LOADING = {
     "prune --params 0.8 --params 0.7": "--params is given more than once",
     "prune --max-top1-drop 2% --samples 500": "596 different calibration .* are 500, 96 too few",
     "prune --max-divergence 0.1 --samples 63": "64 different .* are 63, 1 too few",
-    "prune --params 0.5 --recover-steps 4": "without --recover; give both, or neither",
+    "prune --params 0.5 --recover-steps 4": "--recover-steps is 4; give --recover, too, or omit it",
     "prune --params 0.5 --calibration none.npz": "there is no file 'none.npz'; check the path",
     "prune --params 0.5 --weights none.pt": "there is no file 'none.pt'; check the path",
     "sweep --memory 0.7,0.5": "give the context, too",

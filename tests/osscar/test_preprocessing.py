@@ -118,7 +118,10 @@ def test_nothing_is_assumed_of_the_images_of_ones_own_model(run, place):
         ),
         (("inspect", "net.py:alone"), "give --image-size CxHxW"),
         (("prune", "demo", "--sparsity", "0.3", "--out", "o", "--no-normalize"), "reads text, not"),
-        (("gap", "resnet20-c16-k4", "--out", "o", "--mean", "0", "--std", "1"), "is for models"),
+        (
+            ("gap", "resnet20-c16-k4", "--out", "o", "--mean", "0", "--std", "1"),
+            "omit it: problem files",
+        ),
     ):
         status, _, err = run(*arguments)
         assert (status, message in err) == (2, True), err
