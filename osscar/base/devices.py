@@ -38,8 +38,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         if (found.index or 0) < there:
             return found
     raise OptionError(
-        f"cannot run on {safe_repr(device)}; give 'auto', 'cpu' or 'cuda' (PyTorch sees "
-        f"{torch.cuda.device_count()} CUDA devices)"
+        f"cannot run on {safe_repr(device)} (PyTorch sees {torch.cuda.device_count()} CUDA "
+        "devices); give 'auto', 'cpu' or one of those"
     )
 
 

@@ -85,8 +85,14 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
         If there is no such file, it is damaged, or its entries do not fit the model.
     """
     path = located(spec)
-    if path.suffix not in _SUFFIXES or not path.is_file():
-        raise FileError(spec, f"there is no {' or '.join(_SUFFIXES)} file of that name")
+    if not path.is_file():
+        raise FileError(spec, "there is no such file")
+    if path.suffix not in _SUFFIXES:
+        raise FileError(
+            spec,
+            f"{type(model).__name__} reads no text; give a {' or '.join(_SUFFIXES)} file with its "
+            "inputs",
+        )
     tensors, needed = read_tensors(path), needed_arguments(model)
     labels, groups = (
         None if name in needed else tensors.pop(name, None) for name in (LABELS, GROUPS)

@@ -135,7 +135,7 @@ def _named(one: Pass) -> Scores | None:
     config = getattr(one.model, "config", None)
     if one.rows is None or getattr(config, "problem_type", None) == "regression":
         return None
-    return Scores(LOGITS, -1, "it is called so") if one.rows[0] == LOGITS else None
+    return Scores(LOGITS, -1, "the output has this name") if one.rows[0] == LOGITS else None
 
 
 def _probable(one: Pass) -> Scores | None:

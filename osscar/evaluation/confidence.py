@@ -154,6 +154,18 @@ def _chance(lost: int, gained: int, n: int, drop: float) -> float:
     return float((gains * few).sum(1).max())
 
 
+def check_labelled(data: Any, *, known: bool = True) -> None:
+    """Refuse samples without a label of a class each; `known` is whether there are classes."""
+    given = data.labels if isinstance(data, SampleSet) else None
+    if given is None or given.ndim > 1 or not known:
+        what = "have no labels" if given is None else "have no label of a class each"
+        raise DataError(
+            f"{TargetKind.TOP1.option} needs the class of each calibration sample, and these "
+            f"{what}; give images in a folder for each class, a file with `labels`, or "
+            f"{TargetKind.DIVERGENCE.option}, which needs none"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Judge:
     """Measures how much worse than the dense model others are, on samples that fitted nothing.
@@ -189,14 +201,7 @@ class Judge:
         reference = Reference.from_run(measured, dense, batches)
         if quality is not TargetKind.TOP1:
             return cls(quality, reference, copies(inputs))
-        given = data.labels if isinstance(data, SampleSet) else None
-        if given is None or given.ndim > 1 or measured.measure != "nats":
-            what = "have no labels" if given is None else "have no label of a class each"
-            raise DataError(
-                f"{quality.option} needs the class of each calibration sample, and these {what}; "
-                "give images in a folder for each class, a file with `labels`, or "
-                f"{TargetKind.DIVERGENCE.option}, which needs none"
-            )
+        check_labelled(data, known=measured.measure == "nats")
         labels = data.class_labels(classes, reference.expected[0].shape[-1])
         return cls(quality, reference, copies(inputs), labels)
 

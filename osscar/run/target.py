@@ -36,7 +36,13 @@ from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import read_once
 from osscar.data.parts import copies, in_parts
-from osscar.evaluation.confidence import Bounded, Judge, fewest_samples, usual_samples
+from osscar.evaluation.confidence import (
+    Bounded,
+    Judge,
+    check_labelled,
+    fewest_samples,
+    usual_samples,
+)
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
@@ -89,6 +95,8 @@ def prune_to_target(
     inputs = as_inputs(model, calibration)
     target = request.quality
     assert target is not None
+    if target.kind is TargetKind.TOP1:
+        check_labelled(calibration)
     numbers = copies(inputs)
     check_samples(target, len(numbers), int(numbers.max()) + 1)
     parts = in_parts(calibration, numbers, request.seed)

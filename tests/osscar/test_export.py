@@ -236,7 +236,8 @@ X = torch.randn(2, 4)
         (net(), None, DataError, "it is not known what this Sequential takes"),
         (net(), {"x": X}, DataError, "takes no 'x'"),
         (net(), torch.randn(2, 5), ModelError, r"fails on.*\(input \(2, 5\)\): .*inputs="),
-        (net(), "nowhere.npz", osscar.OsscarError, "there is no .npz"),
+        (net(), "nowhere.npz", osscar.OsscarError, "there is no such file"),
+        (net(), __file__, osscar.OsscarError, "Sequential reads no text"),
         (nn.ReLU(), X, ModelError, "has no parameters"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_a_recovery_came_to_is_told_as_it_was():
                 "mixed_precision": "no",
             },
             "data": {"source": "text.txt", "seen": {"count": 2, "least": ""}},
-            "distance": {"measure": "nats", "over": "'logits'", "why": "it is called so"},
+            "distance": {"measure": "nats", "over": "'logits'", "why": "the output has this name"},
             **{"measure": "nats", "kept": 2, "before": 0.4, "after": 0.2, "learning_rate": 1e-4},
             "points": [point, {**point, "step": 2}, {**point, "step": 6, "rate": 1e-4}],
             **{"samples": 9, "held_out": 2, "trained": 1234, "seconds": 2.5},

@@ -83,7 +83,7 @@ class Counts(Puts):
         (Puts(lambda y: (y, y[:, :2], 1.0)), labels(), "relative", "0, 1, since nothing"),
         (Puts(lambda y: {"a": y[:, :1], "b": y}), labels(), "nats", "'b', 5 classes"),
         (Puts(lambda y: (y, y.square().mean())), None, "relative", "0, 1, since nothing"),
-        (Puts(lambda y: {"logits": y, "features": y}), None, "nats", "since it is called so"),
+        (Puts(lambda y: {"logits": y, "features": y}), None, "nats", "the output has this name"),
         (Puts(lambda y: {"logits": y[:, :1]}), None, "relative", "logits"),
         (Puts(lambda y: {"logits": y[:, :, None, None] * IMAGES[0, 0]}), None, "relative", ""),
         (Puts(lambda y: y.softmax(-1)), None, "nats", "its rows are probabilities"),
@@ -125,7 +125,7 @@ def test_what_is_asked_for_is_measured():
 def test_a_language_model_is_compared_by_its_logits(kind):
     found = compared(tiny(kind, layers=1), tokens(8, 12)).compared
     assert str(found).startswith("divergence in nats, of 'logits', ")
-    assert "at each position, since it is called so" in str(found)
+    assert "at each position, since the output has this name" in str(found)
 
 
 class Own(nn.Module):
