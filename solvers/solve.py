@@ -143,7 +143,5 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
         check_fields(checked, [field.name for field in dataclasses.fields(Selection)])
         check_support(problem, checked.support)
     except (AttributeError, ValueError, VerificationError, TypeError) as error:
-        raise BackendError(
-            f"backend {name!r} answered with what is no selection: {error}"
-        ) from error
+        raise BackendError(f"backend {name!r} did not return a valid selection: {error}") from error
     return checked

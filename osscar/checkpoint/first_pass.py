@@ -29,8 +29,9 @@ def check_sample(model: nn.Module, source: str) -> None:
     strays = None if sample is None else strays_from(sample, model)
     if strays is not None:
         raise CheckpointError(
-            f"{source} returns other outputs than the model that was saved: {strays}; build the "
-            "dense model with the code that it was pruned with, or download the checkpoint again"
+            f"the outputs of {source} differ from those of the model that was saved: {strays}; "
+            "build the dense model with the code that it was pruned with, or download the "
+            "checkpoint again"
         )
 
 

@@ -109,8 +109,8 @@ def read_back(
         answers, fresh = elsewhere(task, model), True
     except Elsewhere as reason:
         warn(
-            "the checkpoint was read back in this process alone, where numbers may be cached that "
-            f"no other has: {reason}; define the model in a module, and import it"
+            "the checkpoint was checked only in this process, which may have cached numbers: "
+            f"{reason}; define the model in a module, and import it"
         )
         answers, fresh = task.answers(), False
     try:

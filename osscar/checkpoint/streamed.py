@@ -26,7 +26,7 @@ from osscar.offload.weight_cache import WeightCache
 from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 
-_ELSEWHERE = "omit max_memory (`--max-memory`) to read it whole"
+_ELSEWHERE = "omit max_memory (`--max-memory`) to load it into memory"
 
 
 def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = None) -> nn.Module:
@@ -34,14 +34,13 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
     manifest, stored = read_manifest(path), read_headers(path)
     if stored is None:
         raise CheckpointError(
-            f"{path} has no safetensors files, which weights on disk need; {_ELSEWHERE}"
+            f"{path} has no safetensors files, which max_memory needs; {_ELSEWHERE}"
         )
     with readable(path):
         builder, plans = read_builder(path, manifest)
         if not isinstance(builder, TransformersOrigin):
             raise CheckpointError(
-                f"{path} holds no model of transformers, and no other is read from disk; "
-                f"{_ELSEWHERE}"
+                f"{path} holds no model of transformers, which max_memory needs; {_ELSEWHERE}"
             )
         build = partial(builder.build, dtype or number_format_of(builder.config, stored))
         model = structure(build, computed=True)
@@ -70,13 +69,13 @@ def _fill_from_disk(
             found = [values for values in rows if values is not None]
         if not found:
             raise CheckpointError(
-                f"{path} holds no {names[0]!r}, or holds it in another form than "
-                f"{type(model).__name__}; {_ELSEWHERE}"
+                f"{path} has no {names[0]!r} in the form that {type(model).__name__} reads; "
+                f"{_ELSEWHERE}"
             )
         if len(found) > 1 and len({values.digest() for values in found}) > 1:
             raise CheckpointError(
-                f"{path} holds other values of {names[0]!r} than of {names[1]!r}, which its config "
-                f"ties; {_ELSEWHERE}"
+                f"{names[0]!r} and {names[1]!r} differ in {path}, and its config ties them; "
+                f"{_ELSEWHERE}"
             )
         _check_range(found[0], parameter.dtype)
         _put(model, names, parameter, Place.of(found[0]).cast(parameter.dtype), cache)

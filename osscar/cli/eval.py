@@ -30,7 +30,7 @@ def run(model: str, options: EvalOptions) -> None:
     dense, weights = options.dense, options.weights
     check_files(options, model)
     if options.prove and dense is None:
-        raise OptionError("--prove compares with the dense model: give it, --dense MODEL")
+        raise OptionError("--prove needs the dense model; give --dense MODEL")
     load = {name: getattr(options, name) for name in ("device", "dtype", "trust_remote_code")}
     sort = kind_of(model)
     elsewhere = dense is not None and kind_of(dense).takes_weights and not sort.takes_weights

@@ -190,7 +190,7 @@ def _read(
         source, length = [data], 1
     elif isinstance(data, Dataset) or has_columns(data):
         raise DataError(
-            f"{what} yields samples, and batches are read; give "
+            f"{what} yields samples, not batches; pass "
             "torch.utils.data.DataLoader(data, batch_size=32, shuffle=True), or images to "
             "osscar.load_images"
         )
@@ -214,7 +214,9 @@ def _read(
     if groups is None:
         return found, notes
     if isinstance(found, CalibrationSet):
-        raise DataError("windows of text have no sample_groups, as they are compared; omit them")
+        raise DataError(
+            "windows of text take no sample_groups, since copies are found by comparison; omit them"
+        )
     some = torch.as_tensor(groups)[:count]
     return replace(found, sample_groups=some), notes  # type: ignore[type-var]
 

@@ -245,8 +245,8 @@ def as_preprocessing(given: Any, source: str, channels: int = 3) -> AnyPreproces
     if callable(given) and not isinstance(given, type):
         return Transform.of(given, source, channels)
     raise OptionError(
-        f"{source} gives {safe_repr(given)} ({type(given).__name__}) as what is done to an image; "
-        "give a function from a PIL image to a tensor, or an osscar.Preprocessing"
+        f"{source} gives {safe_repr(given)} ({type(given).__name__}) as preprocessing; give a "
+        "function from a PIL image to a tensor, or an osscar.Preprocessing"
     )
 
 

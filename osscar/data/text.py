@@ -370,9 +370,9 @@ class TextSet:
         theirs = torch.cat([encode(tokenizer, self.text), *special_tokens(tokenizer)])
         if not torch.equal(mine, theirs):
             raise ModelError(
-                f"the two models have other tokenizers ({pluralize(len(mine), 'token')} and "
-                f"{pluralize(len(theirs), 'token')} of this text), so that their perplexities are "
-                "not comparable; give the dense model that the first one was pruned from"
+                f"the tokenizers of the two models differ ({pluralize(len(mine), 'token')} and "
+                f"{pluralize(len(theirs), 'token')} of this text), so their perplexities cannot "
+                "be compared; give the dense model that the first one was pruned from"
             )
 
 

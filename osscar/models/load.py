@@ -157,10 +157,13 @@ def _prepared(
     recorded = lineage_of(loaded.model).preprocessing
     used = None if known is None else known.record()
     if known is not None and recorded is not None and used != dict(recorded):
-        warn(
-            f"{loaded.source} was pruned on images that were prepared otherwise than now: "
-            f"{safe_repr(dict(recorded))}, and now {known.sentence()}"
-        )
+        before, now = dict(recorded), used or {}
+        changed = [
+            f"{name} was {safe_repr(before.get(name))} and is {safe_repr(now.get(name))}"
+            for name in before | now
+            if before.get(name) != now.get(name)
+        ]
+        warn(f"{loaded.source} was pruned with other preprocessing: {'; '.join(changed)}")
     model = loaded.model if dtype is None else cast(loaded.model, dtype)
     model = in_evaluation(model.to(device))
     note(

@@ -281,9 +281,7 @@ class LoadedModel:
 
     def _check_no_images_stated(self, source: str | Path) -> None:
         if self.states_images:
-            raise OptionError(
-                f"{source} is for tensors, which are fed as they are, and no images; omit {OPTIONS}"
-            )
+            raise OptionError(f"{source} holds tensors, which are not preprocessed; omit {OPTIONS}")
 
     def images(self, spec: Any) -> ImageSet:
         """Find images, which become what the model reads, as `osscar.load_images` does.

@@ -89,8 +89,8 @@ def load_language_model(
     size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) < _MOST_PADDED * size:
         warn(
-            f"the tokenizer of {source} has {len(tokenizer):,} tokens and the model knows "
-            f"{size:,}, so that it may be another model's"
+            f"the tokenizer of {source} has {len(tokenizer):,} tokens and the model "
+            f"{size:,} embeddings; check that they belong together"
         )
     ids = torch.zeros(2, example_length(model), dtype=torch.int64, device=model.device)
     return LoadedModel(model, source, path, stored, tokenizer, example={"input_ids": ids})

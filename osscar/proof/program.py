@@ -40,10 +40,7 @@ from osscar.proof.lineage import hand_on, lineage_of
 from osscar.proof.literals import ShrunkGraph, refusal, rewrite
 from osscar.proof.plan import PruningPlan, TracedInput
 
-_OTHERWISE = (
-    "give inputs of such sizes; where the dense model takes others, so do its modules "
-    "(form eager, `--form eager`)"
-)
+_OTHERWISE = "give inputs of such sizes, or prune the modules instead (form eager, `--form eager`)"
 
 
 class InputSizes(nn.Module):
@@ -62,15 +59,15 @@ class InputSizes(nn.Module):
         wrong = self.sizes.misfit(given)
         if wrong is not None:
             raise ModelError(
-                f"{wrong} is of {_written(given[wrong].shape)}, and the exported program takes "
-                f"{_written(self.sizes.shapes[wrong])}, since it was traced with these sizes; "
-                f"{_OTHERWISE}"
+                f"the exported program takes {wrong} of shape "
+                f"{_written(self.sizes.shapes[wrong])}, with which it was traced, and not "
+                f"{_written(given[wrong].shape)}; {_OTHERWISE}"
             )
         condition = self.sizes.broken(given)
         if condition is not None:
             sizes = ", ".join(f"{name} of {_written(one.shape)}" for name, one in given.items())
             raise ModelError(
-                f"the exported program does not hold for {sizes}, but where {condition}; "
+                f"the exported program is right only where {condition}, and there is {sizes}; "
                 f"{_OTHERWISE}"
             )
 

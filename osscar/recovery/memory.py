@@ -140,7 +140,7 @@ def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     repeated = blocks(model)
     if not repeated:
         raise OptionError(
-            f"checkpointing is asked for, and {type(model).__name__} repeats no blocks; omit it"
+            f"checkpointing needs repeated blocks, and {type(model).__name__} has none; omit it"
         )
     return other_forwards([(block, _checkpointed(block)) for block in repeated])
 

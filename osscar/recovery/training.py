@@ -313,8 +313,8 @@ class Training:
         if tried.failed:
             raise ModelError(
                 f"no gradients flow through {type(self.model).__name__}: "
-                f"{first_line(tried.error)}; leave no_grad and detach out of its forward, and of a "
-                "distance of yours, and let it return scores or other real numbers"
+                f"{first_line(tried.error)}; remove no_grad and detach from its forward and from "
+                "your distance, and let it return scores or other real numbers"
             ) from tried.error
         self._state.put_back()
         return loss.detach().double()

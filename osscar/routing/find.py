@@ -97,9 +97,9 @@ def mixtures_in(
             found.append(_listed(model, one, tokens, order))
         elif is_named(name):
             reason = (
-                f"module {name!r} ({type(model.get_submodule(name)).__name__}) is not called with "
-                "tokens, the experts of each, and their weights, so that no router is known that "
-                f"could do without some experts{undeclared(model, name)}"
+                f"the router of {name!r} ({type(model.get_submodule(name)).__name__}) is not "
+                "known, since the module is not called with tokens, their experts, and their "
+                f"weights{undeclared(model, name)}"
             )
             found.append(whole_mixture(model, name, reason))
     return tuple(found)
@@ -148,15 +148,13 @@ def _mixture(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixt
 def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixture:
     if seen.calls > 1:
         raise ModelError(
-            f"{name!r} is called {seen.calls} times in a forward pass, each with other tokens, and "
-            "experts can be removed only from one that is called once; give each call a block of "
-            "its own"
+            f"{name!r} is called {seen.calls} times in a forward pass, so its experts cannot be "
+            "removed; give each call a block of its own"
         )
     if seen.router is None:
         raise ModelError(
-            f"no module returned the experts and weights that {name!r} is called with: code of the "
-            "module around it routes, and only a router that is a module can be told which experts "
-            "are left"
+            f"no module returns the experts and weights that {name!r} is called with; let a module "
+            "of its own route, not code of the module around it"
         )
     experts = model.get_submodule(name)
     count = _count(name, experts)
@@ -238,8 +236,8 @@ def _count(name: str, experts: nn.Module) -> int:
     counts = {len(p) for p in experts.parameters(recurse=False) if p.ndim == 3}
     if len(counts) != 1:
         raise ModelError(
-            f"module {name!r} ({type(experts).__name__}) has no parameter with a matrix for each "
-            "expert, and is no list of modules that are alike"
+            f"module {name!r} ({type(experts).__name__}) is neither a list of equal modules nor "
+            "has it a parameter with a matrix for each expert"
         )
     return counts.pop()
 

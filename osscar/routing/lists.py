@@ -122,13 +122,12 @@ def expert_list(
         if not alike(experts):
             raise ModelError(
                 f"{declared.experts!r} ({type(experts).__name__}) is no torch.nn.ModuleList of "
-                "several modules of the same structure and shapes that share no tensors, and only "
-                "experts that are alike can leave"
+                "several modules with the same structure and shapes, and no shared tensors"
             )
         if len(calls) != 1:
             raise ModelError(
-                f"it is called {len(calls)} times in a forward pass, and experts can be removed "
-                "only from a block that is called once; give each call a block of its own"
+                f"the block is called {len(calls)} times in a forward pass, so its experts cannot "
+                "be removed; give each call a block of its own"
             )
         ((call, y),) = calls
         outputs = tensors_in(y)[0].shape[-1]
@@ -166,8 +165,8 @@ def _gate(block: nn.Module, declared: Declaration, rest: _Rest, count: int) -> R
         return Router(rule_of_function(declared.route, block, count))
     if not sends_tokens(rest.routed):
         raise ModelError(
-            f"{declared.gate!r} returns no expert numbers, and nothing says what its logits "
-            "are made into; give top_k=, with normalize= and the like, or route="
+            f"{declared.gate!r} returns logits, and it is not declared how they become weights of "
+            "experts; give top_k=, with normalize= and the like, or route="
         )
     try:
         return router_of(block.get_submodule(declared.gate), rest.call, count)
@@ -266,9 +265,8 @@ def _hold(one: ExpertList, rest: Tensor, total: Tensor, due: Tensor, logits: Ten
     if off:
         raise ModelError(
             f"{off} of {len(due)} outputs of {one.block or 'the model'!r} differ from its "
-            f"declaration: outputs of {one.declared.experts!r} for the rows that "
-            f"{one.declared.gate!r} reads, times weights by the rule, do not add up to "
-            "the outputs of the block; give the rule of its code, declare a norm and the gate as "
-            "one module (torch.nn.Sequential(norm, gate)), or, if a gate rounds its logits, use "
-            "dtype float32 (`--dtype float32`)"
+            f"declaration: they are not the weighted sum of {one.declared.experts!r} on the rows "
+            f"that {one.declared.gate!r} reads. Declare the rule of its code, declare a norm and "
+            "the gate as one module (torch.nn.Sequential(norm, gate)), or, if a gate rounds its "
+            "logits, use dtype float32 (`--dtype float32`)"
         )

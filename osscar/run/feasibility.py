@@ -71,12 +71,12 @@ def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
     methods = own_methods(prepared.model) if request.form == "auto" else ()
     if left and methods and form is Form.EAGER:
         warn(
-            f"{type(prepared.model).__name__} keeps its modules, which have {_called(methods)}; "
-            f"{in_words(left)}; form 'exported' may prune these, too, but has no "
-            "methods (`--form exported`)"
+            f"{type(prepared.model).__name__} keeps its modules, for the sake of "
+            f"{_called(methods)}; {in_words(left)}. Form 'exported' may prune these, too, but "
+            "loses the methods (`--form exported`)"
         )
     elif refused:
-        warn(f"{in_words(refused)}; the report, or skipped of the result, says why")
+        warn(f"{in_words(refused)}; the report and result.skipped say why")
     return form, (*left, *_skipped(prepared.groups, inside))
 
 
@@ -85,9 +85,9 @@ def tell_lost(model: nn.Module, request: PruningRequest) -> None:
     methods = own_methods(model)
     if methods and request.form == "auto":
         warn(
-            f"the smaller model is an exported program, which has no {_called(methods)} of "
-            f"{type(model).__name__}, as its modules cannot follow all that is asked for; form "
-            "'eager' keeps these, and skips what cannot follow (form eager, `--form eager`)"
+            f"the smaller model is an exported program without {_called(methods)} of "
+            f"{type(model).__name__}, since some groups can be pruned only in a program; to skip "
+            "these groups and keep the methods, use form eager (`--form eager`)"
         )
 
 
@@ -111,9 +111,11 @@ def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[st
     prepared = task.prepared
     for kind in {group.kind for group in groups}:
         if not prepared.ranks.alone:
-            raise RequestError(f"{kind} are chosen by one process; run it without ranks")
+            raise RequestError(f"{kind} can be removed only by one process; run without torchrun")
         if is_on_disk(prepared.model):
-            raise RequestError(f"{kind} are chosen in memory; omit max_memory (`--max-memory`)")
+            raise RequestError(
+                f"{kind} can be removed only in memory; omit max_memory (`--max-memory`)"
+            )
     model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, task.request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
     trial = Feasibility(model, attempt)

@@ -34,9 +34,7 @@ def model_problems(
     with prepare(model, calibration, seed=0) as prepared:
         groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
         if not groups:
-            raise RequestError(
-                "no group that can be pruned has a name as asked; `osscar inspect` lists them"
-            )
+            raise RequestError("no prunable group has such a name; `osscar inspect` lists them")
         with progress_bar("measuring", total=len(groups)) as bar:
             for step in Walk(prepared, groups, in_turn=False):
                 yield step.group, step.problem(step.group.units, damp)

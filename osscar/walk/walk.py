@@ -285,8 +285,8 @@ class Walk:
                 if arrival is not None:
                     way = f"calls {arrival.module!r} where others call {expected!r}"
                 raise DataError(
-                    f"calibration batch {run.index} {way}: what it runs depends on the data or on "
-                    "an earlier pass, and cannot be measured; give batches that run alike"
+                    f"calibration batch {run.index} {way}: which layers run depends on the data or "
+                    "on an earlier pass; give batches that run the same layers"
                 )
             self._check_same_tensor(run, arrival)
         assert run.arrived is not None

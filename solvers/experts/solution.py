@@ -120,7 +120,7 @@ def solve_experts(
             loss = problem.loss(selection.support)
         except ProblemError as error:
             raise BackendError(
-                f"backend {name!r} answered with what is no selection: {error}"
+                f"backend {name!r} did not return a valid selection: {error}"
             ) from error
     seconds = time.perf_counter() - start
     return ExpertSolution(

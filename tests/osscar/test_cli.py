@@ -160,7 +160,10 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
             [str(w).replace("an other ", "") for w in command],
             "was used to calibrate or recover this model",
         ),
-        ([str(w).replace("a $dense model", "demo") for w in command], "have other tokenizers"),
+        (
+            [str(w).replace("a $dense model", "demo") for w in command],
+            "tokenizers of the two models differ",
+        ),
     ):
         status, _, err = run(*wrong)
         assert (status, message in words_of(err)) == (2, True), err

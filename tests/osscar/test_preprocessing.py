@@ -177,7 +177,7 @@ def test_a_function_is_taken_from_the_code_again_and_refused_without_it(run, pla
     assert torch.equal(loaded.images("test.npz").tensor(), pixels() * 255 / 127.5 - 1)
     status, _, err = run(*evaluate("build"))
     assert (status, "does not state the transform" in err) == (2, True), err
-    with pytest.warns(UserWarning, match="pruned on images that were prepared otherwise than now"):
+    with pytest.warns(UserWarning, match="pruned with other preprocessing"):
         stated = load_model("small", dense="net.py:own", preprocessing=PLAIN)
     torch.testing.assert_close(stated.images("test.npz").tensor(), pixels())
     own = load_model("net.py:build", preprocessing=lambda image: image)

@@ -480,7 +480,9 @@ def test_the_command_draws_as_many_labelled_images_as_a_drop_takes(
 def test_samples_that_a_drop_lacks_are_counted_before_the_first_attempt(monkeypatch):
     dense, data = labelled(532)
     monkeypatch.setattr("osscar.run.target._Search.smallest", begun)
-    with pytest.raises(DataError, match="needs the class of each calibration sample, .* no labels"):
+    with pytest.raises(
+        DataError, match=r"needs the class of each calibration sample, .* no labels"
+    ):
         osscar.prune(dense, data.tensors, max_top1_drop="1%")
     with pytest.raises(DataError, match=r"needs at least 1196 different .* are 532, 664 too few"):
         osscar.prune(dense, data, max_top1_drop="1%")

@@ -197,7 +197,7 @@ def test_a_block_that_writes_to_its_input_is_refused_if_it_was_asked_for(monkeyp
     request = RecoveryRequest(steps=1, checkpointing=True, mixed_precision="no", device="cpu")
     with pytest.raises(OptionError, match="Overwrites writes to its inputs"):
         recover_as_asked(model, model, data, request)
-    with pytest.raises(OptionError, match="Linear repeats no blocks"):
+    with pytest.raises(OptionError, match="needs repeated blocks, and Linear has none"):
         recover_as_asked(nn.Linear(4, 4), nn.Linear(4, 4), data, request)
     tried, original = [], Training.try_step
 
