@@ -72,8 +72,8 @@ def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
     if left and methods and form is Form.EAGER:
         warn(
             f"{type(prepared.model).__name__} keeps its modules, for the sake of "
-            f"{_called(methods)}; {in_words(left)}. Form 'exported' may prune these, too, but "
-            "loses the methods (`--form exported`)"
+            f"{_called(methods)}; {in_words(left)}. These may be pruned in form 'exported' "
+            "(`--form exported`), which loses the methods"
         )
     elif refused:
         warn(f"{in_words(refused)}; the report and result.skipped say why")

@@ -234,7 +234,7 @@ OTHERWISE = "outputs of 'blocks.0' differ from its declaration"
     ("kind", "words"),
     [
         (WrongGate, "has no attribute `router`"),
-        (Different, "several modules of the same structure"),
+        (Different, "several modules with the same structure"),
         (NotNormalized, OTHERWISE),
         (OfThree, OTHERWISE),
         (Unbiased, OTHERWISE),
@@ -270,7 +270,7 @@ def test_code_that_counts_all_experts_is_tried_and_refused(x):
 
 def test_a_block_that_is_called_twice_is_refused(x):
     block = Masked()
-    with pytest.raises(ModelError, match=r"does not fit 'blocks\.0': it is called 2 times"):
+    with pytest.raises(ModelError, match=r"does not fit 'blocks\.0': the block is called 2 times"):
         mixtures(Net(block, block).eval(), x)
 
 

@@ -191,7 +191,7 @@ def test_backends_of_ones_own_are_taken_and_believed_nothing():
     assert found.backend == "First"
     assert found.support.tolist() == list(range(7))
     for backend, options, message in [
-        (First(more=1), {}, "no selection"),
+        (First(more=1), {}, "not return a valid selection"),
         (First(divisor=0), {}, "'First' failed with ZeroDivisionError"),
         (First(), {"seed": 1}, "its own"),
         ("branch_and_bound", {}, "there is no backend 'branch_and_bound'; choose from enumerate"),
