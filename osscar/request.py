@@ -546,6 +546,11 @@ class PruningRequest:
 
             group = solvers.EXPERT_BACKENDS if experts else solvers.BACKENDS
             return solvers.make_backend(self.backend, group, **self.backend_options)
+        if not callable(getattr(type(self.backend), "select", None)):
+            raise OptionError(
+                f"backend is {safe_repr(self.backend)}; give a name, or an object with a method "
+                "select"
+            )
         if self.backend_options:
             raise OptionError("backend_options go with a name; this backend object has its own")
         return self.backend
@@ -692,6 +697,13 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
             raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}{more}")
         from osscar.base.devices import default_torch  # loads torch
 
+        if len(args) > len(first):
+            takes = ", ".join(one.name for one in first)
+            raise TypeError(
+                f"{keywords.__name__}() takes {len(first)} positional arguments ({takes}) but "
+                f"{len(args)} were given; name all others, such as {fields[0].name}="
+                f"{safe_repr(args[len(first)])}"
+            )
         given = signature.bind(*args, **asked).arguments
         leading = [given.pop(one.name) for one in first]
         # Of what `torch.compile` has made, the model.

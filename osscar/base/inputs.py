@@ -144,7 +144,7 @@ _ADVICE = {
     "string_type": "give text",
     "dict_type": "give a mapping",
     "tuple_type": "give a tuple",
-    "sequence_str": "give a list",
+    **dict.fromkeys(("sequence_str", "is_instance_of"), "give a list"),
     "callable_type": "give a function",
 }
 """What to give, by what pydantic calls the error; of other errors, its own words are shown."""

@@ -40,7 +40,7 @@ def _options(path: Path) -> dict[str, Any]:
         raise OptionError(f"cannot read {str(path)!r}: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise OptionError(f"{path} holds no options by name; write lines such as sparsity = 0.3")
     if str(found.get("schema", "")).startswith(_REPORT):
         found = _of_report(found)

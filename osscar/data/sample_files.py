@@ -17,6 +17,9 @@ from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet
 
 _SUFFIXES = (".npz", ".safetensors")
 
+_INDICES = (torch.int16, torch.uint16, torch.uint32)
+"""Whole numbers by which torch does not index, such as tokens in 16 bits: they become int64."""
+
 
 def located(spec: str | Path) -> Path:
     """Return the path that a name stands for."""
@@ -29,7 +32,7 @@ def located(spec: str | Path) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an ``.npz`` or ``.safetensors`` file; nothing is unpickled."""
+    """Read an ``.npz`` or ``.safetensors`` file, `_INDICES` as int64; nothing is unpickled."""
     found: dict[str, Tensor] = {}
     # Of a damaged file zipfile, numpy and safetensors raise whatever they meet.
     with attempt() as tried:
@@ -43,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if "allow_pickle" in reason:
             reason = "an entry holds objects; store arrays, and images of several sizes as files"
         raise FileError(path, f"it cannot be read as {path.suffix}: {reason}") from tried.error
-    return found
+    return {name: one.long() if one.dtype in _INDICES else one for name, one in found.items()}
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -86,11 +89,11 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     """
     path = located(spec)
     if not path.is_file():
-        raise FileError(spec, "there is no such file")
+        raise FileError(spec, "it is a directory" if path.is_dir() else "there is no such file")
     if path.suffix not in _SUFFIXES:
         raise FileError(
             spec,
-            f"{type(model).__name__} reads no text; give a {' or '.join(_SUFFIXES)} file with its "
+            f"{type(model).__name__} reads tensors; give a {' or '.join(_SUFFIXES)} file with its "
             "inputs",
         )
     tensors, needed = read_tensors(path), needed_arguments(model)

@@ -258,9 +258,15 @@ def bytes_of(name: str, tensor: Tensor) -> bytes:
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Refuse samples that no model can read."""
-    if not tensors:
-        raise DataError("the data are empty; give tensors by the names of the arguments")
+    if not isinstance(tensors, Mapping) or not tensors:
+        raise DataError(
+            f"the data are {'an empty' if isinstance(tensors, Mapping) else 'a'} "
+            f"{type(tensors).__name__}; give a mapping of tensors by the names of the arguments "
+            "that read them"
+        )
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"the data {name!r} are a {type(tensor).__name__}; give a tensor")
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise DataError(
                 f"the data {name!r} have the shape {tuple(tensor.shape)}, which holds no samples; "

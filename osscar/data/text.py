@@ -132,6 +132,11 @@ def _as_words(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise OptionError(
+            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
+            "belongs to the model"
+        )
     # verbose=False: a text longer than the model's context is the normal case here
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     ids: list[int] = tokenizer(text, **options)["input_ids"]

@@ -40,6 +40,11 @@ def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> 
     origin = LibraryOrigin(library, own, options)
     _check_known(origin)
     task = _task(origin)
+    if task == "quantization":
+        raise ModelError(
+            f"torchvision's {own!r} is for quantized weights, which cannot be refitted; prune "
+            f"torchvision:{own.removeprefix('quantized_')}, and quantize the result"
+        )
     random = weights is None and not pretrained
     if random:
         model = origin.build().eval()

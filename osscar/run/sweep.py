@@ -14,8 +14,9 @@ from torch import nn
 
 from osscar import __version__
 from osscar.base.devices import default_torch
-from osscar.base.errors import OptionError
+from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
+from osscar.base.inputs import safe_repr
 from osscar.base.printable import pluralize, published
 from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, profiled, timed
@@ -124,6 +125,15 @@ def sweep(
     [budget] = lists
     place = Path(out)
     score = None if score is None else read_once(model, score, whole=True)
+    if not isinstance(score, TextSet | SampleSet | None):
+        raise DataError(
+            f"the data to score are a {type(score).__name__}; give what osscar.load_text, "
+            "osscar.load_images, osscar.load_tensors or osscar.load_batches returns"
+        )
+    if not isinstance(recover, RecoveryRequest | bool):
+        raise OptionError(
+            f"recover is {safe_repr(recover)}; give True, False, or an osscar.RecoveryRequest"
+        )
     allocation = asked.get("allocation", "measured")
     points = jobs(budget, asked[budget], baselines=baselines, allocation=allocation)
     for target in (one for one in TargetKind if asked.get(one) is not None):

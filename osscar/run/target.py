@@ -298,6 +298,11 @@ class _Search:
         widths = ((name, some[-2]) for name, some in task.options.items() if len(some) > 1)
         fewer = [{**task.keep, name: int(width)} for name, width in widths]
         fewer += (one.keep for one in task.with_streams[1:])
+        if not fewer:
+            raise RequestError(
+                f"{self.target} has nothing to prune: no group that a budget prunes may become "
+                "smaller; omit what says what to keep, at_least (`--at-least`) or skip (`--skip`)"
+            )
         allowed = allowances(task) if task.request.budgets else ()
         own = (one.most for one in allowed if one.budget is self._kind)
         return min([max(map(cost.of, fewer)), *own])

@@ -295,6 +295,9 @@ def next_limit(
         slope = (others[0][1] - y) / (others[0][0] - x)
     move = ((1 + len(beyond)) * math.log(_AIM) - y) / min(max(slope, _SLOPES[0]), _SLOPES[1])
     limit = cost_at(x + min(max(move, -math.log(_STEP)), math.log(_STEP)))
+    if len({one.reached for one in attempts}) < len(attempts):  # widths are too coarse for the line
+        untried = beyond and not within and max(beyond) < costs[-1]
+        return float(costs[-1]) if untried else None
     if not within:
         largest = max(beyond)
         limit = max(limit, largest + _LESS * (dense - largest))

@@ -59,6 +59,9 @@ class StudyDesign:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("sparsities", "backends"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, values and tuple(dict.fromkeys(values)))
         for backend in self.backends:  # before anything is solved that the last one cannot
             solvers.make_backend(backend)
 

@@ -237,7 +237,7 @@ X = torch.randn(2, 4)
         (net(), {"x": X}, DataError, "takes no 'x'"),
         (net(), torch.randn(2, 5), ModelError, r"fails on.*\(input \(2, 5\)\): .*inputs="),
         (net(), "nowhere.npz", osscar.OsscarError, "there is no such file"),
-        (net(), __file__, osscar.OsscarError, "Sequential reads no text"),
+        (net(), __file__, osscar.OsscarError, "Sequential reads tensors"),
         (nn.ReLU(), X, ModelError, "has no parameters"),
     ],
 )

@@ -56,6 +56,7 @@ def test_models_of_all_tasks_have_names():
     with pytest.raises(DataError, match=r"is image1 .*, image2 .*, and images are one tensor"):
         flow.images("images")
     for name, message in (
+        ("torchvision:quantized_resnet18", r"'quantized_resnet18' is for .* prune torchvision:res"),
         ("torchvision:ssdlite320_mobilenet", "no model 'ssdlite320_mobilenet'; did you mean ssdl"),
         ("timm:", r"timm has no model ''; see its list_models\(\)"),
         ("timm:test_vi", "timm has no model 'test_vi'; did you mean test_vit"),

@@ -154,6 +154,24 @@ def test_few_attempts_find_nearly_the_smallest_model():
         assert found - max(least, 0.2) < 0.06
 
 
+def test_of_few_widths_the_largest_is_tried_and_none_twice_in_a_row():
+    """The costs are those of a group with few widths, whose model of least loss alone passes."""
+    target, attempts = QualityTarget(DIVERGENCE, 0.05), []
+    while (limit := next_limit(FRONTIER, attempts, target)) is not None:
+        reached = 0.97 if limit >= 0.97 else 0.3
+        lost = Bounded(0.001 if reached > 0.5 else 1.0, 0.002 if reached > 0.5 else 1.2, 16)
+        attempts.append(Attempt(limit, reached, lost, lost))
+    assert any(one.good(0.05) for one in attempts)
+    assert len(attempts) <= 3
+
+
+@pytest.mark.parametrize("more", [{}, {"smallest": "time"}])
+def test_a_target_with_nothing_to_prune_is_refused(more):
+    model = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 4)).eval()
+    with pytest.raises(RequestError, match=r"max_divergence 0.5 has nothing to prune: no group"):
+        osscar.prune(model, torch.randn(256, 8), max_divergence=0.5, neurons=0.5, **more)
+
+
 @pytest.mark.parametrize("margin", [1.1, 1.4, 1.8])
 def test_where_the_curves_predict_far_too_little_some_size_is_sure_to_pass(margin):
     for most, factor, power in itertools.product((0.07, 0.4, 1.5), (1.5, 4), (0.5, 0.8)):

@@ -256,6 +256,8 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
             (out, lists, "a sweep has one list of budgets")
             for lists in ({"sparsity": 0.4}, {**one, "params": [0.5]}, {})
         ),
+        (out, {**one, "score": data}, "to score are a Tensor"),
+        (out, {**one, "recover": 3}, r"recover is 3; give True, False, or an osscar\.Recovery"),
         (out, {**one, "recover": osscar.RecoveryRequest(held_out=24)}, "24 samples are too few"),
     ):
         with pytest.raises((OptionError, DataError, OsscarError), match=message):

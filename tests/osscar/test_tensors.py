@@ -144,9 +144,11 @@ GOOD = pairs(8, 0)
 def test_samples_of_a_file_are_drawn_and_known_again(tmp_path):
     np.savez(tmp_path / "x.npz", tokens=GOOD["tokens"], features=GOOD["features"].astype(">f8"))
     np.savez(tmp_path / "y.npz", **GOOD)
+    np.savez(tmp_path / "z.npz", **{**GOOD, "tokens": GOOD["tokens"].astype("uint16")})
     model = Mixed()
-    found, same = (osscar.load_tensors(tmp_path / f"{n}.npz", model) for n in "xy")
+    found, same, short = (osscar.load_tensors(tmp_path / f"{n}.npz", model) for n in "xyz")
     assert found.fingerprints() == same.fingerprints()
+    assert short.tensors["tokens"].dtype == torch.int64  # by which torch may index
     drawn = found.sample(5, seed=1)
     assert set(drawn.fingerprints()) < set(found.fingerprints())
     assert len(drawn) == len(set(drawn.fingerprints())) == 5
