@@ -129,7 +129,7 @@ def chosen_backend(
 
 
 def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
-    """Return what a backend answered with, in plain types, or raise BackendError."""
+    """Return what a backend answered with, in plain types (BackendError); `verify` checks it."""
     try:
         checked: Selection = dataclasses.replace(
             selection,

@@ -182,8 +182,9 @@ def require(condition: bool, otherwise: str) -> None:
 def verify(solution: Any) -> Verification:
     """Recompute in float64, from the problem alone, what a solution claims.
 
-    Raises VerificationError if a field has a wrong type or range, the problem is ill posed, or a
-    claim of the text above is false.
+    Raises VerificationError if a field has a wrong type or range, the problem is ill posed, the
+    support is not feasible, the weights are not the refit on it, the loss is not what they give,
+    the bound lies above the loss or above what its certificate proves, or the status claims more.
     """
     check_fields(solution)
     with recomputing():

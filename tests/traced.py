@@ -92,7 +92,7 @@ def _architecture(model: nn.Module) -> Hashable:
             continue
         held = {k: v for k, v in _attributes(module).items() if k not in _TABLES}
         own = {k: modules.get(id(v), v) for k, v in held.items()}  # which may be a module
-        told.append((name, type(module), _told(own)))
+        told.append((name, type(module), type(module).forward, _told(own)))
     return (
         tuple(told),
         tuple((name, first.setdefault(id(t), name), _told(t)) for name, t in tensors),

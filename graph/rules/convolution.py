@@ -62,7 +62,7 @@ def _with_bias(call: Call, dims: tuple[Layout, ...], space: int, bias: Value) ->
 
 @rule("torchvision.deform_conv2d")
 def deformed(call: Call) -> Value:
-    """Contract channels that are read at offsets, of which each group of channels has a field."""
+    """Contract channels read at offsets; each group of channels has an offset field of its own."""
     value, weight = call.value("input"), call.value("weight")
     names = ("offset", "mask") if call.flag("use_mask") else ("offset",)
     read = [call.value(name) for name in names]

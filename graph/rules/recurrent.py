@@ -72,7 +72,7 @@ def _read(call: Call, value: Value, weights: Sequence[Value]) -> None:
 
 
 def _freeze_states(call: Call, parameters: Sequence[Value], *, reads: bool = False) -> None:
-    """Freeze gates and states of a layer, and what its first weights read if it `reads` states."""
+    """Freeze gates and states; with `reads`, also what the first layer's weights read."""
     first, *others = parameters
     call.record(first, Role.PRODUCER, 0)
     call.freeze(first.dims if reads else first.dims[:1], _STATES)

@@ -89,7 +89,7 @@ _STATISTICS = "statistics are taken over it"
 
 
 def _affine(call: Call, dims: tuple[Layout, ...], *names: str) -> tuple[Layout, ...]:
-    """Apply parameters of the positions of some dimensions."""
+    """Unify dimensions with those of the named parameters, which pass units through."""
     for name in names:
         parameter = call.optional(name)
         if parameter is not None:
@@ -121,7 +121,7 @@ def normalized_over_last(call: Call) -> list[Value]:
     )
 )
 def normalized_by_channel(call: Call) -> list[Value]:
-    """Pass channels on, which have their own statistics; those of an instance freeze its space."""
+    """Pass channels on, each normalized by itself; instance norm also freezes the space."""
     value = call.value("input")
     if "instance" in call.operator:
         call.freeze(value.dims[2:], _STATISTICS)

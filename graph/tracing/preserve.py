@@ -161,7 +161,7 @@ def caching(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def cache_as(pruned: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Let a model that was made while caches were off use them as another of its modules does."""
+    """Turn caches on in a model that was made while they were off, where `model` uses them."""
     theirs = caching(model)
     for name, mine in caching(pruned).items():
         if name in theirs and mine.use_cache != theirs[name].use_cache:

@@ -179,7 +179,7 @@ def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = No
 
 
 def are_swapped(model: nn.Module, dense: nn.Module) -> bool:
-    """Whether, of a smaller model and its dense one, the second is the smaller."""
+    """Whether the two were swapped: the model given as dense is the smaller one."""
     often = [len(lineage_of(one).certificates) for one in (model, dense)]
     return often[1] > often[0] or count_parameters(dense) < count_parameters(model)
 

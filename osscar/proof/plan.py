@@ -121,7 +121,7 @@ class TracedInput:
 
 
 def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
-    """Say which sizes a program takes no others of; nothing if it takes all that its model does."""
+    """Say to which sizes a program is fixed; nothing if it takes all that its model does."""
     dims: dict[int, list[str]] = {}
     for given in traced:
         for dim in given["fixed"]:
@@ -286,7 +286,7 @@ class Certificate:
 
 
 def combined_groups(plans: Iterable[PruningPlan]) -> list[GroupPlan]:
-    """Return one plan a group for several in a row, which says how many units stay, not which."""
+    """Merge plans in a row into one plan a group, which says how many units stay, not which."""
     found: dict[str, GroupPlan] = {}
     for group in (group for plan in plans for group in plan.groups):
         units, kept = found.get(group.name, group).units, tuple(range(len(group.kept)))

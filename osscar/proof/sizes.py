@@ -137,7 +137,7 @@ class OtherSize:
 
 
 def other_sizes(standalone: Standalone, example: Mapping[str, Any]) -> Iterator[OtherSize]:
-    """Yield inputs of which one size is another: one that is open, or of images that are not."""
+    """Yield inputs that differ in one size: an open one, or a side of images, open or not."""
     leaves, form = pytree.tree_flatten({name: example[name] for name in standalone.names})
     places: dict[Any, list[tuple[int, int]]] = {}
     for index, value in enumerate(standalone.inputs):

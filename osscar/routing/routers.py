@@ -137,7 +137,7 @@ def _in_double(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _draw_tensors(tensors: Iterable[Tensor], count: int) -> None:
-    """Draw, in place, those of some tensors that have an entry for each of `count` experts."""
+    """Fill tensors that have an entry for each of `count` experts with random numbers."""
     generator = torch.Generator().manual_seed(0)
     for tensor in tensors:
         if tensor.is_floating_point() and count in (tensor.numel(), *tensor.shape):

@@ -54,7 +54,7 @@ def fold(model: nn.Module, tensors: Collection[str] | None = None) -> Folded:
 
 
 def unfold(folded: Folded, groups: Sequence[CouplingGroup] = ()) -> tuple[str, ...]:
-    """Let weights be computed again, but those of which a group may take a part; name these."""
+    """Let folded weights be computed again; name those that stay, as a group may take a part."""
     cut = {slot.tensor for group in groups if group.prunable for slot in group.slots}
     for name, before in folded.items():
         if name not in cut:

@@ -98,7 +98,7 @@ class TermsBatch:
         return torch.stack([c.costs(chosen) for c in self.consumers]).sum(0)
 
     def cheapest(self, free: int, removals: int) -> tuple[Tensor, Tensor]:
-        """Return the least cost, (b,), and its places, (b, r), by enumeration of equal nodes."""
+        """Return the least cost, (b,), and its places, (b, r), of nodes with as many free units."""
         choices = torch.tensor(list(combinations(range(free), removals)), dtype=torch.int64)
         choices = choices.view(math.comb(free, removals), removals).to(self.units.device)
         if not removals:

@@ -73,7 +73,10 @@ class Effort:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Means x, (n,), and covariance X - xx', (n, n), of the indicators of units being removed."""
+    """Means x in [0, 1], (n,), and covariance X - xx', (n, n), of the indicators of removal.
+
+    The diagonal of the covariance is x (1 - x).
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -234,7 +237,7 @@ def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Re
 
 
 def _together(first: Relaxation, effort: Effort, cutoff: float) -> tuple[Relaxation, float]:
-    """Find multipliers and diagonal together, and a limit of bounds with the first multipliers."""
+    """Find multipliers and diagonal together, and what no bound with the first ones exceeds."""
     terms, found, point = first.terms, first.bound.shape, first.bound.point
     moments, step = Moments.independent(_inner(terms, point)), _FIRST_STEP
     barrier, factor, least_barrier = _BARRIERS

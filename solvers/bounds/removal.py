@@ -51,7 +51,7 @@ class ConsumerRemoval:
         factor = torch.linalg.cholesky(H)
         A = torch.cholesky_inverse(factor)
         responses = G.shape[1]
-        G = narrowed(G)
+        G = narrowed(G)  # p columns at most, which changes no loss
         W = torch.cholesky_solve(G, factor)
         del factor  # a matrix, which `Rounding.of` has need of
         rounding, constant = Rounding.of(H, A, G, W, consumer.e, responses)
