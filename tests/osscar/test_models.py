@@ -168,7 +168,7 @@ def test_weights_and_tokens_that_are_left_out_are_named(checkpoint):
     with pytest.warns(UserWarning, match=r"1 tensor .*'model.adapter.weight'.* left out"):
         load_model(checkpoint)
     GPT2LMHeadModel(GPT2).save_pretrained(checkpoint)
-    with pytest.warns(UserWarning, match="has 2,048 tokens and the model knows 2,400"):
+    with pytest.warns(UserWarning, match="has 2,048 tokens and the model 2,400 embeddings"):
         loaded = load_model(checkpoint)
     assert loaded.calibration(DEMO_CALIBRATION, samples=2).seqlen == 48  # as it takes
     assert load_model("demo").calibration(samples=1).seqlen == 512
