@@ -6,6 +6,7 @@ To start Python and import torch and transformers takes seconds, and the tests s
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -37,8 +38,8 @@ class _Template:
 
     def run(self, folder: Path) -> int:
         # Code of models that has been imported here it imports once, and not in each fork.
-        known = (m for m in sys.modules if m.startswith("transformers.") and ".modeling_" in m)
-        print(folder, *known, file=self._tasks, flush=True)
+        known = [m for m in sys.modules if m.startswith("transformers.") and ".modeling_" in m]
+        print(json.dumps([str(folder), *known]), file=self._tasks, flush=True)
         return int(self._statuses.readline())
 
     def end(self) -> None:
@@ -51,7 +52,7 @@ def _serve(asked: int, answered: int) -> None:
     """Read lines of a folder and of modules to import; fork, work there, and write its status."""
     with os.fdopen(asked) as tasks, os.fdopen(answered, "w") as statuses:
         for line in tasks:
-            folder, *modules = line.split()
+            folder, *modules = json.loads(line)
             for module in modules:
                 import_module(module)
             child = os.fork()
