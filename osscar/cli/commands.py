@@ -160,7 +160,7 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
     budgets take one value, which holds for all of them. Run the command again to
     continue a sweep that was stopped; more values, or --baselines, extend it.
     """
-    recovery_of(options, asked_points(options, ArgumentsAlone)[0])  # before anything is loaded
+    asked_points(options, ArgumentsAlone)  # before anything is loaded
     _run("sweep", model, options)
 
 

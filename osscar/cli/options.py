@@ -287,10 +287,6 @@ class SweepOptions(RunOptions):
     baselines: bool = False
     """Also prune by `multistage` (the paper's method), `greedy`, `wanda` and `magnitude`, each with
     the same fraction of every layer."""
-    recover: bool = False
-    """Also train each pruned model on the calibration data, and score it before and after."""
-    recover_steps: int | None = None
-    """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
 
 @_command(first=("dense",))
@@ -466,9 +462,7 @@ def request_of(options: Any, request: Callable[..., T], **more: Any) -> T:
     return request(**asked)
 
 
-def recovery_of(
-    options: PruneOptions | SweepOptions, request: PruningRequest
-) -> RecoveryRequest | None:
+def recovery_of(options: PruneOptions, request: PruningRequest) -> RecoveryRequest | None:
     """Return what is asked of the recovery that follows a pruning; None if none does."""
     steps = options.recover_steps
     if options.recover:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from osscar.cli.common import check_files, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import held_out, limit_of, opened, quiet
-from osscar.cli.options import SweepOptions, recovery_of
+from osscar.cli.options import SweepOptions
 from osscar.cli.points import asked_points
 from osscar.report.run_tables import skipped_table
 from osscar.request import PruningRequest
@@ -17,19 +17,18 @@ def run(model: str, options: SweepOptions) -> None:
     """Prune to several budgets, and show quality against speed."""
     check_files(options, model)
     base, points = asked_points(options, PruningRequest)
-    recover = recovery_of(options, base)
     place = SweepDirectory(options.out)
     with way_back(lambda: place.kept), quiet():
         loaded, data = opened(
             model,
             options,
             base.seed,
-            lambda loaded: Sweep(place, base, points, None, recover=recover).check(loaded.model),
+            lambda loaded: Sweep(place, base, points, None).check(loaded.model),
             device=base.device,
             max_memory=limit_of(model, options, base),
         )
         score = held_out(loaded, options)
-        swept = Sweep(place, base, points, score, loaded.classes, recover, say)
+        swept = Sweep(place, base, points, score, loaded.classes, say)
         document = swept.run(loaded.model, data, source=loaded.source)
     show(sweep_table(document), skipped_table(document["skipped"]))
     say_verdict(sweep_verdict(document))

@@ -16,11 +16,9 @@ from osscar.allocation.task import SkippedGroup
 from osscar.base.files import resolved
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
-from osscar.distance.distance import Compared, Measure
+from osscar.distance.distance import Compared
 from osscar.preparation.journal import Journal, JournalManifest
 from osscar.proof.plan import Form
-from osscar.recovery.recover import Recovery
-from osscar.recovery.request import RecoveryRequest
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.chain import prepare, prune_prepared
 from osscar.run.jobs import SweepJob
@@ -63,14 +61,10 @@ def sweep_manifest(
     run: JournalManifest,
     budget: BudgetKind,
     scored: Mapping[str, Any],
-    recover: RecoveryRequest | None = None,
 ) -> JournalManifest:
-    """Describe what all points of a sweep share; pruned models are not kept to be recovered."""
+    """Describe what all points of a sweep share."""
     shared = {name: value for name, value in run.asked.items() if name != budget}
     asked = {**shared, "budget": str(budget), **scored}
-    if recover is not None:
-        asked["recover"] = True
-        asked |= {f"recover_{name}": value for name, value in recover.to_json().items()}
     return JournalManifest("osscar.sweep-asked/3", asked, run.dense)
 
 
@@ -79,38 +73,11 @@ Quality = dict[str, int | float | str | dict[str, float | None] | None]
 
 @with_config(STRICT)
 @dataclass(frozen=True)
-class Recovered:
-    """What a recovery made of a pruned model, as in `Recovery`.
-
-    steps: Those that were made.
-    """
-
-    quality: Quality
-    measure: Measure
-    before: float
-    after: float
-    kept: int
-    steps: int
-    learning_rate: float
-    samples: int
-    held_out: int
-    seconds: float
-
-    @classmethod
-    def from_recovery(cls, recovery: Recovery, quality: Quality) -> Recovered:
-        """Return what is kept of a recovery."""
-        names = {one.name for one in dataclasses.fields(cls)} - {"quality", "steps"}
-        same = {name: getattr(recovery, name) for name in names}
-        return cls(quality=quality, steps=recovery.points[-1].step, **same)
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
 class SweepPoint:
     """What became of the model at one budget by one method, as ``docs/json.md`` describes it.
 
-    All but `recovered` is of the model in one shot.  `stages` are the seconds since the point
-    before, so that the first point of a run has what its points share.
+    `stages` are the seconds since the point before, so that the first point of a run has what its
+    points share.
 
     method: ``dense``, ``measured``, ``uniform``, or the backend of a baseline.
     value: Of the budget.
@@ -123,10 +90,9 @@ class SweepPoint:
     loss: Summed relative loss of the layers.
     prune_seconds: Of pruning.
     widths: Units kept, by group.
-    recovered: The same model after recovery; None without.
     """
 
-    schema: Literal["osscar.sweep-point/9"]
+    schema: Literal["osscar.sweep-point/10"]
     method: str
     budget: str
     value: float | int
@@ -148,7 +114,6 @@ class SweepPoint:
     prune_seconds: float
     widths: dict[str, int]
     skipped: tuple[SkippedGroup, ...]
-    recovered: Recovered | None
     stages: dict[str, float] = field(default_factory=dict)
 
 

@@ -16,7 +16,6 @@ from osscar import __version__
 from osscar.base.devices import default_torch
 from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, write_json, write_text
-from osscar.base.inputs import safe_repr
 from osscar.base.printable import pluralize, published
 from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, profiled, timed
@@ -31,26 +30,16 @@ from osscar.preparation.failures import check_repeatable
 from osscar.proof.lineage import data_record, lineage_of
 from osscar.proof.plan import Form
 from osscar.proof.seen import Calibration, refuse_overlap
-from osscar.recovery.recover import check_trainable, recover_as_asked
-from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import check_enough
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import BudgetKind, PruningRequest, TargetKind
 from osscar.run.jobs import SweepJob, jobs
 from osscar.run.memory import check_can_stream
-from osscar.run.points import (
-    Quality,
-    Recovered,
-    SweepDirectory,
-    SweepPoint,
-    prune_points,
-    sweep_manifest,
-)
+from osscar.run.points import Quality, SweepDirectory, SweepPoint, prune_points, sweep_manifest
 from osscar.run.prune_page import budget_facts
 from osscar.run.result import PruningResult
 from osscar.run.run_log import run_manifest
-from osscar.run.sweep_page import recovered_line, sections, sweep_page
+from osscar.run.sweep_page import sections, sweep_page
 
 PAGE_FILE, _DOCUMENT_FILE = "report.html", "sweep.json"
 
@@ -76,14 +65,12 @@ def sweep(
     score: TextSet | SampleSet | None = None,
     classes: Sequence[str] = (),
     baselines: bool = False,
-    recover: RecoveryRequest | bool = False,
     **asked: Any,
 ) -> SweepResult:
     """Prune to several budgets, and show quality against speed on a page.
 
     Each point is kept once it is done: the same call goes on where it was stopped, and more
-    values, or `baselines`, extend the sweep.  With `recover` it is another sweep than without:
-    pruned models are not kept.
+    values, or `baselines`, extend the sweep.  Pruned models are not kept.
 
     Parameters
     ----------
@@ -99,10 +86,6 @@ def sweep(
     baselines
         Whether also to prune with equal shares of every group, each layer by itself, by
         ``multistage``, ``greedy``, ``wanda`` and ``magnitude``.
-    recover
-        Whether each pruned model is also recovered on the calibration data, as by `osscar.recover`,
-        and measured before and after: what that is asked for, or True for its defaults on the
-        device and with the seed of the pruning.
     asked
         Fields of `osscar.PruningRequest`, of which one budget is a list: ``sparsity=[0.1, 0.2]``.
         Other budgets hold at every point.
@@ -130,19 +113,12 @@ def sweep(
             f"the data to score are a {type(score).__name__}; give what osscar.load_text, "
             "osscar.load_images, osscar.load_tensors or osscar.load_batches returns"
         )
-    if not isinstance(recover, RecoveryRequest | bool):
-        raise OptionError(
-            f"recover is {safe_repr(recover)}; give True, False, or an osscar.RecoveryRequest"
-        )
     allocation = asked.get("allocation", "measured")
     points = jobs(budget, asked[budget], baselines=baselines, allocation=allocation)
     for target in (one for one in TargetKind if asked.get(one) is not None):
         raise OptionError(f"a sweep has budgets, and no target; omit {target.option}")
     base = PruningRequest(**{**asked, str(budget): points[0].value})
-    if recover is True:
-        recover = RecoveryRequest(device=base.device, seed=base.seed, distance=base.distance)
-    sweeping = Sweep(SweepDirectory(place), base, points, score, classes, recover or None)
-    return sweeping.run(model, calibration)
+    return Sweep(SweepDirectory(place), base, points, score, classes).run(model, calibration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +130,10 @@ class Sweep:
     points: Sequence[SweepJob]
     score: TextSet | SampleSet | None
     classes: Sequence[str] = ()
-    recover: RecoveryRequest | None = None
     tell: Callable[[str], None] = lambda line: None
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model that cannot be pruned to each point, or recovered."""
-        if self.recover is not None:
-            check_trainable(model)
+        """Refuse a model that cannot be pruned to each point."""
         for job in self.points:
             check_can_stream(model, job.request(self.base))
 
@@ -180,11 +153,9 @@ class Sweep:
         if self.score is not None:
             known = [Calibration.of(told)] if told else []
             refuse_overlap(self.score, [*lineage.calibration, *known])
-        if self.recover is not None:
-            check_enough(model, calibration, self.recover)
         budget, scored = self.points[0].budget, _scored(self.score)
         run = run_manifest(self.base, model, data)
-        manifest = sweep_manifest(run, budget, scored, self.recover)
+        manifest = sweep_manifest(run, budget, scored)
         check_repeatable(model, data.example(model))
         sample = data.first(model)
         with self.place.begun(manifest):
@@ -193,13 +164,12 @@ class Sweep:
             for entry in entries:
                 del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
             document = {
-                "schema": "osscar.sweep/6",
+                "schema": "osscar.sweep/7",
                 "osscar_version": __version__,
                 "model": published(source or "") or lineage.source or type(model).__name__,
                 "calibration": {**data.settings, **told},
                 "scored": scored,
                 "settings": {**self.base.to_json(), str(budget): None},
-                "recover": None if self.recover is None else self.recover.to_json(),
                 "shapes": {name: list(tensor.shape) for name, tensor in sample.items()},
                 "budget": str(budget),
                 "points": entries,
@@ -222,7 +192,7 @@ class Sweep:
                 began = time.perf_counter()
                 with profiled() as spent:
                     result = next(results)[1] if job in pruned else None
-                    point = self._point(job, result, dense, calibration, sample)
+                    point = self._point(job, result, dense, sample)
                 stages = spent.of(time.perf_counter() - began)
                 self.place.keep(dataclasses.replace(point, stages=stages))
                 if result is None:
@@ -231,8 +201,6 @@ class Sweep:
                 if result.budget is not None:
                     for fact in budget_facts([*map(vars, result.budget.limits)]):
                         self.tell(": ".join(fact))
-                if point.recovered is not None:
-                    self.tell(recovered_line(vars(point.recovered)))
                 bar.advance()
         return [one for job in every if (one := self.place.point(job)) is not None]
 
@@ -248,21 +216,17 @@ class Sweep:
         job: SweepJob,
         result: PruningResult | None,
         dense: nn.Module,
-        calibration: Any,
         sample: Batch,
     ) -> SweepPoint:
-        """Recover and measure the model of a job; without a result, measure the dense one."""
-        model, recovered = dense if result is None else result.model, None
-        if result is not None and self.recover is not None:
-            recovery = recover_as_asked(result, dense, calibration, self.recover, tell=self.tell)
-            recovered = Recovered.from_recovery(recovery, self._quality(recovery.model, dense))
+        """Measure the model of a job; without a result, the dense one."""
+        model = dense if result is None else result.model
         with timed(Stage.FORWARD):
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget
         limit = None if budget is None else budget.of(job.budget)
         return SweepPoint(
-            "osscar.sweep-point/9",
+            "osscar.sweep-point/10",
             job.method,
             str(job.budget),
             job.value,
@@ -280,7 +244,6 @@ class Sweep:
             prune_seconds=0.0 if result is None else result.seconds,
             widths={} if result is None else {one.name: one.kept for one in result.layers},
             skipped=() if result is None else result.skipped,
-            recovered=recovered,
         )
 
 

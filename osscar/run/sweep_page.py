@@ -8,8 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.allocation.costs import ROUNDING
-from osscar.base.printable import capitalized, engineering, pluralize, share
-from osscar.recovery.request import RecoveryRequest
+from osscar.base.printable import capitalized, engineering, share
 from osscar.report.figures import legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 Point: TypeAlias = Mapping[str, Any]
-"""One of the ``points[]`` of an ``osscar.sweep/6``."""
+"""One of the ``points[]`` of an ``osscar.sweep/7``."""
 
 _DENSE = "dense"
 _UNIFORM = "uniform shares, each layer refitted by itself"
@@ -60,36 +59,25 @@ _MEASURES = {
     "top5": _Measure("top-5", ".2%"),
     "agreement": _Measure("agreement with dense", ".2%"),
     "divergence": _Measure("divergence, nats", ".4f", "lower"),
-    # These decide a recovery, and are also measured of the model in one shot.
-    "nats": _Measure("held-out divergence, nats", ".4f", "lower"),
     "relative": _Measure("held-out squared error", ".2g", "lower"),
     "own": _Measure("held-out distance", ".4g", "lower"),
 }
 
 
-def _values(point: Point, recovered: bool = False) -> dict[str, float]:
-    """Return the quality of a point by measure, in one shot or after its recovery."""
-    found = point["recovered"]
-    if recovered and found is None:
-        return {}
-    quality = (found if recovered else point)["quality"]
+def _values(point: Point) -> dict[str, float]:
+    """Return the quality of a point by measure."""
+    quality, distance = point["quality"], point["distance"]
     values = {name: quality.get(name) for name in ("perplexity", "top1", "top5", "agreement")}
     values |= {f"errors.{name}": one for name, one in (quality.get("errors") or {}).items()}
-    if not recovered:
-        values["divergence"] = point["divergence"]
-        own = point["distance"]
-        if own is not None and own["measure"] != "nats":
-            values[own["measure"]] = own["value"]
-    if found is not None:
-        values[found["measure"]] = found["after" if recovered else "before"]
+    values["divergence"] = point["divergence"]
+    if distance is not None and distance["measure"] != "nats":
+        values[distance["measure"]] = distance["value"]
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def _known(points: Sequence[Point]) -> dict[str, _Measure]:
     """Return the measures of the quality of pruned models, the most important first."""
     names = {name for point in points if point["method"] != _DENSE for name in _values(point)}
-    if "nats" in names:  # a divergence, too, which is also known after the recovery
-        names.discard("divergence")
     errors = {
         name: _Measure(f"squared error of {name.removeprefix('errors.')}", ".2g", "lower")
         for name in sorted(names - _MEASURES.keys())
@@ -121,7 +109,7 @@ def _varied(document: Mapping[str, Any]) -> _Varied:
 
 
 def sweep_table(document: Mapping[str, Any]) -> Table:
-    """Return one row for each point of an ``osscar.sweep/6``."""
+    """Return one row for each point of an ``osscar.sweep/7``."""
     varied = _varied(document)
     columns: dict[str, Any] = {
         "method": lambda point: point["method"],
@@ -130,13 +118,11 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
         "between >": lambda point: "{:.2f} to {:.2f}".format(*_between(point)),
     }
     for name, one in _known(document["points"]).items():
-        for after, recovered in (("", False), (", recovered", True)):
-            columns[f"{one.label}{after} >"] = partial(_cell, name, one, recovered)
+        columns[f"{one.label} >"] = partial(_cell, name, one)
     return table(
         "Quality against speed",
         {
             **columns,
-            "recovery >": lambda point: point["recovered"] and _recovery(point["recovered"]),
             "parameters >": lambda point: f"{point['parameters']:,}",
             "FLOPs per sample >": lambda point: engineering(point["flops"]),
             "of the budget >": _spent,
@@ -148,8 +134,8 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
     )
 
 
-def _cell(name: str, measure: _Measure, recovered: bool, point: Point) -> str:
-    return measure.text(_values(point, recovered).get(name))
+def _cell(name: str, measure: _Measure, point: Point) -> str:
+    return measure.text(_values(point).get(name))
 
 
 def _between(point: Point) -> tuple[float, float]:
@@ -157,20 +143,6 @@ def _between(point: Point) -> tuple[float, float]:
     median = point["speedup"] * point["seconds"]  # of the dense model, in the same turns
     fast, slow = point["seconds_between"]
     return median / slow, median / fast
-
-
-def _recovery(recovered: Mapping[str, Any]) -> str:
-    """Say which step of a recovery was kept, and how long it took."""
-    steps, kept = recovered["steps"], recovered["kept"]
-    said = f"step {kept} of {steps}" if kept else f"none of {pluralize(steps, 'step')}"
-    return f"{said}, {recovered['seconds']:,.0f} s"
-
-
-def recovered_line(recovered: Mapping[str, Any]) -> str:
-    """Say what the recovery of a point came to."""
-    measure = _MEASURES[recovered["measure"]]
-    before, after = (measure.text(recovered[name]) for name in ("before", "after"))
-    return f"recovered: {measure.label}, {before} to {after}; {_recovery(recovered)}"
 
 
 def _spent(point: Point) -> str:
@@ -188,12 +160,10 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
         yield Text((f"{capitalized(lost)}.",), look="answer")
     yield sweep_table(document)
     (name, measure), *_ = _known(points).items()
-    both = any(_values(point, recovered=True) for point in points)
     yield Figure(
         measure.label,
         f"{capitalized(measure.label)}, {measure.better} is better, against speed; star and line: "
-        "dense. A bar spans half of the turns of a timing"
-        f"{'; dashed in one shot, solid recovered' if both else ''}.",
+        "dense. A bar spans half of the turns of a timing.",
         partial(_figure, points, name, measure),
         wide=True,
     )
@@ -203,28 +173,19 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     """Return the page of a sweep, from the same document."""
     points = document["points"]
     shapes = ", ".join("x".join(map(str, shape)) for shape in document["shapes"].values())
-    recovered = [point["recovered"] for point in points if point["recovered"] is not None]
     stages: Counter[str] = Counter()
     for point in points:
         stages.update(point["stages"])
     methods = dict.fromkeys(point["method"] for point in points)
-    measured = [("timed", f"one sample ({shapes})")]
-    for one in recovered[:1]:
-        samples = (
-            f"towards the dense model, on {one['samples']} calibration samples; {one['held_out']} "
-            "held-out ones choose the step that is kept; pruning may have been fitted to these"
-        )
-        measured.append(("recovery", samples))
     shown = [
         *sections(document),
         facts("Methods", ((name, _METHODS.get(name, "")) for name in methods)),
-        facts("How it was measured", measured),
+        facts("How it was measured", [("timed", f"one sample ({shapes})")]),
         stages_table(stages),
         skipped_table(document["skipped"]),
         settings_table(
             settings({"model": document["model"], **document["scored"]}),
             settings(document["settings"], PruningRequest),
-            settings(document["recover"] or {}, RecoveryRequest, "recover: "),
             described(document["calibration"], "calibration"),
         ),
     ]
@@ -237,8 +198,7 @@ def sweep_verdict(document: Mapping[str, Any]) -> str:
     lost = [
         (varied.text(point), said)
         for point in document["points"]
-        if point["method"] in METHODS
-        and (said := verdict({**point, "recovery": point["recovered"], "calibration": calibration}))
+        if point["method"] in METHODS and (said := verdict({**point, "calibration": calibration}))
     ]
     if not lost:
         return ""
@@ -252,7 +212,7 @@ def _figure(points: Sequence[Point], name: str, measure: _Measure) -> Drawing:
     figure, (axes,) = new_figure(width=7.2, height=3.6)
     dense = next(point for point in points if point["method"] == _DENSE)
     level = _values(dense).get(name, 0.0 if measure.better == "lower" else None)
-    levels = [v for p in points for after in (False, True) if (v := _values(p, after).get(name))]
+    levels = [v for p in points if (v := _values(p).get(name))]
     log = measure.better == "lower" and levels and max(levels) > 10 * min(levels)
     if log and not level:
         level = None
@@ -261,18 +221,11 @@ def _figure(points: Sequence[Point], name: str, measure: _Measure) -> Drawing:
     methods = dict.fromkeys(p["method"] for p in points if p["method"] != _DENSE)
     for index, method in enumerate(methods):
         mine = [point for point in points if point["method"] == method]
-        one_shot, recovered = (
-            [(p, v) for p in mine if (v := _values(p, after).get(name)) is not None]
-            for after in (False, True)
-        )
-        for found, style, more in (
-            (one_shot if recovered else [], ".--", {"alpha": 0.6}),
-            (recovered or one_shot, "o-", {"label": method}),
-        ):
-            if found:
-                at = [*start, *((float(p["speedup"]), v) for p, v in found)]
-                axes.plot(*zip(*at, strict=True), style, color=f"C{index}", **look, **more)
-        for point, value in recovered or one_shot:
+        found = [(p, v) for p in mine if (v := _values(p).get(name)) is not None]
+        if found:
+            at = [*start, *((float(p["speedup"]), v) for p, v in found)]
+            axes.plot(*zip(*at, strict=True), "o-", color=f"C{index}", label=method, **look)
+        for point, value in found:
             axes.hlines(value, *_between(point), color=f"C{index}", linewidth=3, alpha=0.2)
     if level is not None:
         axes.plot(*start[0], "k*", markersize=8, zorder=3)

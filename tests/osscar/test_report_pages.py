@@ -158,7 +158,7 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts):
             **{"seconds_between": [0.4, 0.625], "stages": {"calibration passes": 1.5}},
             **{"quality": {"perplexity": 3.5 + number}, "divergence": 0.1 * number},
             **{"distance": None, "predicted": 0.2, "loss": 0.25, "prune_seconds": 1.0},
-            **{"widths": {}, "recovered": None},
+            "widths": {},
         }
         for number, (method, value) in enumerate(
             [("dense", BudgetKind(budget).dense), *(("measured", value) for value in values)]
@@ -166,7 +166,7 @@ def test_a_page_tells_what_was_asked_in_its_own_terms(budget, values, texts):
     ]
     document = {
         **{"model": "demo", "calibration": {}, "scored": {}, "settings": {}, "budget": budget},
-        **{"shapes": {}, "points": points, "recover": None},
+        **{"shapes": {}, "points": points},
         "skipped": [{"name": "a.b", "kind": "heads", "units": 4, "reason": "a size <in> it"}],
     }
     columns = list(zip(*sweep_table(document).rows, strict=True))

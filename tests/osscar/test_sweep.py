@@ -21,7 +21,7 @@ from osscar.proof.plan import Form
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.chain import prepare
 from osscar.run.jobs import SweepJob, jobs
-from osscar.run.points import Recovered, SweepDirectory, SweepPoint, prune_points
+from osscar.run.points import SweepDirectory, SweepPoint, prune_points
 from osscar.run.prune import prune_as_asked
 from osscar.walk.walk import Walk
 from tests.osscar.families import tiny as tiny_of
@@ -167,16 +167,12 @@ def manifest(**more):
 
 
 POINT = SweepPoint(
-    schema="osscar.sweep-point/9", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
+    schema="osscar.sweep-point/10", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
     reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
     seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
     distance=Compared("own", "far", "it is given", 0.5),
     divergence=None, agreement=None, predicted=None, loss=0.25, prune_seconds=1.0,
     widths={"a": 3}, skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
-    recovered=Recovered(
-        quality={"perplexity": 3.1}, measure="nats", before=0.5, after=0.25, kept=8, steps=64,
-        learning_rate=1e-4, samples=28, held_out=4, seconds=2.0,
-    ),
     stages={"solver and refit": 0.75, "other": 0.25},
 )  # fmt: skip
 
@@ -257,8 +253,6 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
             for lists in ({"sparsity": 0.4}, {**one, "params": [0.5]}, {})
         ),
         (out, {**one, "score": data}, "to score are a Tensor"),
-        (out, {**one, "recover": 3}, r"recover is 3; give True, False, or an osscar\.Recovery"),
-        (out, {**one, "recover": osscar.RecoveryRequest(held_out=24)}, "24 samples are too few"),
     ):
         with pytest.raises((OptionError, DataError, OsscarError), match=message):
             osscar.sweep(model, data, place, **wrong)
