@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -269,6 +270,7 @@ class _Calls:
         """Seconds that it took the clock to be ready for them."""
         self._timers: dict[str, Callable[[], float]] = {}
         self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+        self._order = random.Random(0)
 
     def key(self, operator: Operator, widths: Mapping[str, int]) -> str:
         """Return what equal calls have in common."""
@@ -281,16 +283,17 @@ class _Calls:
         self.noted[key] = operator, partial(Size.at, kept={**self._units, **widths})
 
     def time_all(self) -> None:
-        """Time each once; what cannot be called takes NaN."""
+        """Time each once, in any order; what cannot be called takes NaN."""
         if not self._timers:
             began = wall_clock()
             ready = self._clock.ready([*self.noted.values()])
             self._timers = dict(zip(self.noted, ready, strict=True))
             self.getting_ready = wall_clock() - began
-        for key, timer in self._timers.items():
+        # Neighbours in a row would find in the cache what a pass has to fetch.
+        for key in self._order.sample([*self._timers], len(self._timers)):
             seconds = math.nan
             with attempt():  # numbers in the code that do not follow widths
-                seconds = timer()
+                seconds = self._timers[key]()
             self._seconds[key].append(seconds)
 
     def seconds(self, key: str) -> float:

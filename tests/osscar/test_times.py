@@ -18,6 +18,8 @@ class Device:
     """Takes seconds for each operator by its shapes, and for a pass all of them."""
 
     overhead = 5e-4
+    warm = 1.0
+    """Of its seconds, what an operator takes that ran just before."""
 
     def __init__(self, model, inputs, step=8, noise=0.0):
         self.traced = graph.trace(model, inputs)
@@ -26,8 +28,9 @@ class Device:
         self.calls = []
 
     def __call__(self, operator, size):
+        warm = self.warm if self.calls[-1:] == [operator] else 1.0
         self.calls.append(operator)
-        return self.seconds(operator, size) * (1 + self.noise * self.random.random())
+        return warm * self.seconds(operator, size) * (1 + self.noise * self.random.random())
 
     def seconds(self, operator, size):
         """Multiplications take time in steps, all else next to none."""
@@ -132,6 +135,15 @@ def test_what_operators_take_alone_is_at_most_the_pass():
     cost = device.table(ranges)
     assert cost.fixed == 0
     assert cost.dense == pytest.approx(device.whole({}))
+
+
+def test_an_operator_is_timed_after_others_as_in_a_pass():
+    device = Device(chain(3, 32, 24, 16, 40, 24, 32), IMAGES)
+    device.warm = 0.5
+    ranges = {g.name: (1, g.units) for g in device.traced.groups if g.prunable}
+    cost = device.table(ranges)
+    half = {name: most // 2 for name, (_, most) in ranges.items()}
+    assert cost.of(half) == pytest.approx(device.whole(half), rel=0.1)
 
 
 def test_large_layers_are_timed_at_round_widths_only():
