@@ -163,7 +163,7 @@ class Widths:
 
 def round_width(width: int) -> int:
     """Return of what a width is a multiple by default, as processors and cards are fast with."""
-    return 16 if width > 32 else 8 if width > 16 else 1
+    return 16 if width > 64 else 8 if width > 16 else 1
 
 
 def parse_keep(value: Keep) -> Fraction | int:
@@ -308,7 +308,7 @@ class PruningRequest:
         What to keep of single groups, by name; takes precedence over the others.
     round_to
         Make the width of every pruned layer a multiple of this, such as 32 for llama.cpp; 1 allows
-        any.  ``auto`` makes it a multiple of 16 if the layer is more than 32 wide, and of 8 if it
+        any.  ``auto`` makes it a multiple of 16 if the layer is more than 64 wide, and of 8 if it
         is more than 16 wide, since devices are fast with these.  Heads, and counts of units, are
         not rounded.
     at_least

@@ -120,9 +120,9 @@ def test_widths_are_round_and_no_narrower_than_the_least_that_is_asked_for():
         (UnitKind.NEURONS, 16, None, range(1, 17)),
         (UnitKind.NEURONS, 17, None, (1, 4, 8, 16, 17)),
         (UnitKind.CHANNELS, 32, None, (1, 4, 8, 16, 24, 32)),
-        (UnitKind.CHANNELS, 33, None, (1, 8, 16, 32, 33)),
-        (UnitKind.NEURONS, 64, 20, (20, 32, 48, 64)),
-        (UnitKind.NEURONS, 64, 0.5, (32, 48, 64)),
+        (UnitKind.CHANNELS, 65, None, (1, 8, 16, 32, 48, 64, 65)),
+        (UnitKind.NEURONS, 64, 20, (20, 24, 32, 40, 48, 56, 64)),
+        (UnitKind.NEURONS, 96, 0.5, (48, 64, 80, 96)),
         (UnitKind.HEADS, 40, 30, range(30, 41)),
     ],
 )
