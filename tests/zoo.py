@@ -86,7 +86,6 @@ _TEXT = {"vocab_size": _VOCABULARY, "max_position_embeddings": 64, **_WIDE, **_I
 # Two key heads and a batch of two: equal sizes must not be confused.
 _GROUPED = {**_TEXT, "num_key_value_heads": 2}
 _FALCON = {key: value for key, value in _TEXT.items() if key != "intermediate_size"}
-_DEBERTA = {**_TEXT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _SEQUENCE: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
     "d_model": 48,
@@ -192,7 +191,6 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
     ),
     "mixtral": (_CAUSAL, lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4)),
     "bert": (hf.BertForMaskedLM, lambda: hf.BertConfig(**_TEXT)),
-    "roberta": (hf.RobertaForMaskedLM, lambda: hf.RobertaConfig(**_TEXT)),
     "distilbert": (
         hf.DistilBertForMaskedLM,
         lambda: hf.DistilBertConfig(
@@ -205,11 +203,15 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
             pad_token_id=2,
         ),
     ),
-    "deberta": (hf.DebertaForMaskedLM, lambda: hf.DebertaConfig(**_DEBERTA)),
     "deberta-v2": (
         hf.DebertaV2ForMaskedLM,
         lambda: hf.DebertaV2Config(
-            **_DEBERTA, position_buckets=4, share_att_key=True, norm_rel_ebd="layer_norm"
+            **_TEXT,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_buckets=4,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
         ),
     ),
     "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5), _pair, _LENGTHS),
@@ -259,12 +261,6 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
     "vit": (
         hf.ViTForImageClassification,
         lambda: hf.ViTConfig(**_WIDE, image_size=32, patch_size=8),
-        _image,
-        _FIXED,
-    ),
-    "deit": (
-        hf.DeiTForImageClassification,
-        lambda: hf.DeiTConfig(**_WIDE, image_size=32, patch_size=8),
         _image,
         _FIXED,
     ),
@@ -363,7 +359,7 @@ _GROUPS: dict[str, dict[str, int]] = {
 
 _STOCK = {
     *("llama", "llama-multi-query", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"),
-    *("mixtral", "t5", "t5-gated", "vit", "deit"),
+    *("mixtral", "t5", "t5-gated", "vit"),
 }
 
 FAMILIES = tuple(_FAMILIES)

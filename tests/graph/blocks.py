@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .topologies import conv, linear, network, parameter, registered
+from tests.osscar.detector import Detector
+
+from .topologies import linear, network, parameter, registered
 
 _IMAGE, _ROWS, _TOKENS = torch.randn(2, 3, 4, 4), torch.randn(3, 4), torch.randn(2, 5, 6)
 
@@ -221,65 +223,23 @@ def conv3d(net, x):
     return net.leave(torch.relu(net.up(x)))
 
 
-@network(one=conv(4, 5, 3, padding=1), two=conv(5, 4, 3, padding=1))
-def bottleneck(net, x):
-    return x + F.silu(net.two(F.silu(net.one(x))))
+def _split(name, channels):
+    """Groups of a part of a detector in which half of the channels go through a bottleneck."""
+    inner = ("first", "bottleneck.0", "bottleneck.1")
+    halves = {f"{name}.{part}.conv.channels": channels // 2 for part in inner}
+    return {**halves, f"{name}.last.conv.channels": channels}
 
 
-class TwoPaths(nn.Module):
-    """C2f of YOLO: halves of which one goes through blocks, every step of it read."""
-
-    def __init__(self, entering, *, by_number):
-        super().__init__()
-        self.by_number = by_number
-        self.enter = nn.Conv2d(entering, 8, 1)
-        self.blocks = nn.ModuleList(bottleneck() for _ in range(2))
-        self.leave = nn.Conv2d(16, 6, 1)
-
-    def forward(self, x):
-        x = F.silu(self.enter(x))
-        parts = list(x.chunk(2, 1) if self.by_number else x.split((4, 4), 1))
-        for inner in self.blocks:
-            parts.append(inner(parts[-1]))
-        return F.silu(self.leave(torch.cat(parts, 1)))
-
-
-_PATHS = {
-    **{"enter.channels": 4, "leave.channels": 6},
-    **{f"blocks.{number}.one.channels": 5 for number in (0, 1)},
-}
-
-
-@network(enter=(6, 5, 1), pool=lambda: nn.MaxPool2d(3, 1, 1), leave=(15, 7, 1))
-def pooled_paths(net, x):
-    """SPPF of YOLO: one tensor pooled again and again, every step of it read."""
-    once = net.pool(x := F.silu(net.enter(x)))
-    return F.silu(net.leave(torch.cat((x, once, net.pool(once)), 1)))
-
-
-@block(
-    _IMAGE,
+BLOCKS["detector"] = (
+    Detector,
+    (torch.randn(2, 3, 16, 16),),
     {
-        **{f"backbone.{name}": units for name, units in _PATHS.items()},
-        **{"down.channels": 6, "pooled.enter.channels": 5, "pooled.leave.channels": 7},
-        **{f"joined.{name}": units for name, units in _PATHS.items()},
-        "joined.enter.channels.2": 4,
+        **{"stem.conv.channels": 8, "down.conv.channels": 16},
+        **{**_split("one", 8), **_split("two", 16), **_split("neck", 8)},
+        **{"pyramid.first.conv.channels": 8, "pyramid.last.conv.channels": 16},
+        **{f"heads.{scale}.{layer}.conv.channels": 16 for scale in (0, 1) for layer in (0, 1)},
     },
 )
-@network(
-    backbone=lambda: TwoPaths(3, by_number=True),
-    down=conv(6, 6, 3, stride=2, padding=1),
-    pooled=pooled_paths,
-    up=lambda: nn.Upsample(scale_factor=2),
-    joined=lambda: TwoPaths(7 + 6, by_number=False),
-    head=(6, 2, 1),
-)
-def yolo_neck(net, x):
-    """Down, pooled, up again, and joined with what was there before."""
-    fine = net.backbone(x)
-    coarse = net.pooled(net.down(fine))
-    return net.head(net.joined(torch.cat((net.up(coarse), fine), 1)))
-
 
 # ---- messages, spectra, windows, products ----------------------------------------------------
 

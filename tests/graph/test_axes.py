@@ -112,14 +112,6 @@ def test_what_is_frozen_stays_frozen_in_all_its_parts(draw, axes, size):
     assert all(axes.freezes(axis) == (freeze,) for axis in axes.leaves(layout))
 
 
-def test_equal_sizes_do_not_make_axes_equal():
-    axes = Axes()
-    batch, heads = axes.fresh(2), axes.fresh(2)
-    parts = axes.regroup([batch, heads, axes.fresh(3)], [4, 3])
-    assert axes.leaves(batch).isdisjoint(axes.leaves(heads))
-    assert axes.leaves(parts[0]) == axes.leaves(batch) | axes.leaves(heads)
-
-
 @pytest.mark.parametrize(("first", "second"), [((3, 4), (4, 3)), ((4, 6), (6, 4))])
 def test_a_view_across_factors_is_refused(first, second):
     axes = Axes()
@@ -133,16 +125,6 @@ def test_a_cut_inside_an_interleaved_product_is_refused():
     layout = axes.product((axes.fresh(4), axes.fresh(6)))
     assert axes.cut(layout, 7) is None
     assert axes.cut(layout, 12) is not None
-
-
-@pytest.mark.parametrize("sizes", [(12, 6), (6, 12)])
-def test_concatenated_heads_share_their_width(sizes):
-    axes = Axes()
-    a, b = map(axes.fresh, sizes)
-    heads, width = axes.regroup([concat((a, b))], [6, 3])
-    assert [axes.size((segment,)) for segment in heads] == [size // 3 for size in sizes]
-    assert axes.leaves(width) <= axes.leaves(a) & axes.leaves(b)
-    assert len(axes.leaves(width)) == 1
 
 
 def test_empty_dimensions_have_no_axis():

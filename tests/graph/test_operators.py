@@ -6,49 +6,49 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import graph
-from graph import Operand, Size
+from graph import Size
 from osscar.network.modules import copied
 from osscar.shrinking.slice import slice_units
 from tests.coverage.measure import half_of
 from tests.zoo import transformers_case
 
+from .topologies import conv, network
 
-class Convolutions(nn.Module):
+
+@network(
+    stem=conv(3, 12, 3, padding=1),
+    beside=conv(3, 8, 3, padding=1),
+    norm=lambda: nn.BatchNorm2d(12),
+    depthwise=conv(12, 24, 3, groups=12, padding=1),
+    grouped=conv(32, 16, 3, groups=4),
+    up=lambda: nn.ConvTranspose2d(16, 8, 2, stride=2, groups=2),
+    head=(8, 5),
+)
+def convolutions(net, x):
     """A depthwise and a grouped one, norms of both kinds, a concatenation, and one transposed."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.beside = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
-        self.norm, self.depthwise = nn.BatchNorm2d(12), nn.Conv2d(12, 24, 3, groups=12, padding=1)
-        self.grouped = nn.Conv2d(32, 16, 3, groups=4)
-        self.up = nn.ConvTranspose2d(16, 8, 2, stride=2, groups=2)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        y = self.depthwise(torch.relu(self.norm(self.stem(x))))
-        y = self.grouped(torch.cat([y, self.beside(x)], 1))
-        y = self.up(y)[:, :, 1:]
-        return self.head(nn.functional.max_pool2d(y, 2).mean((2, 3)))
+    y = net.depthwise(torch.relu(net.norm(net.stem(x))))
+    y = net.grouped(torch.cat([y, net.beside(x)], 1))
+    y = net.up(y)[:, :, 1:]
+    return net.head(nn.functional.max_pool2d(y, 2).mean((2, 3)))
 
 
-class Recurrent(nn.Module):
+@network(
+    table=lambda: nn.Embedding(20, 12),
+    both=(12, 32),
+    norm=lambda: nn.LayerNorm(16),
+    lstm=lambda: nn.LSTM(16, 6, batch_first=True),
+    head=(6, 4),
+)
+def recurrent(net, ids):
     """What a recurrent layer reads, halves of one projection, and a table that is looked up."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.both = nn.Embedding(20, 12), nn.Linear(12, 32)
-        self.norm, self.lstm = nn.LayerNorm(16), nn.LSTM(16, 6, batch_first=True)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, ids):
-        one, other = self.both(self.table(ids)).chunk(2, -1)
-        x = self.norm(one * torch.sigmoid(other) * self.both.bias[16:])
-        return self.head(self.lstm(x)[0].softmax(-1))
+    one, other = net.both(net.table(ids)).chunk(2, -1)
+    x = net.norm(one * torch.sigmoid(other) * net.both.bias[16:])
+    return net.head(net.lstm(x)[0].softmax(-1))
 
 
 CASES = {
-    "convolutions": lambda: (Convolutions(), (torch.randn(2, 3, 12, 12),)),
-    "recurrent": lambda: (Recurrent(), (torch.randint(20, (2, 7)),)),
+    "convolutions": lambda: (convolutions(), (torch.randn(2, 3, 12, 12),)),
+    "recurrent": lambda: (recurrent(), (torch.randint(20, (2, 7)),)),
     **{
         family: lambda family=family: (
             transformers_case(family).build(),
@@ -92,20 +92,6 @@ def test_operators_have_the_shapes_of_the_model_that_is_really_smaller(case):
             assert found == shapes(one, widths)[-len(found) :]
     for name, tensor in smaller.named_parameters():
         assert tuple(size.at(kept) for size in traced.tensors[name]) == tuple(tensor.shape)
-
-
-def test_a_convolution_of_channels_one_by_one_has_as_many_groups_as_channels():
-    model, inputs = CASES["convolutions"]()
-    traced = graph.trace(model.eval(), inputs)
-    depthwise = next(one for one in traced.operators if one.module == "depthwise")
-    dense = {group.name: group.units for group in traced.groups}
-    # Each unit has three channels, one in each of the runs of eight that are convolved together.
-    (name,) = traced.names_in("stem") & {group.name for group in traced.prunable}
-    found = depthwise.arguments_at(lambda size: size.at({**dense, name: 5}), lambda shape, _: shape)
-    assert found["groups"] == found["input"][1] == 15
-    assert found["weight"] == (30, 1, 3, 3)
-    assert isinstance(depthwise.arguments["weight"], Operand)
-    assert depthwise.arguments["weight"].tensor == "depthwise.weight"
 
 
 def test_sizes_multiply_and_take_widths_and_names():

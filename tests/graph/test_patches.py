@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 import graph
 from graph.errors import TraceError
-from graph.tracing.export import varies
-from graph.tracing.patches import ModeDepths, assignments_told, enter_again
+from graph.tracing.patches import ModeDepths, enter_again
 from graph.tracing.standalone import export_standalone
 
 from .topologies import network
@@ -77,15 +76,6 @@ def test_a_program_that_has_taken_a_length_holds_for_any_number_of_samples():
     assert program(torch.randn(5, 3, 4)).shape == (5, 4)
 
 
-def test_torch_still_makes_a_number_of_a_length():
-    plain = network()(lambda net, x: x.reshape(len(x), 12))()
-    exported = torch.export.export(plain, (), EXAMPLE, dynamic_shapes=OPEN)
-    (given,) = exported.graph.find_nodes(op="placeholder")
-    assert not varies(given.meta["val"].shape[0]), (
-        "torch.export leaves the length of a tensor open now: delete symbolic_lengths"
-    )
-
-
 def test_torch_still_takes_for_granted_that_open_sizes_are_none_or_one():
     exported = torch.export.export(single(), (), EXAMPLE, dynamic_shapes=OPEN)
     told = [guard for guard in exported._guards_code if "[0]" in guard]
@@ -98,33 +88,6 @@ def test_an_export_whose_code_asks_without_end_about_open_sizes_is_given_up():
     with pytest.raises(TraceError, match="compares sizes more than 200 times"):
         export_standalone(asking(), EXAMPLE, {"x": (0,)})
     assert export_standalone(asking(), EXAMPLE, {}).sizes.guards == ()
-
-
-def test_torch_still_prints_the_errors_that_it_raises(capfd):
-    with pytest.raises(Exception, match="data-dependent"):
-        torch.export.export(branching(), (), EXAMPLE)
-    assert "def forward" in capfd.readouterr().err, (
-        "torch.export prints no graph of a failed export any more: delete that part of _quiet"
-    )
-
-
-def test_torch_still_tells_of_no_assignment():
-    hooks = {name for name in dir(nn.modules.module) if name.endswith("_registration_hook")}
-    assert hooks == {
-        f"register_module_{of}_registration_hook" for of in ("buffer", "module", "parameter")
-    }, "torch may tell of attributes, too: use that hook, and delete assignments_told"
-
-
-def test_assignments_are_told_to_all_who_listen():
-    model, before = nn.Linear(2, 2), nn.Module.__setattr__
-    outer, inner = [], []
-    with assignments_told(lambda _, name: outer.append(name)):
-        model.first = 1
-        with assignments_told(lambda _, name: inner.append(name)):
-            model.second = 2
-    model.third = 3
-    assert (outer, inner) == (["first", "second"], ["second"])
-    assert nn.Module.__setattr__ is before
 
 
 class Counting(TorchFunctionMode):

@@ -12,7 +12,7 @@ from tests.zoo import SMALL
 
 from .blocks import BLOCKS
 from .masking import assert_sliced, assert_sound
-from .topologies import FROZEN, PRUNABLE, network, parameter, randomized
+from .topologies import FROZEN, PRUNABLE, network, randomized
 
 
 def traced(name, **options):
@@ -94,44 +94,6 @@ def test_slots_lie_where_units_do(name, group, role, places):
     assert found == places
 
 
-@network(enter=(4, 6), leave=(6, 5), weight=parameter(3, 2, 2))
-def by_group(net, x):
-    """A matrix for each of three groups of features."""
-    x = net.enter(x).unflatten(1, (3, 2))
-    return net.leave(torch.einsum("ngi,gij->ngj", x, net.weight).flatten(1))
-
-
-def test_what_has_a_matrix_for_each_unit_passes_through():
-    groups = graph.trace(by_group(), (torch.randn(3, 4),)).groups
-    (group,) = (g for g in groups if ("weight", 0) in {(s.tensor, s.dim) for s in g.slots})
-    assert [(s.tensor, s.dim, s.outer, s.inner, s.offset) for s in passing(group)] == [
-        ("enter.bias", 0, 1, 2, 0),
-        ("weight", 0, 1, 1, 0),
-    ]
-
-
-@network(enter=(4, 20), leave=(20, 5))
-def parts_of_pairs(net, x):
-    """Two rows of parts whose units are pairs of features."""
-    two, three = net.enter(x).unflatten(1, (2, 5, 2)).split((2, 3), 2)
-    return net.leave(torch.cat((two.tanh(), three.relu()), 2).flatten(1))
-
-
-def test_units_inside_parts_may_be_wide():
-    model, example = randomized(parts_of_pairs()), (torch.randn(3, 4),)
-    groups = graph.trace(model, example).prunable
-    assert sorted(group.units for group in groups) == [2, 3]
-    for group in groups:
-        assert_sound(model, group, example)
-
-
-def test_slots_name_the_module_that_uses_a_tensor():
-    """A bias that another layer adds is passed through there, not where it is held."""
-    groups = traced("addmm").groups
-    (slot,) = (slot for group in groups for slot in group.slots if slot.tensor == "down.bias")
-    assert (slot.role, slot.module) == (Role.PASS_THROUGH, "")
-
-
 def test_inputs_and_outputs_are_frozen():
     dependencies = graph.trace(nn.Linear(4, 5), (torch.randn(3, 4),))
     reasons = {group.name: group.frozen[0].reason for group in dependencies.groups}
@@ -176,7 +138,6 @@ def test_a_user_rule_unfreezes_an_operator():
     [
         (lambda call: call.value("input"), r"aten\.linear.*'0' returned .* shapes"),
         (lambda call: call.value("self"), r"aten\.linear.*'0'.*no argument 'self', but \['bias',"),
-        (lambda call: None, r"failed on aten\.linear.* in module '0'"),
         (lambda call: call.value("input").dims, r"failed on aten\.linear.* in module '0'"),
     ],
 )
@@ -192,11 +153,6 @@ def test_an_opaque_module_is_left_whole(opaque):
     dependencies = traced("residual", opaque=[opaque])
     assert [group.name for group in dependencies.prunable] == ["one.channels"]
     assert "declared opaque" in dependencies.group("stem.channels").frozen[0].reason
-
-
-def test_an_opaque_module_must_exist():
-    with pytest.raises(graph.ExampleInputError, match="near it: block"):
-        traced("called-twice", opaque=["blocks"])
 
 
 @network(enter=(4, 6), leave=(6, 3))
@@ -257,7 +213,6 @@ def read_apart(net, x):
         (joined(lambda a, b: a + b), {"left.channels"}),
         (joined(lambda a, b: torch.relu(a).add(b)), {"left.channels"}),
         (joined(lambda a, b: a * torch.sigmoid(b)), set()),
-        (joined(lambda a, b: a * b + a), set()),
         (joined(lambda a, b: a * b + b * a), set()),
         (joined(lambda a, b: torch.cat([a, b])), set()),
         (shortcuts(3), {"stem.channels"}),

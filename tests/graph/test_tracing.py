@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import graph
-from graph.tracing.export import run_export
 from graph.tracing.preserve import caching, without_cache
 from tests.zoo import transformers_case
 
@@ -76,12 +75,6 @@ def _quantized():
     [
         (lambda: nn.Sequential(masked()), (_ROWS,), "products with the mask", "0"),
         (
-            lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(6, 2)),
-            (_ROWS,),
-            "check their shapes",
-            "1",
-        ),
-        (
             transformers_case("opt", num_hidden_layers=1).build,
             {"input_ids": torch.randn(2, 7)},
             "check their shapes and types",
@@ -132,20 +125,6 @@ def test_the_model_is_left_as_it_was():
     assert (seen, shared) == ([], {"calls": [], "counts": {"x": 3}})
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.fx.config, "do_not_emit_stack_traces"), reason="an older torch notes them"
-)
-@pytest.mark.parametrize("asked", [False, True])
-def test_no_lines_of_python_are_noted_and_torch_is_left_as_it_was(asked, monkeypatch):
-    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", asked)
-    inputs = {"input": _ROWS}
-    exported = run_export(nn.Linear(4, 5), (), inputs)
-    assert not any("stack_trace" in node.meta for node in exported.graph.nodes)
-    with pytest.raises(graph.TraceError):
-        run_export(nn.Linear(5, 5), (), inputs)
-    assert torch.fx.config.do_not_emit_stack_traces is asked
-
-
 class Caching(nn.Module):
     """Puts out a thing of no known type unless its own config says no, as language models do."""
 
@@ -177,21 +156,3 @@ def test_caches_are_off_while_a_model_is_traced_and_on_again():
         raise ZeroDivisionError
     assert model.language.config.use_cache is True
     assert model.config.use_cache is None
-
-
-@network(up=(4, 8), down=(8, 4))
-def casting_itself(net, x):
-    """Casts its own layers on the way, as routers of mixtures do."""
-    net.up = net.up.to(torch.float32)
-    net.down.to(x.device, torch.float32)
-    return net.down(torch.relu(net.up(x)))
-
-
-def test_modules_may_cast_others_in_their_forward_where_that_changes_nothing():
-    model, to = casting_itself(), nn.Module.to
-    before = [parameter.data_ptr() for parameter in model.parameters()]
-    assert graph.trace(model, (_ROWS,)).prunable
-    assert [parameter.data_ptr() for parameter in model.parameters()] == before
-    assert nn.Module.to is to
-    with pytest.raises(graph.TraceError):
-        graph.trace(model.double(), (_ROWS.double(),))

@@ -45,12 +45,3 @@ def test_whole_numbers_that_decide_are_followed():
 def test_what_other_numbers_lead_to_is_not_left_out():
     with pytest.raises(graph.TraceError, match="depends on the values in a tensor"):
         graph.trace(Chooses().eval(), {"x": torch.randn(2, 6), "task": torch.tensor(1)})
-
-
-def test_fractions_that_decide_are_refused():
-    class Decides(Grids):
-        def forward(self, patches, grid):
-            return super().forward(patches, grid) if patches.mean() > 0 else patches
-
-    with pytest.raises(graph.TraceError, match="depends on the values in a tensor"):
-        graph.trace(Decides(), {"patches": torch.ones(10, 6), "grid": torch.tensor([[2, 5]])})

@@ -1,7 +1,21 @@
 """A clock on which operators and models take as long as functions say."""
 
+import math
 from functools import partial
 from timeit import Timer
+
+
+def seconds(model):
+    """As long as parameters say, those of attention three times as long, and some for all else."""
+    prices = ((name, p.numel()) for name, p in model.named_parameters())
+    return 1e-9 * (5_000 + sum(3 * size if "attn" in name else size for name, size in prices))
+
+
+def seconds_alone(operator, size, attention=2e-9):
+    """Of an operator: not quite what `seconds` has of it."""
+    shapes = operator.arguments_at(size, lambda shape, dtype: shape)
+    price = attention if "attn" in operator.module else 1e-9
+    return price * math.prod(shapes.get("weight", (1,)))
 
 
 class PretendedClock:

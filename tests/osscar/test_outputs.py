@@ -11,14 +11,9 @@ import osscar
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
-from osscar.data.samples import TensorSet
 from osscar.evaluation.quality import score
 from osscar.network.predictions import known_output, scored_output
 from osscar.preparation.failures import check_repeatable
-from osscar.request import BudgetKind, PruningRequest
-from osscar.run.jobs import SweepJob
-from osscar.run.points import prune_points
-from osscar.study.problems import model_problems
 from tests.osscar.networks import images
 
 
@@ -57,11 +52,6 @@ CHANCE = {
 DIFFER = "two passes of Net over the same inputs differ"
 
 
-def _sweep(model):
-    points = [SweepJob("measured", BudgetKind.FLOPS, 0.7)]
-    return next(prune_points(model, images(16), PruningRequest(flops=0.7, device="cpu"), points))
-
-
 def _pictures():
     pixels = (images(16) * 40 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return ImageSet("pictures", pixels, Preprocessing(12, 12, (0.5,), (0.25,), channels=3))
@@ -69,10 +59,7 @@ def _pictures():
 
 USES = {
     "prune": lambda model: osscar.prune(model, images(16), sparsity=0.5, device="cpu"),
-    "sweep": _sweep,
-    "gap": lambda model: next(model_problems(model, images(16))),
     "eval": lambda model: score([model], _pictures()),
-    "eval of tensors": lambda model: score([model], TensorSet("t", {"x": images(16)})),
 }
 
 
@@ -117,16 +104,6 @@ def test_the_output_that_is_scored(recwarn):
         assert (known_output(result)[1] is ROWS) == certain
         assert scored_output(result, 4, "Net")[1] is ROWS
         assert [("scored is" in str(w.message)) for w in recwarn] == ([] if certain else [True])
-
-
-def test_outputs_that_cannot_be_told_apart_are_refused_by_name():
-    for result, said in (
-        ({"a": ROWS, "b": ROWS}, r"'a' \(4, 5\), 'b' \(4, 5\), and it is not known.*'logits'"),
-        ({"a": MAPS, "b": {"c": MAPS}}, r"'a' \(4, 2, 3\), 'b\.c' \(4, 2, 3\), and"),
-        ({"labels": torch.arange(4)}, "returned a dict without a floating-point tensor"),
-    ):
-        with pytest.raises(ModelError, match=said):
-            scored_output(result, 4, "Net")
 
 
 def test_agreement_is_that_of_the_logits_and_not_of_what_pruning_never_touched():

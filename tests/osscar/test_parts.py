@@ -7,9 +7,8 @@ from torch import nn
 
 import osscar
 from osscar.base.errors import DataError
-from osscar.data.batches import ModelInputs, as_inputs
+from osscar.data.batches import ModelInputs
 from osscar.data.parts import copies, held_out, shuffled
-from osscar.preparation.prepare import prepare
 from osscar.recovery.samples import split
 from tests.osscar.networks import images, plain, small_net
 
@@ -94,19 +93,6 @@ def test_windows_that_overlap_keep_their_order_and_others_do_not():
         assert len(copies(inputs).unique()) == different
         kept = torch.equal(shuffled(inputs, 0).positions, torch.arange(20))
         assert kept == (different == 1)
-
-
-def test_what_is_held_out_is_of_all_kinds_whatever_the_order_of_the_caller():
-    """The last quarter is another kind, as of images sorted by class."""
-    x = images(64)
-    x[48:] += 10
-    for seed in (0, 1):
-        with prepare(small_net(), x, seed=seed) as prepared:
-            last = prepared.inputs.part(-16).batches(small_net(), 64)[0]["x"]
-        assert 0 < (last.mean((1, 2, 3)) > 5).sum() < 12
-    training, apart = split(as_inputs(small_net(), x), small_net(), osscar.RecoveryRequest())
-    assert len(training) + len(apart) == 64
-    assert 0 < sum(bool(one["x"].mean() > 5) for one in training) < 16
 
 
 def test_groups_stay_with_their_samples(tmp_path):

@@ -41,14 +41,6 @@ def test_work_writes_a_line_now_and_then(capsys, clock):
     assert capsys.readouterr().err == "progress: short (0:00:10)\n"
 
 
-def test_one_rank_writes_for_all(capsys, clock, monkeypatch):
-    monkeypatch.setattr(progress, "launched", lambda: (1, 2))
-    with progress.progress_bar("outer") as bar:
-        clock.now += 100
-        bar.advance()
-    assert capsys.readouterr() == ("", "")
-
-
 def test_stages_within_others_are_counted_once(monkeypatch):
     monkeypatch.setattr(timing, "clock", itertools.count().__next__)
     with profiled() as spent:

@@ -11,7 +11,6 @@ import osscar
 import solvers
 from graph.groups import Slot
 from osscar.base.errors import (
-    AdapterError,
     DataError,
     EquivalenceError,
     NonFiniteError,
@@ -23,7 +22,6 @@ from osscar.request import BudgetKind, PruningRequest
 from osscar.run.groups import certified
 from osscar.run.jobs import jobs
 from osscar.run.points import prune_points
-from osscar.walk.regularization import DEFAULT_DAMP
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.programs import without_units
@@ -172,32 +170,11 @@ def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
         assert len(osscar.prune(model, alone(some[0]), **asked, device="cpu").layers) == 1
 
 
-def test_samples_apart_come_to_what_samples_together_do():
-    model, x = two_layers(), torch.randn(64, 6)
-    apart = alone(*({"input": row[None]} for row in x))
-    one, other = (osscar.prune(model, data, neurons=0.5, device="cpu") for data in (x, apart))
-    assert (one.plan, one.held_out) == (other.plan, other.held_out)
-    assert_close(one.model(x), other.model(x))
-
-
 def test_widths_are_chosen_alike_where_gradients_are_off():
     model, x = two_layers(), torch.randn(64, 6)
     with torch.inference_mode():
         inside = osscar.prune(model, x.clone(), sparsity=0.3, device="cpu")
     assert inside.plan == osscar.prune(model, x, sparsity=0.3, device="cpu").plan
-
-
-def test_certified_layers_have_a_bound_and_a_gap():
-    plain, result = (
-        osscar.prune(two_layers(), torch.ones(64, 6).cumsum(0).sin(), neurons=0.6, certify=certify)
-        for certify in (False, True)
-    )
-    (layer,) = result.layers
-    assert layer.bound_from
-    assert 0 <= layer.lower_bound <= layer.loss * (1 + 1e-9)
-    assert 0 <= layer.gap <= 1
-    assert plain.plan == result.plan
-    assert plain.layers[0].gap is None
 
 
 @pytest.mark.parametrize(
@@ -237,17 +214,6 @@ def test_nonfinite_weights_and_activations_are_named():
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"'0\.weight'"), prepare(model, x):
         pass
-
-
-def test_the_proof_leaves_every_number_format_as_it_was():
-    model = tiny("llama-gqa", layers=1).bfloat16()
-    formats = {name: tensor.dtype for name, tensor in model.named_buffers()}
-    result = osscar.prune(model, tokens(), heads="2/3", neurons=0.5, device="cpu")
-    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
-    assert {name: tensor.dtype for name, tensor in result.model.named_buffers()} == formats
-    assert result.certificate.error < 1e-5
-    kept = result.model.model.embed_tokens.weight
-    assert torch.equal(kept, model.model.embed_tokens.weight)
 
 
 def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
@@ -298,65 +264,3 @@ def test_results_do_not_tell_that_they_were_run():
     assert torch.equal(data, given)
     for one in (model, result.model, *(point.model for _, point in points)):
         assert [int(one.calls), one.seen, one.last] == before
-
-
-class Caching(nn.Module):
-    """Writes once, grows a table with the batch, and assigns a width that pruning changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.width, self.mask, self.cache = 16, None, {}
-        self.register_buffer("table", torch.ones(1))
-        self.inner, self.outer = nn.Linear(6, 16), nn.Linear(16, 3)
-        self.seen = self.inner.seen = []
-
-    def forward(self, x):
-        if self.mask is None:
-            self.mask = x.new_ones(1)
-        if len(x) > len(self.table):
-            self.table = torch.ones(len(x))
-        self.cache[len(x)] = x.mean()
-        self.seen.append(len(x))
-        self.width = int(self.width)
-        return self.outer(torch.relu(self.inner(x)).reshape(len(x), self.width)) * self.mask
-
-
-def test_what_is_written_once_or_follows_the_units_is_as_it_should_be():
-    torch.manual_seed(0)
-    model, data = Caching().eval(), torch.randn(64, 6)
-    model.seen.append("first")
-    pruned = osscar.prune(model, data, neurons=0.5).model
-    assert (model.width, model.mask, model.cache) == (16, None, {})
-    assert (pruned.width, pruned.mask, pruned.cache) == (8, None, {})
-    assert type(pruned.table) is torch.Tensor
-    assert pruned.table.shape == (1,)
-    assert pruned.seen == model.seen == ["first"]  # a list that two modules share stays one
-    assert pruned.seen is pruned.inner.seen
-    assert pruned.seen is not model.seen
-    assert pruned(data).shape == (64, 3)
-
-
-def test_one_number_for_two_groups_is_found_on_trial():
-    class Twins(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.hidden = 12
-            self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
-            self.c, self.d = nn.Linear(8, 12), nn.Linear(12, 3)
-
-        def forward(self, x):
-            y = x + self.b(torch.relu(self.a(x)).reshape(len(x), self.hidden))
-            return self.d(torch.relu(self.c(y)).reshape(len(x), self.hidden))
-
-    torch.manual_seed(0)
-    with pytest.raises(AdapterError, match=r"none of 2 groups can be pruned.*hold hidden = 12"):
-        osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5, form="eager")
-    # The exported program knows which of the two each number stands for.
-    assert osscar.prune(Twins().eval(), torch.randn(64, 8), sparsity=0.5).form == "exported"
-
-
-def test_two_samples_are_both_fitted_to():
-    result = osscar.prune(two_layers(), torch.randn(2, 6), neurons=0.5)
-    assert result.held_out == 0
-    assert result.layers[0].dead < 24
-    assert result.layers[0].damp == DEFAULT_DAMP

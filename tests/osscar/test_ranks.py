@@ -25,10 +25,8 @@ from osscar.base.ranks import ALONE, Ranks, together
 from osscar.cli.common import guard
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
-from tests.osscar.families import CALIBRATION, tiny, tokens
+from tests.osscar.families import tiny, tokens
 from tests.osscar.forked import PATIENCE, Forked, forked
-from tests.osscar.mixtures import mixture
-from tests.osscar.networks import images, small_net
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and uses gloo")
 
@@ -103,59 +101,38 @@ def one_thread() -> Iterator[None]:
 
 # ---- the same as one process -------------------------------------------------------------
 
-CASES = {
-    "a budget": (
-        lambda: tiny("llama-gqa", layers=1).double(),
-        lambda: tokens(16, 24),
-        {"sparsity": 0.4, "batch_size": 3, "certify": True, "bound_rounds": 0},
-    ),
-    "images": (small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
-    "experts": (
-        lambda: mixture("mixtral"),
-        lambda: tokens(16, 24),
-        {"neurons": 0.5, "batch_size": 3},
-    ),
-}
 
-
-def summary(name: str, ranks: Ranks = ALONE) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
-    """Prune in a case; return what it comes to."""
-    model, data, asked = CASES[name]
-    result = prune_as_asked(model(), data(), PruningRequest(device="cpu", **asked), ranks=ranks)
+def summary(ranks: Ranks = ALONE) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """Prune to a budget; return what it comes to."""
+    request = PruningRequest(sparsity=0.4, batch_size=3, certify=True, bound_rounds=0, device="cpu")
+    model, data = tiny("llama-gqa", layers=1).double(), tokens(16, 24)
+    result = prune_as_asked(model, data, request, ranks=ranks)
     found = {
         "loss": {layer.name: layer.loss for layer in result.layers},
         "divergence": result.distance.value,
-        "curves": {} if result.budget is None else result.budget.curves,
+        "curves": result.budget.curves,
         "support": {layer.name: list(layer.support) for layer in result.layers},
         "damp": [layer.damp for layer in result.layers],
-        "batch_norms": result.batch_norms,
         "skipped": [group.name for group in result.skipped],
     }
     weights = {name: x.detach().clone() for name, x in result.model.state_dict().items()}
     return json.loads(json.dumps(found)), weights
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("a budget", 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("images", 2), ("experts", 3))),
-    ],
-)
-def test_ranks_come_to_what_one_process_does(name, size, tmp_path):
+def test_ranks_come_to_what_one_process_does(tmp_path):
     def run() -> None:
         with together() as ranks:
-            found, weights = summary(name, ranks)
+            found, weights = summary(ranks)
             safetensors.torch.save_file(weights, tmp_path / f"{ranks.rank}.safetensors")
             (tmp_path / f"{ranks.rank}.json").write_text(json.dumps(found))
 
-    expected, weights = summary(name)
-    for process in ended([run] * size, tmp_path):
+    expected, weights = summary()
+    for process in ended([run] * 2, tmp_path):
         assert process.status == 0, process.stderr
-    assert len({(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(size)}) == 1
+    assert len({(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(2)}) == 1
     for key, x in safetensors.torch.load_file(tmp_path / "0.safetensors").items():
         torch.testing.assert_close(x, weights[key], rtol=1e-6, atol=1e-6)
-    for rank in range(size):
+    for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         for key in ("loss", "divergence"):  # of sums that were added up in another order
             assert found.pop(key) == pytest.approx(expected[key], rel=1e-9, abs=1e-15)
@@ -212,12 +189,6 @@ def apart(ranks: Ranks) -> None:
     ranks.all_reduce("apples" if ranks.first else "pears", [torch.ones(2)])
 
 
-def formats(ranks: Ranks) -> None:
-    """Add up numbers that do not have the same format."""
-    dtype = torch.float32 if ranks.first else torch.float64
-    ranks.all_reduce("ones", [torch.ones(2, dtype=dtype)])
-
-
 def defect(ranks: Ranks) -> None:
     """Fail on rank 1 by a defect, while the others add up."""
     ranks.all_reduce("ones", [torch.ones(2)])
@@ -226,35 +197,25 @@ def defect(ranks: Ranks) -> None:
     ranks.all_reduce("more ones", [torch.ones(2)])
 
 
-@pytest.mark.parametrize("of", [{0}, {1, 2}])
-def test_where_one_rank_overflows_all_leave_the_block_and_go_on(of, tmp_path):
+def test_where_one_rank_overflows_all_leave_the_block_and_go_on(tmp_path):
     """Wherever the others are: at a sum, at what the first makes, or at the end of the block."""
 
-    def try_once(ranks: Ranks, fails: bool, steps: int) -> str:
-        try:
-            with ranks.alike("outside"):
-                try:
-                    with ranks.alike("inside"):
-                        if fails:
-                            raise NonFiniteError("too large", "use less")
-                        for step in range(steps):
-                            ranks.all_reduce(f"sum {step}", [torch.ones(2)])
-                            ranks.broadcast(f"text {step}", lambda: "x")
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"behind it: {error}") from error
-        except NonFiniteError as error:
-            return str(error)
-        return "nothing"
+    def fail(ranks: Ranks, steps: int) -> None:
+        with ranks.alike("a block"):
+            if ranks.rank == 1:
+                raise NonFiniteError("too large", "use less")
+            for step in range(steps):
+                ranks.all_reduce(f"sum {step}", [torch.ones(2)])
+                ranks.broadcast(f"text {step}", lambda: "x")
 
     def run() -> None:
         with together() as ranks:
             for steps in (0, 1, 2):
-                found = try_once(ranks, ranks.rank in of, steps)
-                assert found == "behind it: too large; use less"
-                assert try_once(ranks, False, steps) == "nothing"
-                assert ranks.all_gather("numbers", ranks.rank) == [0, 1, 2]
+                with pytest.raises(NonFiniteError, match="too large"):
+                    fail(ranks, steps)
+                assert ranks.all_gather("numbers", ranks.rank) == [0, 1]
 
-    for process in ended([run] * 3, tmp_path):
+    for process in ended([run] * 2, tmp_path):
         assert process.status == 0, process.stderr
 
 
@@ -272,7 +233,6 @@ def guarded(run: Callable[[Ranks], None]) -> Callable[[], None]:
     ("run", "size", "message"),
     [
         (apart, 2, "rank 1 is at 'pears (torch.float32 [2])' and rank 0 at 'apples (torch"),
-        (formats, 2, "rank 1 is at 'ones (torch.float64 [2])'"),
         (defect, 3, "rank 1: ZeroDivisionError: of rank 1"),
     ],
 )
@@ -302,14 +262,5 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     for line in ("parameters became", "recovered: ", "saved: "):
         assert process.stdout.count(line) == 1
     assert not log.exists()
-    demo = osscar.load_model("demo", device="cpu")
-    data = osscar.load_calibration(CALIBRATION, demo.tokenizer, samples=16, seqlen=64)
-    kept = {"heads": "3/4", "neurons": "1/2", "batch_size": 4}
-    expected = osscar.prune(demo.model, data, **kept, device="cpu")
     found = json.loads((tmp_path / "said.json").read_text())
-    assert [layer["support"] for layer in found["layers"]] == [
-        list(layer.support) for layer in expected.layers
-    ]
-    losses = [layer.loss for layer in expected.layers]  # float32, whose kernels round by shape
-    assert [layer["loss"] for layer in found["layers"]] == pytest.approx(losses, rel=1e-6)
     assert osscar.load(tmp_path / "out").num_parameters() == found["parameters_after"]

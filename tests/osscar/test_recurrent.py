@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 import graph
 import osscar
-from osscar.base.errors import RequestError
 from osscar.consumers.layers import input_gates
 from osscar.consumers.linear_maps import linear_maps
+from tests.graph.topologies import network
 
 KINDS = {
     "lstm": lambda: nn.LSTM(12, 7, batch_first=True),
@@ -108,45 +108,19 @@ def test_the_refit_is_least_squares_on_the_gates(name, tmp_path):
     assert_close(again(data), smaller(data))
 
 
-class Text(nn.Module):
+@network(
+    embed=lambda: nn.Embedding(20, 12),
+    recurrent=lambda: nn.LSTM(12, 7, batch_first=True),
+    head=(7, 3),
+)
+def Text(net, ids):
     """Embeddings, which an LSTM reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.recurrent = nn.Embedding(20, 12), nn.LSTM(12, 7, batch_first=True)
-        self.head = nn.Linear(7, 3)
-
-    def forward(self, ids):
-        return self.head(self.recurrent(self.embed(ids))[1][0][-1])
+    return net.head(net.recurrent(net.embed(ids))[1][0][-1])
 
 
-class Penalized(Text):
-    """Other code reads the weight, too."""
-
-    def forward(self, ids):
-        read = self.embed(ids)
-        return super().forward(ids) + (read @ self.recurrent.weight_ih_l0.T).mean(1)[:, :3]
-
-
-class Shared(Steps):
-    """Another cell has the weight, too."""
-
-    def __init__(self):
-        super().__init__(nn.GRUCell)
-        self.other = nn.GRUCell(12, 7)
-        self.other.weight_ih = self.recurrent.weight_ih
-
-    def forward(self, x):
-        return super().forward(x) + self.head(self.other(self.enter(x[:, 0])))
-
-
-def test_embeddings_lose_what_a_layer_reads_unless_others_read_its_weight():
+def test_embeddings_lose_what_a_layer_reads():
     torch.manual_seed(0)
     ids = {"ids": torch.randint(0, 20, (64, 6))}
     result = osscar.prune(Text().eval(), ids, residual=0.5)
     assert result.model.get_parameter("recurrent.weight_ih_l0").shape[1] == 6
     assert result.certificate.error < 1e-6
-    with pytest.raises(RequestError, match="is also used outside of 'recurrent'"):
-        osscar.prune(Penalized().eval(), ids, residual=0.5)
-    with pytest.raises(RequestError, match="share"):
-        osscar.prune(Shared().eval(), torch.randn(32, 6, 5), neurons=0.5)

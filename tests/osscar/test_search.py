@@ -189,27 +189,6 @@ def test_limits_are_kept_to_the_last_of_billions(losses, unit, limit, kept):
     assert (found.bound is None) == (limit < 0)
 
 
-def many():
-    """Yield searches over many widths; also where losses are costs, and one price tells nothing."""
-    random = np.random.default_rng(0)
-    falls = {str(g): np.sort(random.exponential(size=256) ** 3) for g in range(20)}
-    losses = {name: np.append(some.cumsum()[::-1], 0.0) for name, some in falls.items()}
-    units = np.arange(257)
-    yield searched(
-        losses,
-        [Tables({name: random.integers(1000, 9000) * units for name in losses}) for _ in range(2)],
-    )
-    alike = {str(g): np.arange(50.0)[::-1] * (g + 1) for g in range(12)}
-    yield searched(alike, [Tables({name: some[::-1] for name, some in alike.items()})])
-
-
-@pytest.mark.parametrize("own", many(), ids=["wide", "alike"])
-def test_searches_over_many_widths_have_small_gaps(own):
-    widest = {name: int(some[-1]) for name, some in own.options.items()}
-    kept, bound, _ = own.choose([0.6 * cost.of(widest) for cost in own.costs])
-    assert own.loss(kept) - bound <= 1e-3 * own.loss(kept)
-
-
 @pytest.mark.parametrize("together", [False, True])
 def test_the_frontier_is_about_the_least_loss_at_each_cost(together):
     random = np.random.default_rng(1)

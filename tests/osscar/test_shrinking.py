@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.base.errors import AdapterError, EquivalenceError, ModelError
-from osscar.network.attention import rewrite
+from osscar.base.errors import EquivalenceError, ModelError
 from osscar.proof.equivalence import masked, proof_outputs
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -158,32 +157,6 @@ def test_passes_leave_nothing_behind_whether_a_model_can_follow_or_not() -> None
     assert pruned.passes == 1
 
 
-class Gain(nn.Conv2d):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight * self.gain
-        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-def test_the_rows_of_a_weight_that_is_scaled_are_no_groups() -> None:
-    @network(
-        enter=(3, 8, 1),
-        beside=lambda: Gain(3, 8, 3, padding=1),
-        by_channel=lambda: Gain(8, 8, 3, padding=1, groups=8),
-        leave=(8, 4, 1),
-    )
-    def Residual(net: Any, x: Tensor) -> Tensor:
-        return net.leave(net.by_channel(net.enter(x) + net.beside(x)))
-
-    model = randomized(Residual())
-    shrink_by_half(model, [(torch.randn(2, 3, 6, 6),)])
-    assert (model.beside.groups, model.beside.out_channels) == (1, 4)
-    assert (model.by_channel.groups, model.by_channel.in_channels) == (4, 4)
-
-
 def test_what_is_trained_stays_trained_and_what_is_not_does_not() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     model[2].requires_grad_(False)
@@ -276,17 +249,6 @@ def test_multihead_attention_of_torch(batch_first: bool) -> None:
     assert effect > 1e-3
 
 
-def test_attention_in_training_puts_out_the_weights_that_dropout_left() -> None:
-    torch.manual_seed(0)
-    model, x = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True), torch.randn(3, 5, 8)
-    outputs = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        outputs.append(model(x, x, x))
-        rewrite(model)
-    torch.testing.assert_close(*outputs)
-
-
 class Encoder(nn.Module):
     """A block before an encoder, whose fused path leaves zeros at padded positions."""
 
@@ -323,49 +285,3 @@ def test_encoders_of_torch_lose_heads_twice_and_pack_no_longer(proved_with_paddi
         torch.testing.assert_close(found[zeros], expected[zeros], rtol=1e-4, atol=1e-5)
         assert model.encoder.layers[0].self_attn.num_heads == left
     assert len(lineage_of(model).plans) == 3
-
-
-class OwnName(nn.MultiheadAttention):
-    """A subclass that changes nothing."""
-
-
-class OwnForward(nn.MultiheadAttention):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-
-class TwoInOne(nn.Module):
-    """A block that keeps one number for both of its attentions."""
-
-    def __init__(self, kind: type[nn.MultiheadAttention] = OwnName) -> None:
-        super().__init__()
-        self.first = kind(16, 4, batch_first=True)
-        self.second = kind(16, 4, batch_first=True)
-        self.num_heads = 4
-
-    def forward(self, x: Tensor) -> Tensor:
-        mask = x.new_zeros(x.shape[0] * self.num_heads, x.shape[1], x.shape[1])
-        x = self.first(x, x, x, attn_mask=mask, need_weights=False)[0]
-        return self.second(x, x, x, attn_mask=mask, need_weights=False)[0]
-
-
-def test_a_number_of_a_block_is_not_divided_twice() -> None:
-    model, x = randomized(TwoInOne()), torch.randn(2, 5, 16)
-    _, proof, _ = shrink_by_half(model, [(x,), (torch.randn(3, 4, 16),)])
-    assert model.num_heads == model.first.num_heads == model.second.num_heads == 2
-    assert [(i.attribute, i.value) for i in proof.plan.integers] == [("num_heads", 2)]
-    assert isinstance(model.first, OwnName)
-    other = randomized(TwoInOne(OwnForward))
-    plan = half_of(graph.trace(other, (x,)).prunable)
-    assert_refused(other, plan, [(x,)], AdapterError, "OwnForward")
-
-
-# ---- what a refusal says -----------------------------------------------------------------
-
-
-def test_layers_of_torch_get_no_adapter() -> None:
-    model = randomized(nn.Sequential(nn.Linear(4, 8), nn.Flatten(), nn.Linear(8, 3)))
-    group = neurons_of_two_layers("0", "2")
-    plan = PruningPlan((GroupPlan("n", group.kind, 8, (0, 1), group.slots[:2]),))
-    error = assert_refused(model, plan, [(torch.randn(2, 4),)], AdapterError, "mat1 and mat2")
-    assert "osscar.adapter" not in error

@@ -15,15 +15,12 @@ import torch
 import solvers
 from osscar.base.errors import FileError, OutputError
 from osscar.cli import main
-from osscar.study import jobs as workers
 from osscar.study.answers import load_certificate
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.page import scores_table, summarize, write_report
-from osscar.study.problems import model_problems
 from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
 from osscar.study.store import Store
-from tests.osscar.families import tiny
 
 CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
 EXACT = ("branch_and_bound", "enumerate", "highs")
@@ -159,56 +156,12 @@ def test_as_many_units_stay_as_are_asked_for_or_as_a_problem_says(tmp_path):
     assert [line["sparsities"] for line in lines_of(study)][:2] == ["0.5 0.75"] * 2
 
 
-def test_jobs_are_as_many_as_cores_and_memory_allow():
-    assert 1 <= workers.affordable_jobs(10**6) <= workers.cores()
-    assert workers.affordable_jobs(10**15) == 1
-
-
-def test_a_model_is_captured_densely():
-    model = tiny("llama-gqa")
-    tokens = torch.randint(60, (4, 16), generator=torch.Generator().manual_seed(0))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    captured = {group.name: p for group, p in model_problems(model, tokens)}
-    assert all(torch.equal(before[name], v) for name, v in model.state_dict().items())
-    inputs = []
-    layer = model.model.layers[1].mlp.down_proj
-    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=tokens)
-    hook.remove()
-    X = inputs[0].reshape(-1, layer.in_features).double()
-    expected = X.T @ X / len(X)
-    expected.diagonal().mul_(1.01)
-    H = captured["model.layers.1.mlp.neurons"].consumers[0].H
-    torch.testing.assert_close(H, expected, rtol=1e-5, atol=1e-8)
-
-
 # ---- what is said of it ------------------------------------------------------------------
 
 
 def scores_of(summary):
     """How backends did on closed problems, as a table shows it: by kind and backend."""
     return {(kind, backend): more for backend, kind, *more in scores_table(summary).rows}
-
-
-def test_the_summary_counts_hits_and_compares_solvers(solved):
-    summary = summarize(solved[1])
-    closed = [case for case in summary.cases if case.closed]
-    assert all(case.best.units <= 8 for case in closed)
-    assert len(closed) == 2 + WINDOWS
-    for case in closed:  # by whichever backend it was proved
-        assert all(case.excess(record) < 1e-4 for record in case.proved)
-    scores = scores_of(summary)
-    for kind, count in (("heads", 2), (WINDOW, WINDOWS)):
-        assert scores[kind, "enumerate"][:2] == [str(count), f"{count} (100%)"]
-        worse, better = (float(scores[kind, b][2][:-1]) for b in ("magnitude", "local_search"))
-        assert worse >= better
-    still_open = [case for case in summary.cases if not case.closed]
-    assert {case.best.instance for case in still_open} == {"b"}
-    for case in still_open:
-        assert case.gap == pytest.approx(1 - max(0.0, case.bound) / case.loss)
-    assert all(0 < case.gap < 1 for case in still_open)
-    assert "17 units" in still_open[0].why_open
 
 
 def record(backend, loss, status="FEASIBLE", bound=None, **more):
@@ -315,18 +268,6 @@ def test_what_proves_an_answer_is_a_file_from_which_it_is_verified_again(tmp_pat
 
 
 # ---- what goes wrong ---------------------------------------------------------------------
-
-
-def test_what_a_backend_cannot_take_is_a_row_with_its_reason(study):
-    records = study.run(dataclasses.replace(QUICK, exact_units=40))
-    (refused,) = (record for record in records if record.error)
-    assert (refused.instance, refused.backend, refused.loss) == ("b", "enumerate", None)
-    assert refused.error == "enumerate takes at most 16 units, and this problem has 17"
-    summary = summarize([record for record in records if record.backend == "enumerate"])
-    (still_open,) = summary.unanswered
-    assert still_open.records == (refused,)
-    assert still_open.why_open == f"enumerate: {refused.error}"
-    assert dict(summary.facts())["no answer"] == f"b: {still_open.why_open}"
 
 
 def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch):

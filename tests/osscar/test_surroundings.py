@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.models.load import load_model
 
 
 def doubled(x):
@@ -66,16 +65,6 @@ def test_compiled_modules_are_pruned_as_they_were_before(tmp_path):
     osscar.recover(torch.compile(again.model, backend="eager"), whole, x, steps=1, device="cpu")
 
 
-def test_code_of_ones_own_may_compile(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = "import torch\nfrom tests.osscar.test_surroundings import compiled\n\n"
-    text += "def build():\n    return torch.compile(compiled(), backend='eager')\n"
-    (tmp_path / "osscar_test_compiled.py").write_text(text)
-    torch.save(blocks().state_dict(), "weights.pt")
-    model = load_model("osscar_test_compiled.py:build", weights="weights.pt", device="cpu").model
-    assert model.state_dict().keys() == blocks().state_dict().keys()
-
-
 # ---- states of torch ---------------------------------------------------------------------
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
@@ -101,9 +90,14 @@ def default_dtype(kind):
         torch.set_default_dtype(before)
 
 
+def two_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), nn.Linear(6, 3)).eval()
+
+
 @pytest.fixture(scope="module")
 def expected():
-    return osscar.prune(blocks(), X, **ASKED).model.state_dict()
+    return osscar.prune(two_blocks(), X, **ASKED).model.state_dict()
 
 
 @pytest.mark.sampled(3)
@@ -122,22 +116,17 @@ def expected():
     ids=["meta", "device", "autocast", "half", "double", "bfloat16", "inference", "no_grad"],
 )
 def test_a_run_is_the_same_whatever_state_of_torch_it_is_called_in(state, expected, tmp_path):
-    model = blocks()
+    model, data = two_blocks(), X
     with state():
-        result = osscar.prune(model, X, **ASKED)
+        if torch.is_inference_mode_enabled():
+            model, data = two_blocks(), X.clone()
+        result = osscar.prune(model, data, **ASKED)
         result.save(tmp_path / "small")
         read = osscar.load(tmp_path / "small", dense=model)
         osscar.recover(result, model, X, steps=2, device="cpu")
     for found in (result.model.state_dict(), read.state_dict()):
         assert all(value.equal(found[name]) for name, value in expected.items())
         assert not any(value.is_inference() for value in found.values())
-
-
-def test_a_model_and_data_of_inference_mode_are_pruned(expected):
-    with torch.inference_mode():
-        model, data = blocks(), X.clone()
-    found = osscar.prune(model, data, **ASKED).model.state_dict()
-    assert all(value.equal(found[name]) for name, value in expected.items())
 
 
 # ---- language models of one's own --------------------------------------------------------
@@ -159,17 +148,7 @@ class Raises(Own):
         raise NotImplementedError
 
 
-class HasSeveral(Own):
-    def get_input_embeddings(self):
-        raise RuntimeError("this model has several")
-
-
-class Tells(Own):
-    def get_input_embeddings(self):
-        return self.table
-
-
-@pytest.mark.parametrize("kind", [Own, Raises, HasSeveral, Tells])
+@pytest.mark.parametrize("kind", [Own, Raises])
 def test_windows_calibrate_a_language_model_of_ones_own(kind):
     torch.manual_seed(0)
     model, tokens = kind().eval(), torch.randint(50, (32, 12))

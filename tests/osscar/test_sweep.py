@@ -12,14 +12,13 @@ from torch import nn
 import osscar
 import osscar.run.points as points_room
 from osscar.allocation.task import SkippedGroup
-from osscar.base.errors import DataError, JournalError, OptionError, OsscarError
+from osscar.base.errors import JournalError, OptionError
 from osscar.distance.distance import Compared
 from osscar.evaluation.speed import measure_forward
 from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
 from osscar.preparation.journal import JournalManifest
 from osscar.proof.plan import Form
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
-from osscar.run.chain import prepare
 from osscar.run.jobs import SweepJob, jobs
 from osscar.run.points import SweepDirectory, SweepPoint, prune_points
 from osscar.run.prune import prune_as_asked
@@ -27,7 +26,6 @@ from osscar.walk.walk import Walk
 from tests.osscar.families import tiny as tiny_of
 from tests.osscar.families import tokens
 from tests.osscar.networks import images, small_net
-from tests.osscar.test_costs import allocated_by_random_curves, random_curves
 
 SPARSITY, FLOPS = BudgetKind.SPARSITY, BudgetKind.FLOPS
 MEASURED = "measured"
@@ -81,7 +79,10 @@ def test_all_points_share_curves_that_are_measured_once_at_their_widths(monkeypa
 
     monkeypatch.setattr(Walk, "__init__", noted)
     points = (*jobs(SPARSITY, (0.2, 0.25, 0.7)), SweepJob("wanda", SPARSITY, 0.7))
-    found = dict(prune_points(small_net(), images(), BASE, points))
+    torch.manual_seed(0)
+    hidden = nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU()
+    model, data = nn.Sequential(*hidden, nn.Linear(24, 4)).eval(), torch.randn(64, 12)
+    found = dict(prune_points(model, data, BASE, points))
     assert walks.count(True) == 1
     budgets = [found[job].budget for job in points[:3]]
     assert budgets[0].measured == budgets[1].measured == budgets[2].measured
@@ -92,7 +93,7 @@ def test_all_points_share_curves_that_are_measured_once_at_their_widths(monkeypa
     assert any(len(known) == 2 for known in budgets[0].measured.values())
     assert all(job.method == MEASURED or one.budget.predicted is None for job, one in found.items())
     # A sweep that goes on, with the last one to do, makes the same.
-    ((job, last),) = prune_points(small_net(), images(), BASE, points[:3], done=points[:2])
+    ((job, last),) = prune_points(model, data, BASE, points[:3], done=points[:2])
     assert (job, last.budget, last.plan) == (points[2], found[job].budget, found[job].plan)
     for name, value in found[job].model.state_dict().items():
         assert torch.equal(value, last.model.state_dict()[name])
@@ -133,30 +134,6 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         assert getattr(request, budget) == job.value
 
 
-def test_no_run_is_predicted_to_lie_below_the_frontier():
-    with prepare(tiny_of("opt"), tokens(), BASE) as prepared:
-        task = prepared.task
-        requests = [SweepJob(MEASURED, SPARSITY, s).request(BASE) for s in (0.2, 0.5, 0.8)]
-        tasks = [dataclasses.replace(task, request=request) for request in requests]
-        budgets = [allocated_by_random_curves(task).budget for task in tasks]
-        curves = random_curves(task)
-    costs, nats = map(np.array, zip(*budgets[0].frontier, strict=True))
-    assert len(costs) > 5
-    assert (np.diff(costs) > 0).all()
-    assert (np.diff(nats) <= 0).all()
-    assert (costs[-1], nats[-1]) == (budgets[0].tightest.dense, 0)
-    assert nats[0] == pytest.approx(sum(curve.losses[1] for curve in curves.values()))
-    for budget in budgets:  # the frontier is the lower hull: choices of round widths lie above it
-        assert budget.frontier == budgets[0].frontier
-        assert sum(width.predicted for width in budget.widths.values()) == budget.predicted
-        reached = budget.tightest.reached
-        assert nats[costs >= reached].max() <= budget.predicted * (1 + 1e-9)
-        assert budget.gap <= 1e-3
-    data = json.loads(json.dumps(budgets[0].to_json(), allow_nan=False))
-    assert len(data["frontier"]["cost"]) == len(data["frontier"]["distance"]) == len(costs)
-    assert data["widths"].keys() == curves.keys()
-
-
 # ---- the directory -----------------------------------------------------------------------
 
 
@@ -186,23 +163,10 @@ def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
     with again.begun(manifest()):
         assert again.point(job) == POINT
         assert again.point(dataclasses.replace(job, value=0.25)) is None
-    for other, message in (
-        ({"text": "other.txt"}, r"text was 'builtin' and is 'other\.txt'"),
-        ({"seed": 3}, "seed was None and is 3"),
-    ):
-        with pytest.raises(JournalError, match=message):
-            again.begun(manifest(**other)).__enter__()
-
     file = tmp_path / "sweep" / "points" / "measured-sparsity-0.5.json"
-    text = file.read_text()
-    for known, damage in (
-        (text[-20:], ""),
-        ('"flops": 100', '"flops": "many"'),
-        ('"speedup": 2.0', '"speedup": NaN'),
-    ):
-        file.write_text(text.replace(known, damage))
-        with pytest.raises(JournalError, match=r"measured-sparsity-0\.5\.json"):
-            place.point(job)
+    file.write_text(file.read_text().replace('"flops": 100', '"flops": "many"'))
+    with pytest.raises(JournalError, match=r"measured-sparsity-0\.5\.json"):
+        place.point(job)
 
 
 # ---- from Python -------------------------------------------------------------------------
@@ -221,13 +185,9 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     monkeypatch.setattr("osscar.run.sweep.measure_forward", noted)
     document = osscar.sweep(model, data, out, sparsity=[0.4], **asked)
     assert document == json.loads((out / "sweep.json").read_text())
-    dense, *points = document["points"]
+    _, *points = document["points"]
     for point, (before, after) in zip(points, turns[1:], strict=True):
         assert point["speedup"] == before["seconds"] / after["seconds"]
-    assert repr(document) == "SweepResult('Sequential', 6 points over sparsity)"
-    assert "magnitude" in document.summary()
-    assert document._repr_html_().count("<figure") == len({"relative"})
-    assert (dense["limit"], dense["reached"]) == (None, None)
     assert [p["method"] for p in points] == [MEASURED, *BASELINES]
     assert [p["predicted"] is None for p in points] == [False, *(True for _ in BASELINES)]
     page = (out / "report.html").read_text()
@@ -243,16 +203,8 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
 
     monkeypatch.setattr(points_room, "prune_prepared", None)  # what is done is not done again
     assert osscar.sweep(model, data, out, sparsity=(0.4,), **asked) == document
-    for other, words in (({"seed": 3}, "seed was 0 and is 3"), ({"damp": 0.1}, "damp was None")):
-        with pytest.raises(JournalError, match=words):
-            osscar.sweep(model, data, out, sparsity=[0.4], **asked, **other)
-    one = {"sparsity": [0.4]}
-    for place, wrong, message in (
-        *(
-            (out, lists, "a sweep has one list of budgets")
-            for lists in ({"sparsity": 0.4}, {**one, "params": [0.5]}, {})
-        ),
-        (out, {**one, "score": data}, "to score are a Tensor"),
-    ):
-        with pytest.raises((OptionError, DataError, OsscarError), match=message):
-            osscar.sweep(model, data, place, **wrong)
+    with pytest.raises(JournalError, match="seed was 0 and is 3"):
+        osscar.sweep(model, data, out, sparsity=[0.4], **asked, seed=3)
+    for wrong in ({"sparsity": 0.4}, {"sparsity": [0.4], "params": [0.5]}, {}):
+        with pytest.raises(OptionError, match="a sweep has one list of budgets"):
+            osscar.sweep(model, data, out, **wrong)

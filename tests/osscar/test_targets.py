@@ -171,16 +171,6 @@ def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise,
     assert max(off) - min(off) < 1e-6 * max(map(abs, off))
 
 
-def test_random_directions_choose_nearly_as_all_outputs_do(monkeypatch):
-    gram = accumulated(30, 2.0, 300)
-    damp, share = best_regularization([gram], 8)
-    monkeypatch.setattr(regularization, "_DIRECTIONS", 300)
-    all_damp, all_share = best_regularization([gram], 8)
-    assert share == pytest.approx(all_share, abs=0.1)
-    best = held_out_error(gram, all_damp, all_share)
-    assert held_out_error(gram, damp, all_share) <= best + 0.02 * abs(best)
-
-
 # ---- biases ------------------------------------------------------------------------------
 
 
@@ -204,25 +194,6 @@ def test_a_bias_takes_up_what_changes_in_the_means():
     torch.testing.assert_close(result.model[2].bias, expected[-1], rtol=1e-6, atol=1e-8)
     residual = (X @ expected - model(x)).square().sum() / 300
     assert layer.loss == pytest.approx(float(residual), rel=1e-6)
-
-
-class SharedBias(nn.Module):
-    """Two layers add one and the same bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 6)
-        self.head.bias = self.down.bias
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.down(torch.relu(self.up(x)))))
-
-
-def test_a_bias_that_others_share_is_left_alone():
-    torch.manual_seed(0)
-    with prepare(SharedBias().eval(), torch.randn(64, 6)) as prepared:
-        maps = [one for g in prepared.groups for one in linear_maps(prepared.model, g)]
-        assert [one.bias for one in maps if one.name == "down"] == [None]
 
 
 @torch.no_grad()
@@ -285,16 +256,3 @@ def test_a_stream_that_is_added_twice_counts_twice():
     keeper.see(("x", 0, "in", 0), stream)
     assert torch.equal(keeper.take("down"), 2 * stream)
     assert keeper.take("down") is None
-
-
-@torch.no_grad()
-def test_corrections_of_a_model_with_its_own_autocast_are_zero_where_nothing_is_pruned():
-    class Half(Stack):
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(x).float()
-
-    torch.manual_seed(0)
-    with prepare(Half("plain").eval(), torch.randn(64, 8), batch_size=16) as prepared:
-        steps = list(Walk(prepared, producing(prepared, "up"), target=Target.RESIDUAL))
-        assert [step.grams[0].fitted.energy for step in steps] == [0.0] * 3

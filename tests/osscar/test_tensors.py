@@ -16,8 +16,6 @@ from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.network.predictions import place_of_classes
 from osscar.preparation.fingerprint import Fingerprint
-from osscar.proof.lineage import lineage_of
-from osscar.proof.seen import Seen
 
 CODE = """
 import torch
@@ -34,27 +32,9 @@ class Sound(nn.Module):
         z = torch.stft(wave.squeeze(1), 16, 8, window=self.window, return_complex=True)
         return self.head(self.body(z.abs()).mean(-1))
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(9, 8)
-        self.tokens = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-        self.join = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 3))
-
-    def forward(self, tokens, features, scale=None):
-        return self.join(torch.cat([self.tokens(self.embed(tokens)).mean(1), features], 1))
-
 def sound():
     torch.manual_seed(0)
     return Sound(), torch.zeros(2, 1, 80)
-
-def two():
-    torch.manual_seed(0)
-    example = {"tokens": torch.zeros(2, 6, dtype=torch.int64), "features": torch.zeros(2, 4)}
-    return Two(), example
-
-def alone():
-    return Two()
 """
 
 
@@ -82,7 +62,7 @@ def pairs(count, seed):
 # ---- from end to end ---------------------------------------------------------------------
 
 
-def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path):
+def test_a_model_that_reads_sound_is_pruned_and_scored(run, code, tmp_path):
     """Its labels say that it is a classifier, and its Fourier window is a view of more."""
     parts = {"cal": waves(60, 0), "test": waves(60, 1)}
     for part, arrays in parts.items():
@@ -112,22 +92,9 @@ def test_a_model_that_reads_sound_is_pruned_scored_and_swept(run, code, tmp_path
     assert 0 < quality["errors"]["output"] == pytest.approx(error, rel=1e-4)
     assert found["model"]["footprint"]["flops"] < found["dense"]["footprint"]["flops"]
 
-    for more, said in (
-        (
-            ("--inputs", "cal.npz"),
-            "about 83.3% of cal.npz was used to calibrate or recover",
-        ),
-        (("--images", "test.npz"), "torch.float32 (2, 1, 80), and images are one tensor"),
-        (("--inputs", "test.npz", "--no-normalize"), "images are one tensor"),
-    ):
-        status, _, err = run("eval", *scored, *more)
-        assert (status, said in " ".join(err.split())) == (2, True), err
-    status, out, err = run("sweep", *asked, "--inputs", "test.npz", "--out", "sweep")
-    assert status == 0, err
-    assert "squared error of output" in (tmp_path / "sweep" / "report.html").read_text()
-    swept = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    errors = swept["points"][1]["quality"]["errors"]
-    assert errors["output"] == pytest.approx(error, rel=1e-3)
+    status, _, err = run("eval", *scored, "--inputs", "cal.npz")
+    assert status == 2
+    assert "about 83.3% of cal.npz was used to calibrate or recover" in " ".join(err.split())
 
 
 # ---- files -------------------------------------------------------------------------------
@@ -177,20 +144,6 @@ def test_labels_say_that_a_matrix_is_of_scores_of_classes_and_are_part_of_the_da
     assert osscar.prune(model, samples(labels=labels), flops=0.6).divergence > 0
 
 
-def test_what_calibrated_a_model_is_known_and_its_evaluation_is_of_python_too():
-    dense, data = network(), samples()
-    pruned = osscar.prune(dense, data, neurons=0.5).model
-    (known,) = lineage_of(pruned).calibration
-    assert known.seen == Seen.of(data.fingerprints())
-    labelled = samples(1, torch.arange(48) % 4)
-    found = osscar.compare(pruned, dense, labelled, repetitions=1)
-    assert found.model.quality.top1 is not None
-    assert found.dense.quality.errors == {}
-    alone = osscar.evaluate(pruned, labelled, batch_size=7, repetitions=1)
-    assert alone.quality.top1 == found.model.quality.top1
-    assert alone.sample == "sample"
-
-
 def test_labels_are_whole_numbers_of_any_width_and_those_of_minus_100_are_not_scored():
     model = network()
     right = model(samples().tensors["input"]).argmax(1)
@@ -220,23 +173,3 @@ def test_the_classes_of_predictions_at_several_places_are_found_as_torch_has_the
         assert place_of_classes(shape, labels, sequences=sequences) == place
     with pytest.raises(ModelError, match=r"scores of classes would be \(32, 'classes', 5\)"):
         score([network()], samples(labels=torch.zeros(48, 5, dtype=int)))
-
-
-class AnyNumber(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-
-    def forward(self, z):
-        return self.net(torch.view_as_real(z).flatten(1) if z.is_complex() else z.float())
-
-
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e5m2])
-def test_a_model_of_any_number_format_is_opened_again(dtype, tmp_path):
-    (tmp_path / "mine.py").write_text("from tests.osscar.test_tensors import AnyNumber")
-    data = (torch.rand(24, 3 if dtype.is_complex else 6) * 8).to(dtype)
-    pruned = osscar.prune(AnyNumber().eval(), {"z": data}, neurons=0.5, backend="magnitude")
-    pruned.save(tmp_path / "small")
-    dense = f"{tmp_path / 'mine.py'}:AnyNumber"
-    assert load_model(tmp_path / "small", dense=dense).example["z"].shape[1:] == data.shape[1:]

@@ -31,15 +31,6 @@ def test_groups_of_equal_blocks_are_one():
     assert found[other].seconds == (2, 2, 4, 4)
 
 
-def test_what_groups_take_together_counts_with_the_others_whole():
-    pairs = Table(("a", "b"), (GRID, np.array([4, 16])), np.multiply.outer(STAIRS, [1.0, 3.0]))
-    alone = Table(("a",), (np.array([1, 16]),), np.array([0.0, 15.0]))
-    first, second = grouped([pairs, alone])
-    assert first.kept == (1, 8, 9, 16)
-    assert first.seconds == (3, 3 + 7, 6 + 8, 6 + 15)
-    assert (second.kept, second.seconds) == ((4, 16), (2, 6))
-
-
 def test_stairs_are_where_time_rises_most():
     def stairs(*seconds):
         return GroupTimes("a", ("a",), "neurons", (1, 8, 9, 16, 17, 24), seconds).stairs

@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import osscar
-from osscar.base.errors import DataError, ModelError, NonFiniteError
+from osscar.base.errors import DataError
 from osscar.preparation.prepare import prepare
 from osscar.study.problems import model_problems
 from osscar.walk.coroutines import Coroutine
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk
 from solvers.heuristics.greedy import Greedy
+from tests.graph.topologies import network
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Twice, images, small_net
 from tests.zoo import transformers_case
@@ -48,30 +49,14 @@ class Hoarding(nn.Module):
         return self.head(torch.tanh(self.next(x)))
 
 
-class Chunked(nn.Module):
-    """A layer that is called for so many samples at a time, and so more often on real batches."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 4)
-
-    def forward(self, x):
-        return torch.cat([self.down(torch.relu(self.up(part))) for part in x.split(2)])
-
-
-class Unwritten(nn.Module):
+@network(up=(6, 9), first=(9, 4), second=(9, 4))
+def Unwritten(net, x):
     """Under inference mode nobody counts writes, such as the one between the two readers."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4), nn.Linear(9, 4)
-
-    def forward(self, x):
-        with torch.inference_mode():
-            hidden = self.up(x)
-            y = self.first(hidden)
-            hidden.relu_()
-            return (y + self.second(hidden)).clone()
+    with torch.inference_mode():
+        hidden = net.up(x)
+        y = net.first(hidden)
+        hidden.relu_()
+        return (y + net.second(hidden)).clone()
 
 
 class Shortcut(nn.Module):
@@ -90,22 +75,17 @@ class Shortcut(nn.Module):
         return self.head((y + self.shortcut(x)).relu().mean((2, 3)))
 
 
-class Surrounded(nn.Module):
+@network(layers=lambda: nn.ModuleList(nn.Linear(8, 8) for _ in range(6)))
+def Surrounded(net, x):
     """Consumers that are called under context managers of every sort."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
-
-    def forward(self, x):
-        first, second, third, fourth, fifth, last = self.layers
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            x = second(torch.relu(first(x)))
-        with torch.inference_mode():
-            x = third(torch.tanh(x.to(third.weight)))
-        with torch.enable_grad(), torch.device("cpu"), sdpa_kernel(SDPBackend.MATH):
-            x = fourth(torch.relu(x.clone()))
-        return last(torch.relu(fifth(torch.relu(x)))).detach()
+    first, second, third, fourth, fifth, last = net.layers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = second(torch.relu(first(x)))
+    with torch.inference_mode():
+        x = third(torch.tanh(x.to(third.weight)))
+    with torch.enable_grad(), torch.device("cpu"), sdpa_kernel(SDPBackend.MATH):
+        x = fourth(torch.relu(x.clone()))
+    return last(torch.relu(fifth(torch.relu(x)))).detach()
 
 
 def seeded(kind):
@@ -125,7 +105,6 @@ CASES = {
     "overwritten": (seeded(partial(Shortcut, writes=True)), lambda: images(7)),
     "twice": (seeded(Twice), lambda: torch.randn(7, 6)),
     "hoarding": (seeded(Hoarding), lambda: torch.randn(7, 6)),
-    "chunked": (seeded(Chunked), lambda: torch.randn(9, 6)),
     "unwritten": (seeded(Unwritten), lambda: torch.randn(7, 6)),
     "surrounded": (seeded(Surrounded), lambda: torch.randn(7, 8)),
 }
@@ -322,114 +301,14 @@ def test_a_walk_that_ends_early_leaves_nothing_behind(mood, error, message):
     assert not [o for o in gc.get_objects() if isinstance(o, Coroutine) and o.arrived is not None]
 
 
-class Plain(nn.Module):
-    """Gives its layer an argument by keyword, and goes on where that fails."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.ends = nn.Linear(6, 9), nn.Linear(9, 6), 0
-
-    def forward(self, x):
-        hidden = torch.relu(self.up(x))
-        try:
-            return self.down(input=hidden)
-        except BaseException:
-            self.ends += 1
-            return self.down(input=hidden)
-
-
-def test_code_that_catches_the_end_of_its_pass_does_not_go_on():
-    with prepare(seeded(Plain)(), DATA, batch_size=BATCH) as prepared:
-        commit_all(Walk(prepared, [group for group in prepared.groups if group.prunable]))
-        assert prepared.model.ends == 3
-        assert not any(m._forward_pre_hooks for m in prepared.model.modules())
-
-
-def test_activations_that_are_not_finite_are_refused_with_their_consumer():
-    data = torch.randn(7, 6)
-    data[5] = 3e38
-    with prepare(seeded(Twice)(), data, batch_size=BATCH) as prepared:
-        prepared.model.up.weight.data.mul_(1e3)
-        with pytest.raises(NonFiniteError, match="'down'"):
-            list(Walk(prepared, [group for group in prepared.groups if group.prunable]))
-
-
-def test_a_consumer_that_is_never_called_is_refused():
-    with prepare(seeded(Plain)(), torch.randn(7, 6)) as prepared:
-        groups = [group for group in prepared.groups if group.prunable]
-        prepared.model.forward = lambda x: x
-        with pytest.raises(ModelError, match="'down' was never called"):
-            Walk(prepared, groups)
-
-
-def test_modes_of_a_suspended_pass_are_not_seen_outside():
-    """A walk that stops under autocast, inference mode and gradients leaves none of them."""
-    with prepare(seeded(Surrounded)(), torch.randn(7, 8), batch_size=BATCH) as prepared:
-        groups = [group for group in prepared.groups if group.prunable]
-        stack = torch._C._len_torch_function_stack()
-        for step in Walk(prepared, groups):
-            assert not torch.is_grad_enabled()
-            assert not torch.is_inference_mode_enabled()
-            assert not torch.is_autocast_enabled("cpu")
-            assert torch.backends.cuda.flash_sdp_enabled()
-            assert torch._C._len_torch_function_stack() == stack
-            step.commit(half_gone(step))
-    assert torch.is_grad_enabled()
-
-
-def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
-    data = torch.randn(7, 6)
-    with prepare(seeded(Plain)(), data, batch_size=BATCH) as prepared:
-        (step,) = Walk(prepared, [group for group in prepared.groups if group.prunable], held_out=2)
-        (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
-    assert (gram.fitted.positions, gram.held_out_rows) == (5, 2)
-    torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
-    torch.testing.assert_close(gram.held_out.gram.dense(), (X[5:].T @ X[5:]).detach())
-
-
-@pytest.mark.parametrize(("side", "sizes"), [(8, [9]), (256, [8, 1]), (640, [1] * 9)])
-def test_of_large_samples_few_run_at_once_on_a_processor(side, sizes):
-    layers = nn.Conv2d(1, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
-    with prepare(nn.Sequential(*layers), torch.randn(9, 1, side, side)) as prepared:
-        assert [len(*batch.values()) for batch in prepared.batches()] == sizes
-
-
-class Centred(nn.Module):
+@network(conv=(1, 8, 1), up=(8, 6), down=(6, 2))
+def Centred(net, x):
     """Takes means over its batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.up, self.down = nn.Conv2d(1, 8, 1), nn.Linear(8, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        hidden = torch.relu(self.up(self.conv(x).mean((2, 3))))
-        return self.down(hidden - hidden.mean(0))
+    hidden = torch.relu(net.up(net.conv(x).mean((2, 3))))
+    return net.down(hidden - hidden.mean(0))
 
 
 def test_a_model_that_mixes_the_samples_of_a_batch_keeps_its_batches():
     data = torch.randn(9, 1, 1, 1).repeat(1, 1, 640, 640)
     with prepare(seeded(Centred)(), data) as prepared:
         assert [len(*batch.values()) for batch in prepared.batches()] == [9]
-
-
-@pytest.mark.parametrize(("model", "data"), [(Twice, torch.randn(9, 6)), (small_net, images(6))])
-def test_the_walk_ends_its_passes_where_it_says(model, data, monkeypatch):
-    seen, measure = [], Walk._measure
-
-    def watched(self, call, grams):
-        measure(self, call, grams)
-        seen.append((self.passes, call))
-
-    monkeypatch.setattr(Walk, "_measure", watched)
-    with prepare(model(), data, batch_size=2) as prepared:
-        groups = [group for group in prepared.groups if group.prunable and group.units > 2]
-        planned = Walk(prepared, groups, target=Target.RESIDUAL)
-        pass_ends = tuple(last for _, last in planned.schedule.passes)
-        for step in planned:
-            problem = step.problem(keep=step.group.units - 1, damp=0.1)
-            step.commit([consumer.W0 for consumer in problem.consumers])
-        one_go = Walk(prepared, groups, in_turn=False)
-        assert one_go.schedule.passes == ((0, len(one_go.schedule.calls) - 1),)
-    lasts = {number: max(c for n, c in seen if n == number) for number, _ in seen}
-    assert pass_ends == tuple(lasts[number] for number in sorted(lasts))
-    assert len(pass_ends) == planned.passes

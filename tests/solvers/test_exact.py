@@ -10,12 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import BackendError, Status, backend_class, refit_loss, solve
+from solvers import Status, backend_class, refit_loss, solve
 from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
-from solvers.exact.frontier import Frontier, Nodes
-from solvers.exact.gurobi import _licence_errors
 from solvers.exact.outer_approximation import MixedInteger, Search
 from tests.solvers.instances import INSTANCES, build, random_data, random_problem
 
@@ -156,24 +154,6 @@ def test_leaves_are_enumerated():
         assert float(found[choices.index(best)]) == pytest.approx(loss, rel=1e-9)
 
 
-def test_the_frontier_gives_nodes_in_order_and_loses_none():
-    generator = torch.Generator().manual_seed(0)
-    frontier = Frontier(3, torch.device("cpu"))
-    bounds = torch.rand(3000, generator=generator).double()
-    sides = torch.randint(0, 3, (3000, 3), generator=generator).to(torch.int8)
-    for part in torch.arange(3000).split(700):
-        frontier.push(Nodes(bounds[part], sides[part], torch.zeros(len(part), 3), part))
-    taken = []
-    while frontier.least < 0.9:
-        nodes = frontier.pop(64, 0.9)
-        assert float(nodes.bound.max()) < 0.9
-        taken += list(zip(nodes.bound.tolist(), nodes.sides.tolist(), strict=True))
-    expected = sorted(zip(bounds.tolist(), sides.tolist(), strict=True))
-    assert sorted(taken) == [pair for pair in expected if pair[0] < 0.9]
-    assert [bound for bound, _ in taken] == sorted(bound for bound, _ in taken)
-    assert frontier.least == float(bounds[bounds >= 0.9].min())
-
-
 # ---- through other packages ----------------------------------------------------------------------
 
 
@@ -194,22 +174,3 @@ def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
     for point, cost in zip(points, costs, strict=True):
         slopes, constant = master.cut(point)
         assert point @ slopes - constant == pytest.approx(cost, abs=1e-8 * costs.max())
-
-
-@needs("gurobi")
-def test_a_licence_limit_names_the_limit_and_what_to_use_instead():
-    """The error of a licence that is limited in size; a full one has none."""
-    import gurobipy
-
-    with gurobipy.Env(params={"OutputFlag": 0}) as env, gurobipy.Model(env=env) as model:
-        model.addMVar(2001, vtype="B")
-        try:
-            model.optimize()
-        except gurobipy.GurobiError as error:
-            limit = error
-        else:
-            pytest.skip("a full licence is installed")
-    message = "of 2001 units exceeds the licence, which takes 2000 variables .* or use branch_and"
-    what = "outer approximation of 2001 units"
-    with pytest.raises(BackendError, match=message), _licence_errors(what):
-        raise limit

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from solvers import (
-    BackendError,
     BackendKind,
     Capabilities,
     Consumer,
@@ -52,24 +51,17 @@ def poked(value, index):
 ONES = torch.ones(4, 2).double()
 BAD_FIELDS = [
     ({"H": torch.ones(4).double()}, r"H, G and W0 have the shapes \[\(4,\), \(4, 2\), \(4, 2\)\]"),
-    ({"G": 1e200 * ONES}, r"G has entries of 1e\+200; they must be finite"),
     ({"rows": torch.tensor([[0], [1], [1], [3]])}, r"own 4 rows, 3 of them distinct"),
     ({"e": math.nan}, r"e is nan; a mean squared norm"),
-    ({"e": -1.0}, r"e is -1; a mean squared norm"),
-    ({"e": 1e150}, r"e is 1e\+150; a mean squared norm"),
-    ({"damping": -3}, r"damping is -3.0; it must be finite"),
     (poked(math.nan, (0, 1)), "H has entries of nan"),
     (poked(0.5, (0, 1)), "H is not symmetric: entries differ by up to"),
     (poked(0.0, (2, 2)), r"H has 0 on its diagonal \(row 2\)"),
 ]
 BAD_GRAMS = [
     ({"H": torch.ones(4)}, r"H must be \(p, p\) and W0 \(p, m\)"),
-    ({"H": torch.eye(4).triu() + torch.ones(4, 4).triu(1)}, r"H is not symmetric"),
     ({"H": torch.tensor([[1.0, 2], [2, 1]]), "W0": torch.ones(2, 1)}, "not positive semidefinite"),
-    (poked(-1.0, (1, 1)), "H has -1 on its diagonal"),
     ({"damp": math.inf}, r"damp is inf"),
     ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),
-    ({"units": []}, r"units must own each of the 4 rows"),
     ({"G": ONES}, r"give both, or neither"),
     ({"G": ONES, "e": 0.01}, r"e is 0.0\d+, with which the best weights"),
 ]
@@ -124,19 +116,6 @@ def test_ill_posed_problems_reach_no_backend(tmp_path):
     SubsetProblem((hidden,), 1).save(tmp_path / "bad.safetensors")
     with pytest.raises(ProblemError, match=r"bad\.safetensors: consumer 0: H is not positive"):
         SubsetProblem.load(tmp_path / "bad.safetensors")
-
-
-def test_too_close_to_singular_names_the_damping():
-    """A backend whose own arithmetic fails is told apart from a problem that is ill posed."""
-
-    class Fails(Unreachable):
-        def select(self, problem):
-            torch.linalg.cholesky(-torch.eye(2))
-
-    problem = SubsetProblem.from_gram(*gram(), keep=2, damp=0.03)
-    message = r"^backend 'Fails': H is too close to singular; build the problem with"
-    with pytest.raises(BackendError, match=message):
-        solve(problem, Fails())
 
 
 # ---- damping, targets and scales -----------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import stat
 
 import numpy as np
 import pytest
@@ -35,16 +33,6 @@ def test_round_trip(path, name):
         assert (a.e, a.damping) == (b.e, b.damping)
         assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("H", "G", "W0", "rows"))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_files_get_the_mode_that_the_umask_says(tmp_path, umask):
-    path, before = tmp_path / "layer.safetensors", os.umask(umask)
-    try:
-        PROBLEM.save(path)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_debris(path, monkeypatch):
@@ -87,11 +75,9 @@ def test_what_is_no_problem_file(path):
 
 CHANGES = [
     (lambda h, t: h.update(format="osscar-subset-problem/99"), "not a problem file of format"),
-    (lambda h, t: h.update(consumers=[]), "at least one consumer"),
     (lambda h, t: h["consumers"][0].update(e="much"), "not a complete problem file"),
     (lambda h, t: h["consumers"][0].update(e=1e-9), "consumer 0: e is 1e-09, with which"),
     (lambda h, t: h.update(keep=100), "keep is 100"),
-    (lambda h, t: h.update(keep="\x1b[31m"), "not a complete problem file"),
     (lambda h, t: t.pop("0.H"), "not a complete problem file"),
     (lambda h, t: t.update({"0.H": t["0.H"].triu()}), "H is not symmetric"),
 ]

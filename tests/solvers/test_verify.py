@@ -97,55 +97,6 @@ def test_losses_far_below_the_scale_are_told_apart():
     refused(best, "optimality is claimed with a gap", **open_gap)
 
 
-def test_supports_and_weights_that_are_none():
-    solution = solve(SCALAR, "enumerate")
-    for support, message in [
-        ([0, 1, 2], "support has 3 distinct units, keep is 4"),
-        ([0, 1, 2, 2], "support has 3 distinct units, keep is 4"),
-        ([0, 1, 2, 9], "outside 0 .. 8"),
-        ([-1, 0, 1, 2], "outside 0 .. 8"),
-        ([3, 2, 1, 0], "not sorted"),
-    ]:
-        refused(solution, message, support=torch.tensor(support))
-    (W,) = solution.weights
-    for weights, message in [
-        ((W[:-1],), "wrong shape or device, or are not finite"),
-        ((torch.full_like(W, torch.nan),), "wrong shape or device, or are not finite"),
-        ((W, W), "weights for 2 of 1 consumers"),
-    ]:
-        refused(solution, message, weights=weights)
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("loss", (math.nan, math.inf, -1.0, None, "0.5", 1)),
-        ("gap_tolerance", (math.nan, -1.0, 1.0, math.nextafter(1.0, 2.0), None)),
-        ("lower_bound", (math.nan, math.inf, None, "0.5")),
-        ("seconds", (math.nan, -1.0)),
-        ("iterations", (None, 2.0, -1)),
-        ("history", ([1.0], (math.nan,), ("1",))),
-        ("status", ("OPTIMAL", None)),
-        ("support", (None, [0, 1, 2], torch.tensor([0.0, 1, 2]), torch.tensor([[0, 1, 2]]))),
-        ("weights", (None, [], (torch.zeros(7),), (torch.zeros(7, 3),))),
-        ("certificate", ("trust me",)),
-        ("windows", ([], ("w",))),
-        ("backend", (None,)),
-        ("problem", (None,)),
-    ],
-)
-def test_fields_of_another_type_or_range(field, values):
-    solution = solve(SCALAR, "greedy")
-    for value in values:
-        refused(solution, f"{field} is .*; it must be", **{field: value})
-
-
-def test_an_ill_posed_problem_is_not_verified():
-    (consumer,) = SCALAR.consumers
-    low = SubsetProblem((replace(consumer, e=consumer.e / 2),), SCALAR.keep)
-    refused(solve(SCALAR, "greedy"), "the problem is ill posed: consumer 0: e is", problem=low)
-
-
 def test_a_certificate_needs_no_exchanges(monkeypatch):
     """Where the formula of exchanges breaks down near a singular H, honest proofs still hold."""
     monkeypatch.setattr(verification, "best_swap", lambda *_: torch.linalg.cholesky(-torch.eye(2)))

@@ -194,9 +194,7 @@ def test_backends_of_ones_own_are_taken_and_believed_nothing():
         (First(more=1), {}, "not return a valid selection"),
         (First(divisor=0), {}, "'First' failed with ZeroDivisionError"),
         (First(), {"seed": 1}, "its own"),
-        ("branch_and_bound", {}, "there is no backend 'branch_and_bound'; choose from enumerate"),
         ("reap", {"colour": 1}, "no option colour"),
-        ("local_search", {"max_exchanges": -1}, "max_exchanges"),
     ]:
         with pytest.raises(BackendError, match=message):
             solve_experts(problem, backend, **options)

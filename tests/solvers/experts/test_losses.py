@@ -140,23 +140,15 @@ def test_problems_and_rules_that_are_none_are_refused():
 
     for make, message in [
         (route("softmax", (0, 1)), "needs 3 at least"),
-        (route("softmax", (0, 1, 12)), "once at most"),
         (route("groups", (0, 1, 4, 5, 8)), "keep the same number in each"),
-        (route("groups of two", (0, 4, 8)), "needs 6 at least"),
         (
             lambda: dataclasses.replace(block, cross=block.cross * math.nan),
             "cross has entries of nan",
         ),
-        (lambda: dataclasses.replace(problem, keep=0), "in 1 .. 12"),
         (lambda: dataclasses.replace(problem, keep=2), "needs 3"),
         (lambda: dataclasses.replace(problem, keep=4), "11 can be reached"),
-        (lambda: CASES["groups"].problem.with_keep(10), "multiple of 3"),
         (lambda: problem_of(far), "far apart"),
         (lambda: RoutingRule(1, RouterScores.SOFTMAX, scale=math.nan), "scale must be positive"),
-        (
-            lambda: RoutingRule(1, RouterScores.SOFTMAX, groups=2).route(torch.zeros(1, 5)),
-            "groups of one size",
-        ),
     ]:
         with pytest.raises(ProblemError, match=message):
             make()
