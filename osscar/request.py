@@ -201,6 +201,15 @@ def _keep(value: Any) -> Any:
     return value
 
 
+def _group_name(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(
+        "give names of groups, such as {'encoder.layers.0.neurons': 0.5, 'encoder.layers.0."
+        "self_attn.heads': 0.5}; `osscar inspect` lists them"
+    )
+
+
 def _size(value: Any) -> Any:
     parse_size_kept(value)
     return value
@@ -387,7 +396,9 @@ class PruningRequest:
     channels: KeepOption = None
     residual: KeepOption = None
     experts: Annotated[Keep | None, Read(_experts)] = None
-    groups: Mapping[str, Annotated[Keep, Read(_keep)]] = field(default_factory=dict)
+    groups: Mapping[Annotated[str, Read(_group_name)], Annotated[Keep, Read(_keep)]] = field(
+        default_factory=dict
+    )
     round_to: Annotated[RoundTo, Read(_round_to)] = AUTO
     at_least: KeepOption = None
     skip: Sequence[str] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -125,7 +125,10 @@ class Solution(Selection):
         checked = verification or Verification(self.loss, 0.0)
         loss = checked.loss if math.isfinite(checked.loss) else self.loss
         scale = self.problem.scale or 1.0
-        bound, gap = _finite(self.lower_bound), _finite(self.gap)
+        # A search ends at a gap, of which its certificate may leave less.
+        proved = min(checked.lower_bound, loss) if math.isfinite(checked.lower_bound) else -math.inf
+        best = replace(self, lower_bound=max(self.lower_bound, proved))
+        bound, gap = _finite(best.lower_bound), _finite(best.gap)
         return SolutionRecord(
             backend=self.backend,
             status=self.status.name,

@@ -28,6 +28,8 @@ import scipy.optimize
 import scipy.sparse
 from numpy.typing import NDArray
 
+from solvers.exact.highs import without_prints
+
 _GAP = 5e-4
 """Of the loss, to which the integer program is solved."""
 
@@ -223,13 +225,14 @@ class Knapsack:
     def _integer(self, limits: Array, unit: float) -> tuple[Indices | None, float]:
         """Solve the integer program, losses in a unit; return a choice, if any, and a bound."""
         (losses, costs), (matrix, ones), tables = self._columns, self._equations, len(self.losses)
-        found = scipy.optimize.milp(
-            losses / unit,
-            integrality=np.arange(len(losses)) < self._starts[tables],
-            bounds=scipy.optimize.Bounds(0.0, 1.0),
-            constraints=[(matrix, ones, ones), (costs.T, -np.inf, limits / self._unit)],
-            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
-        )
+        with without_prints():
+            found = scipy.optimize.milp(
+                losses / unit,
+                integrality=np.arange(len(losses)) < self._starts[tables],
+                bounds=scipy.optimize.Bounds(0.0, 1.0),
+                constraints=[(matrix, ones, ones), (costs.T, -np.inf, limits / self._unit)],
+                options={"mip_rel_gap": _GAP, "node_limit": _NODES},
+            )
         bound = 0.0 if found.mip_dual_bound is None else (found.mip_dual_bound - _HIGHS) * unit
         if found.x is None:
             return None, float(bound)

@@ -110,7 +110,7 @@ def warn_of(message: str, *names: str) -> None:
     if _gathered is None:
         from osscar.base.printable import listed
 
-        warn(message.replace("{}", listed(names, 8, "; ")))
+        warn(message.replace("{}", listed(names, 3, "; ")))
     else:
         _gathered.setdefault(message, {}).update(dict.fromkeys(names))
 

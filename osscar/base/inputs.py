@@ -122,7 +122,7 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
         shown = name.replace("_", "-") if name.isidentifier() else name
-        option = ".".join(map(str, (shown, *found["loc"])))
+        option = ".".join(str(one) for one in (shown, *found["loc"]) if one != "[key]")
         advice = found["msg"].removeprefix("Value error, ").replace("Input should be", "give")
         if found["type"] in _ADVICE:
             limits = found.get("ctx", {}).items()

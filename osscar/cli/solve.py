@@ -10,7 +10,7 @@ from typing import Any
 import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
-from osscar.base.printable import pluralize
+from osscar.base.printable import pluralize, share
 from osscar.cli.common import (
     check_files,
     check_json_path,
@@ -95,10 +95,11 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
         f"{pluralize(problem.units, 'unit')}, loss {verification.loss:.9g}, "
         f"{solution.relative_loss:.6f} of removing everything"
     )
-    if math.isfinite(solution.lower_bound):
+    record = solution.record(verification)
+    if record.lower_bound is not None and record.gap is not None:
         say(
-            f"no support has a loss below {solution.lower_bound:.9g}, so that the gap is "
-            f"{solution.gap:.4%} ({solution.bound_from})"
+            f"no support has a loss below {record.lower_bound:.9g}, so that the gap is "
+            f"{share(record.gap, 2)} ({solution.bound_from})"
         )
     say(f"{solution.status.name}: {solution.status.value}")
     say(f"{solution.seconds:.2f} s, {pluralize(solution.iterations, 'iteration')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,13 @@ _MOST_NUMBERS = 2**24
 _NUMBER = re.compile(r"(?<![\w.\[])\d+\b")
 """A number in a guard, and no index."""
 
-_GUARD = re.compile(r"(?:(\d+) )?(==|!=|<=|>=|<|>)?(?: )?([\w.]+\.shape\[\d+\])(?: (\S+) (\d+))?")
+_PLACE = re.compile(r"[\w.]+\.shape\[\d+\]")
 _ALIKE = re.compile(r"[\w.]+\.shape\[0\] == [\w.]+\.shape\[0\]")
-_SWAPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
+_MULTIPLE = re.compile(r"([\w.]+\.shape\[\d+\]) % (\d+) == 0")
+_POLYNOMIAL = re.compile(r"(?:n|\d+|[ ()+*<>=!-])+")
+_MOST_TRIED = 2**17
+"""Sizes that a condition is tried with, to say it in words."""
+
 _NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 _TOKENS = "input_ids.shape[1]"
 
@@ -66,15 +71,19 @@ def _number(count: int) -> str:
 
 def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> str:
     """Say for which inputs two programs hold; `samples` are the fewest of a batch."""
-    batch, tokens, conditions = _Range(samples), _Range(), list[str]()
+    ranges, conditions = dict[str, _Range](), list[str]()
+    ranges["batch"] = _Range(samples)
     for guard in dict.fromkeys((*dense.sizes.guards, *made.sizes.guards)):
-        known = _simple(guard)
-        if known is not None and known[0].endswith(".shape[0]"):
-            batch.limit(*known[1:])
-        elif known is not None and known[0] == _TOKENS:
-            tokens.limit(*known[1:])
-        elif not _ALIKE.fullmatch(guard) and (not known or _limits(*known[1:])):
-            conditions.append(guard)
+        places = set(_PLACE.findall(guard))
+        limits = _limits(guard, *places) if len(places) == 1 else None
+        if limits is not None:
+            place = places.pop()
+            place = "batch" if place.endswith(".shape[0]") else place
+            for how, number in limits:
+                ranges.setdefault(place, _Range()).limit(how, number)
+        elif not _ALIKE.fullmatch(guard):
+            conditions.append(_MULTIPLE.sub(r"\1 is a multiple of \2", guard))
+    batch = ranges["batch"]
     said, given = list[str](), list[str]()
     for name, value in zip(dense.input_names, dense.inputs, strict=True):
         if not isinstance(value, Tensor):
@@ -85,30 +94,33 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
         if sizes[:1] == [None] and not said:
             of = "a batch" if batch.low == batch.high else "batches"
             said.append(f"{'any batch' if batch == _Range() else of} of {batch.words()}")
+        own = [ranges.get(f"{name}.shape[{dim}]", _Range()) for dim in range(len(sizes))]
         if name == "input_ids" and sizes == [None, None]:
-            given.append(tokens.words("token"))
+            given.append(own[1].words("token"))
         else:
-            given.append(f"{name} ({', '.join('any' if x is None else str(x) for x in sizes)})")
+            words = [
+                "any" if size is None and range == _Range() else str(size or range.words())
+                for size, range in zip(sizes, own, strict=True)
+            ]
+            given.append(f"{name} ({', '.join(words)})")
     listed = ", and ".join((*said, ", ".join(given)))
     return " where ".join((listed, *([" and ".join(conditions)] if conditions else [])))
 
 
-def _simple(guard: str) -> tuple[str, str, int] | None:
-    """Return the size, the comparison and the number of a condition on one size; else None."""
-    found = _GUARD.fullmatch(guard)
-    if found is None:
+def _limits(guard: str, place: str) -> list[tuple[str, int]] | None:
+    """Return what a condition on one size lets pass, as comparisons; None if it is no range."""
+    code = guard.replace(place, "n")
+    if not _POLYNOMIAL.fullmatch(code):
         return None
-    number, how, place, after, last = found.groups()
-    if number and how and not after:
-        return place, _SWAPPED[how], int(number)
-    return (place, after, int(last)) if after in _SWAPPED and not number and not how else None
-
-
-def _limits(how: str, number: int) -> bool:
-    """Whether a condition does not hold for every size from one on."""
-    sizes = _Range()
-    sizes.limit(how, number)
-    return sizes != _Range()
+    # Beyond the product of its numbers no polynomial changes its sign.
+    most = 2 * math.prod(max(2, int(number)) for number in _NUMBER.findall(code)) + 2
+    good = [n for n in range(1, most + 1) if most <= _MOST_TRIED and eval(code, {"n": n})]
+    if not good:
+        return None
+    low, high = good[0], good[-1]
+    gaps = sorted(set(range(low, high)) - {*good})
+    ends = [(">=", low), *([("<=", high)] if high < most else [])]
+    return [*ends, *(("!=", gap) for gap in gaps)]
 
 
 def untried_in_words(untried: Iterable[tuple[str, int]]) -> tuple[str, ...]:
@@ -123,8 +135,10 @@ def _words_of(place: str, sizes: Sequence[int]) -> str:
     listed = " or ".join(map(str, sizes))
     if place.endswith(".shape[0]"):
         return f"batches of {listed}"
-    noun = "token" if [*sizes] == [1] else "tokens"
-    return f"{listed} {noun}" if place == _TOKENS else f"{place} = {listed}"
+    if place == _TOKENS:
+        return f"{listed} {'token' if [*sizes] == [1] else 'tokens'}"
+    name, dim = place.removesuffix("]").split(".shape[")
+    return f"{listed} along dimension {dim} of {name}"
 
 
 @dataclass(frozen=True)

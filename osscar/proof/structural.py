@@ -47,7 +47,8 @@ from osscar.proof.sizes import other_sizes, sizes_in_words, untried_in_words
 class StructureError(EquivalenceError):
     """A smaller model's program is another one than that of the dense model without its units.
 
-    `by_module` says what differs first in each module whose code makes a difference, by its name.
+    `by_module` says what each module does whose code makes a difference, by its name, without the
+    numbers of this width.
     """
 
     def __init__(self, message: str, by_module: Mapping[str, str] | None = None) -> None:
@@ -224,15 +225,15 @@ class _Comparison:
             )
         self._graphs(self.due.graph, self.made.module.graph)
         by_module: dict[str, str] = {}
-        for node, what in self.differences:
-            name = module_of(node)
+        for node, _ in self.differences:
+            place = _line_of(node).strip()
             by_module.setdefault(
-                name,
-                f"{f'module {name!r}' if name else 'the model'} makes a number of a width that is "
-                f"pruned: in {_line_of(node)}{what}",
+                module_of(node), f"makes a number of a width that is pruned, in {place}"
             )
         if by_module:
-            raise StructureError(next(iter(by_module.values())), by_module)
+            name, said = next(iter(by_module.items()))
+            module = f"module {name!r}" if name else "the model"
+            raise StructureError(f"{module} {said}: {self.differences[0][1]}", by_module)
 
     def _bind(self, size: sympy.Basic, other: sympy.Basic) -> None:
         """Note that a size of an input of both programs is the same."""

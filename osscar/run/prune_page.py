@@ -126,7 +126,9 @@ def _answer(document: Mapping[str, Any]) -> str:
             said.append(f"{share(1 - pruned['flops'] / dense['flops'])} fewer operations")
         spans = sorted((dense["seconds_between"], pruned["seconds_between"]))
         if pruned["seconds"] and spans[0][1] < spans[1][0]:  # the quartiles do not overlap
-            said.append(f"{dense['seconds'] / pruned['seconds']:.2f} times the speed")
+            said.append(
+                f"{dense['seconds'] / pruned['seconds']:.2f} times the speed of a forward pass"
+            )
     sentence = f"{', '.join(said[:-1])} and {said[-1]}" if said[1:] else said[0]
     for label, before, after, _ in _rows(document):
         if label in _QUALITY:
@@ -194,7 +196,8 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         unit = UNITS[budget["measure"]]
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
-        yield "predicted distance", f"{budget['predicted']:.4f} {unit}{within}"
+        each = "the sum over groups, each measured alone"
+        yield "predicted distance", f"{budget['predicted']:.4f} {unit}, {each}{within}"
     wide = any(
         one["kind"] in ("neurons", "channels") and round_width(one["units"]) > 1 for one in layers
     )
@@ -206,7 +209,8 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     yield "distance", str(Compared(**document["distance"]))
-    yield "measured distance", f"{_measured(document)}{agree}"
+    far = _measured(document)
+    yield "measured distance", f"{far}{agree}{', of the whole model after all refits' * bool(far)}"
     if layers:
         held = "no samples, so that no refit was compared with the dense weights on unseen data"
         yield "held out", "" if document["held_out"] else held

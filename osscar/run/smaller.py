@@ -9,12 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import EquivalenceError, ModelError
+from osscar.base.errors import EquivalenceError, ModelError, warn
+from osscar.base.printable import listed
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.data.batches import Batch
 from osscar.preparation.prepare import Prepared
-from osscar.proof.plan import Form, PruningPlan
+from osscar.proof.plan import Form, PruningPlan, Structure
+from osscar.proof.structural import DensePrograms
 from osscar.run.feasibility import tell_lost
 from osscar.shrinking.shrink import Proof, rehearse, shrink
 from osscar.shrinking.shrink_program import shrink_program
@@ -44,11 +46,31 @@ def shrunk(
         tell_lost(work, request)
         return made.model, made.proof, batch_norms
     with timed(Stage.PROOF):
-        proof = shrink(work, plan, inputs, programs=prepared.programs)
+        programs = prepared.programs
+        proof = shrink(work, plan, inputs, programs=programs)
+        if proof.certificate.structure is not None:
+            _tell_unproved_sizes(prepared, programs, proof.certificate.structure)
     batch_norms = renew(proof.plan)
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     return work, proof, batch_norms
+
+
+def _tell_unproved_sizes(prepared: Prepared, programs: DensePrograms, structure: Structure) -> None:
+    """Say of which sizes the data are that the proof does not hold for, if some are."""
+    given = prepared.inputs
+    others: dict[str, None] = {}
+    for sample in given.apart or (given.tensors,):
+        if not given.alone:
+            sample = {name: x[: 2 if len(x) > 1 else 1][[0, -1]] for name, x in sample.items()}
+        if not any(one.traced.standalone.takes(sample) for one in programs.programs):
+            others[", ".join(f"{n} {tuple(x.shape[1:])}" for n, x in sample.items())] = None
+    if others:
+        warn(
+            f"the proof holds for {'; or '.join(structure.sizes)}, and samples of the data have "
+            f"{listed([*others], 3, '; ')}, for which nothing is proved; give two "
+            "of these to osscar.prove(result.model, model, inputs)"
+        )
 
 
 def _goes_in_modules(prepared: Prepared, plan: PruningPlan, inputs: Sequence[Batch]) -> bool:

@@ -8,6 +8,7 @@ another class fails.  Tried are single numbers of a class of modules, pairs, and
 from __future__ import annotations
 
 import linecache
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -214,44 +215,49 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     while name and _is_stock_layer(model.get_submodule(name)):
         name = name.rpartition(".")[0]
     module = model.get_submodule(name)
-    kind = _kind(module)
-    line = _failing_line(error.__traceback__, module)
+    kind = kind_of(module)
+    line, place = _failing_line(error.__traceback__, module)
     integers = {key: value for key, value in vars(module).items() if type(value) is int}
     named = {key: value for key, value in integers.items() if key in line} or integers
     kept = ", ".join(f"{key} = {value}" for key, value in named.items()) or "no number"
     reason = first_line(error)
-    start = f"module {name or 'the model'!r} ({kind.__name__}) fails with fewer units: {reason}"
+    start = f"{kind.__name__} fails with fewer units"
     if ROWS_OF_16_BYTES in reason:
         return AdapterError(
-            f"{start}; it multiplies all experts at once, which takes only rows of whole 16 bytes: "
+            f"{start}: it multiplies all experts at once, which takes only rows of whole 16 bytes; "
             "keep a multiple of 4 units, of 8 in half precision (round_to, `--round-to`)"
         )
+    # Numbers in what a kernel says are sizes of this trial, of which the line says what they are.
+    start += f", in `{line}` ({place})" if line else ""
+    start += "" if line and re.search(r"\d", reason) else f": {reason}"
     if _is_stock_layer(module):
-        return AdapterError(f"{start}, in `{line}`")
+        return AdapterError(start)
     return AdapterError(
-        f"{start}, in `{line}`; its attributes hold {kept}. "
+        f"{start}; its attributes hold {kept}. "
         "In code of your own, write -1 for that size or take it from a weight; for other code "
         f'register an adapter with @osscar.adapter("{kind.__module__}.{kind.__qualname__}")'
     )
 
 
-def _kind(module: nn.Module) -> type:
+def kind_of(module: nn.Module) -> type:
     """Return the class that a module had before its forward pass was replaced."""
     return next(kind for kind in type(module).__mro__ if not issubclass(kind, AnyHeads))
 
 
 def _is_stock_layer(module: nn.Module) -> bool:
     """Whether a module is a layer that many share: what calls it has the wrong number."""
-    kind = _kind(module)
+    kind = kind_of(module)
     return kind is Conv1D or kind.__module__.startswith("torch.nn.")
 
 
-def _failing_line(trace: TracebackType | None, module: nn.Module) -> str:
-    """Return the innermost line of source that ran on behalf of a module."""
-    found, inside = "", False
+def _failing_line(trace: TracebackType | None, module: nn.Module) -> tuple[str, str]:
+    """Return the innermost line of source that ran on behalf of a module, and where it stands."""
+    found, place, inside = "", "", False
     for frame, number in traceback.walk_tb(trace):
         inside = inside or frame.f_locals.get("self") is module
         code = frame.f_code
         if inside and "/torch/" not in code.co_filename and code.co_name != "__torch_dispatch__":
-            found = linecache.getline(code.co_filename, number).strip() or found
-    return found or "forward"
+            line = linecache.getline(code.co_filename, number).strip()
+            where = f"{os.path.basename(code.co_filename)}, line {number}"
+            found, place = (line, where) if line else (found, place)
+    return found, place

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from graph.tracing.preserve import forget_cached, forget_derived, preserved
-from osscar.base.errors import EquivalenceError, ModelError, first_line, warn
+from osscar.base.errors import AdapterError, EquivalenceError, ModelError, first_line, warn
 from osscar.base.printable import listed
 from osscar.network.model_state import ModelState
 from osscar.network.modules import copied, evaluating, graphics_cards, named_tensors, number_format
@@ -32,7 +33,7 @@ from osscar.proof.plan import Certificate, Form, GroupPlan, Integer, PruningPlan
 from osscar.proof.structural import DensePrograms, StructureError, Unproved, dense_programs
 from osscar.shrinking.fold import fold, unfold
 from osscar.shrinking.follow import adapted, nearby
-from osscar.shrinking.integers import IntegerSearch
+from osscar.shrinking.integers import IntegerSearch, kind_of
 from osscar.shrinking.slice import slice_units
 
 _MOST_TRIALS, _MOST_SECONDS = 64, 120.0
@@ -213,6 +214,12 @@ def _proved(model: nn.Module, plan: PruningPlan, masked: _Masked, programs: Dens
             with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
                 check = partial(masked.distance, model)
                 match, found = IntegerSearch(model, plan, check).run()
+        except EquivalenceError as error:
+            if not isinstance(error, AdapterError):  # the programs say in which line of code
+                with suppress(Unproved):
+                    untouched.put_back()
+                    programs.prove(model, plan)
+            raise
         finally:  # what passes keep for the next would be another program
             untouched.put_back(kept={(number.module, number.attribute) for number in found})
         forget_derived(model)  # what modules had computed of the tensors before they were cut
@@ -271,6 +278,8 @@ class Feasibility:
         self.trials, self.deadline = trials, time.monotonic() + seconds
         self.reasons: dict[str, str] = {}
         """Why groups cannot go, by name."""
+        self.of_forms: dict[tuple[object, ...], str] = {}
+        """Why not, by what groups of repeated blocks have in common."""
 
     @property
     def spent(self) -> bool:
@@ -288,7 +297,7 @@ class Feasibility:
         if failure is None:
             return [*going, *more]
         if len(more) == 1 or self.spent:
-            self.reasons |= {plan.name: first_line(failure) for plan in more}
+            self.reasons |= {plan.name: self._reason(plan, going, failure) for plan in more}
             return list(going)
         blamed = self._blamed(failure, more)
         if blamed:
@@ -300,6 +309,24 @@ class Feasibility:
         all_went = len(grown) == len(going) + middle
         return self.grown(grown, more[middle:], failure if all_went else None)
 
+    def _reason(self, plan: GroupPlan, going: Sequence[GroupPlan], failure: Exception) -> str:
+        """Return why a group cannot go: the same for layers of the same form, and best of it alone.
+
+        Other groups may be what a failure tells of whose numbers follow later.
+        """
+        form = re.sub(r"\d+", "", plan.name), plan.kind, plan.units
+        if form not in self.of_forms:
+            alone = self.failure([plan]) if going and not self.spent else None
+            self.of_forms[form] = self._in_words(alone or failure)
+        return self.of_forms[form]
+
+    def _in_words(self, failure: Exception) -> str:
+        """Say what fails, without numbers of a trial."""
+        if isinstance(failure, StructureError) and failure.by_module:
+            name, said = next(iter(failure.by_module.items()))
+            return f"{kind_of(self.model.get_submodule(name)).__name__} {said}"
+        return first_line(failure)
+
     def _blamed(self, failure: Exception, more: Sequence[GroupPlan]) -> dict[str, str]:
         """Return what modules of groups do, by group, where no other group is near these."""
         if not isinstance(failure, StructureError):
@@ -309,7 +336,8 @@ class Feasibility:
         for module, reason in failure.by_module.items():
             those = [name for name in near if module in near[name]]
             if len(those) == 1:
-                found.setdefault(those[0], reason)
+                kind = kind_of(self.model.get_submodule(module))
+                found.setdefault(those[0], f"{kind.__name__} {reason}")
         return found
 
     def failure(self, plans: Sequence[GroupPlan]) -> Exception | None:

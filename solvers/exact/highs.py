@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -74,18 +76,37 @@ def _tighten_relaxation(model: _Model, search: Search) -> float:
     return bound
 
 
+_REDIRECTED = threading.RLock()
+
+
 @contextmanager
-def _without_banner() -> Iterator[None]:
-    """Keep off the terminal what the library prints when it is first used: no option does."""
-    sys.stdout.flush()
-    terminal, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
+def without_prints() -> Iterator[None]:
+    """Keep off standard output, which may be JSON, what HiGHS prints: no option of it does.
+
+    It is that of the whole process, so that threads take turns.
+    """
+    with _REDIRECTED, ExitStack() as undo:
+        try:
+            terminal = os.dup(1)
+        except OSError:  # it is closed, and nothing can be printed
+            yield
+            return
+        undo.callback(os.close, terminal)
+        undo.callback(os.dup2, terminal, 1)
+        undo.callback(_flush_c)
+        with suppress(AttributeError, OSError, ValueError):  # Python may have none
+            sys.stdout.flush()
+        _flush_c()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        undo.callback(os.close, nowhere)
         os.dup2(nowhere, 1)
         yield
-    finally:
-        os.dup2(terminal, 1)
-        os.close(terminal)
-        os.close(nowhere)
+
+
+def _flush_c() -> None:
+    """Write out what C has kept back for standard output, as it does for a pipe."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).fflush(None)
 
 
 class _Model:
@@ -96,7 +117,7 @@ class _Model:
 
         self._highspy: Any = highspy
         self._units = units
-        with _without_banner():
+        with without_prints():
             self._solver: Any = highspy.Highs()
         self._solver.setOptionValue("output_flag", False)
         self._solver.setOptionValue("threads", threads)

@@ -1,6 +1,7 @@
 """What cannot follow is found before anything is solved, skipped, and named."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -125,9 +126,9 @@ def test_what_cannot_follow_is_named_with_its_line(name):
         found = tried(kind, data(), **dict.fromkeys(KINDS.get(kind, ("neurons",)), "1/2"))
     assert names_of(found.skipped) == expected
     for group in found.skipped:
-        place = group.name.removesuffix(".heads") if kind is Transformer else "the model"
-        assert group.reason.startswith(f"module {place!r} (")
+        assert re.match(r"\w+ fails with fewer units, in `", group.reason)
         assert line in group.reason
+    assert len({group.reason for group in found.skipped}) == len({g.units for g in found.skipped})
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
@@ -163,9 +164,14 @@ def test_groups_that_go_alone_but_not_together(tries):
     tries.clear()
     (left,) = tried(Pair, rows(), neurons="1/2").skipped
     join, one, other = "join.neurons", "one.neurons", "other.neurons"
-    assert tries == [[join, one, other], [join], [join, one]]  # what has failed is not tried again
+    assert tries == [
+        [join, one, other],
+        [join],
+        [join, one],
+        [other],
+    ]  # and that one alone, for a reason
     assert left.name == other
-    assert "16 features are too few" in left.reason
+    assert "features are too few" in left.reason
 
 
 @pytest.mark.filterwarnings("ignore:skipped")
@@ -179,10 +185,15 @@ def test_a_group_is_tried_together_with_all_that_go():
 REFUSED = (
     (
         *(Stubborn, {}, AdapterError, r"none of 2 groups can be pruned.*@osscar\.adapter"),
-        *("'one.neurons': module", "view(-1, 16)", "'two.neurons': module", "view(-1, 12)"),
+        *("'one.neurons': Stubborn", "view(-1, 16)", "'two.neurons': Stubborn", "view(-1, 12)"),
     ),
     (Gated, {"strict": True}, AdapterError, "1 of 2 groups cannot be pruned.*--skip"),
-    (Scaled, {}, EquivalenceError, "'neurons': the shrunk model's output differs"),
+    (
+        Scaled,
+        {},
+        EquivalenceError,
+        r"'neurons': Scaled makes a number of a width that is pruned, in ",
+    ),
 )
 
 
@@ -192,6 +203,25 @@ def test_a_request_that_cannot_be_met_is_refused_with_all_reasons_before_anythin
             tried(kind, rows(), sparsity=0.5, **asked)
         assert all(reason in str(caught.value) for reason in reasons)
     assert not tried(Pair, rows(), groups={"join.neurons": 6}, strict=True).skipped
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_equal_layers_have_one_reason_without_numbers_of_the_trial():
+    class Several(nn.Sequential):
+        def forward(self, x):
+            return self[-1](torch.cat([layer(x) for layer in self[:-1]], -1))
+
+    plain = nn.Sequential(nn.Linear(18, 16), nn.ReLU(), nn.Linear(16, 3))
+    net = Several(*[built(kind) for kind in (Scaled, Gated) * 3], plain)
+    data, request = rows(), PruningRequest(neurons="1/2", device="cpu")
+    with chain.prepare(net, data, request) as prepared:
+        reasons = [group.reason for group in prepared.task.skipped]
+    assert len(reasons) == 6
+    assert {re.sub("`.*", "", reason) for reason in reasons} == {
+        "Scaled makes a number of a width that is pruned, in ",
+        "Gated fails with fewer units, in ",
+    }
+    assert len({*reasons}) == 2
 
 
 # ---- the search --------------------------------------------------------------------------

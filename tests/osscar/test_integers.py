@@ -233,7 +233,7 @@ def test_a_module_that_cannot_follow_is_named_until_it_has_an_adapter() -> None:
     model, inputs = randomized(Stubborn()), [(torch.randn(2, 5, 10),)]
     plan = half_of(graph.trace(model, inputs[0]).prunable)
     assert_refused(
-        model, plan, inputs, AdapterError, r"Stubborn\) fails with fewer units.*osscar\.adapter"
+        model, plan, inputs, AdapterError, r"Stubborn fails with fewer units.*osscar\.adapter"
     )
 
     @adapter(Stubborn)

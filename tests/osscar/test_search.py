@@ -1,15 +1,19 @@
 """The search for widths, held against trying all of them."""
 
+import ctypes
 import itertools
+import os
 from dataclasses import dataclass, field
 from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from osscar.allocation import search
+from osscar.allocation.knapsack import Knapsack
 from osscar.allocation.search import Search
 
 
@@ -217,3 +221,25 @@ def test_a_price_is_what_a_little_more_would_gain():
     (price,) = own.choose([400]).prices
     gained = own.loss(own.choose([396]).kept) - own.loss(own.choose([404]).kept)
     assert price == pytest.approx(gained / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_what_highs_prints_stays_off_standard_output(capfd, closed):
+    original, c, kept = scipy.optimize.milp, ctypes.CDLL(None), os.dup(1)
+
+    def printing(*args, **options):
+        c.puts(b"HighsMipSolverData")  # as it does now and then, whatever its options are
+        return original(*args, **options)
+
+    table = np.array([0.0, 1.0, 3.0])
+    with mock.patch("scipy.optimize.milp", printing):
+        if closed:
+            os.close(1)
+        opened = len(os.listdir("/dev/fd"))
+        knapsack = Knapsack([table, table], [np.array([[2.0], [1.0], [0.0]])] * 2)
+        assert knapsack._integer(np.array([2.0]), 1.0)[0] is not None
+        assert len(os.listdir("/dev/fd")) == opened
+    os.dup2(kept, 1)
+    os.close(kept)
+    c.fflush(None)
+    assert "Highs" not in capfd.readouterr().out or closed
