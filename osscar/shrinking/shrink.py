@@ -325,7 +325,9 @@ class Feasibility:
         if isinstance(failure, StructureError) and failure.by_module:
             name, said = next(iter(failure.by_module.items()))
             return f"{kind_of(self.model.get_submodule(name)).__name__} {said}"
-        return first_line(failure)
+        said = first_line(failure)
+        differ = not isinstance(failure, AdapterError)
+        return re.sub(r" (by|at) \d.*", "", said) if differ else said
 
     def _blamed(self, failure: Exception, more: Sequence[GroupPlan]) -> dict[str, str]:
         """Return what modules of groups do, by group, where no other group is near these."""
