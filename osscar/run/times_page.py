@@ -5,10 +5,9 @@ They are those of the table that `--speedup` uses (`osscar.allocation.times`).
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ class GroupTimes:
     """
 
     name: str
-    """That of all of them, such as ``layers.0-29.mlp``."""
+    """That of all of them, such as ``layers.*.mlp``."""
     groups: tuple[str, ...]
     kind: str
     kept: tuple[int, ...]
@@ -108,6 +107,7 @@ class ModelTimes:
         """A row for each group."""
         columns: dict[str, Callable[[GroupTimes], str]] = {
             "group": lambda one: one.name,
+            "groups >": lambda one: str(len(one.groups)) if one.groups[1:] else "",
             "units >": lambda one: str(one.kept[-1]),
             "all >": lambda one: _milliseconds(one.seconds[-1]),
             **{f"{name} >": partial(_at, share=share) for name, share in _SHARES.items()},
@@ -151,37 +151,10 @@ def _by_group(task: PruningTask, cost: CountedCost) -> Iterator[GroupTimes]:
             form = re.sub(r"\d+", "#", group.name)
             key = form, str(group.kind), tuple(kept.tolist()), tuple(seconds.tolist())
             alike[key].append(group.name)
-    for (_, *times), several in alike.items():
-        for name, names in _joined(several):
-            yield GroupTimes(name, names, *times)
-
-
-def _joined(names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield names that differ in numbers as one, with the names that it stands for."""
-    found: dict[tuple[tuple[str, ...], ...], tuple[str, ...]] = {
-        tuple((part,) for part in re.split(r"(\d+)", name)): (name,) for name in names
-    }
-    for place in range(len(next(iter(found)))):
-        joined: dict[tuple[tuple[str, ...], ...], tuple[str, ...]] = {}
-        others = defaultdict(list)
-        for parts in found:
-            others[parts[:place], parts[place + 1 :]].append(parts)
-        for (before, after), several in others.items():
-            union = tuple(dict.fromkeys(one for parts in several for one in parts[place]))
-            joined[*before, union, *after] = tuple(n for parts in several for n in found[parts])
-        found = joined
-    for parts, own in found.items():
-        yield "".join(map(_ranges, parts)), own
-
-
-def _ranges(part: Sequence[str]) -> str:
-    """Return numbers with neighbours joined, such as ``0-3,5``; a text as it is."""
-    if len(part) == 1:
-        return part[0]
-    numbers = sorted(map(int, part))
-    runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    ends = [[number for _, number in run] for _, run in runs]
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in ends)
+    for (_, *times), names in alike.items():
+        parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+        joined = "".join(part[0] if len({*part}) == 1 else "*" for part in parts)
+        yield GroupTimes(joined, tuple(names), *times)
 
 
 # ---- shown -------------------------------------------------------------------------------

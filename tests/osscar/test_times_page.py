@@ -20,14 +20,14 @@ def grouped(terms):
 
 
 def test_groups_of_equal_blocks_are_one():
-    """They are equal if they take the same; ranges say which, in each number of the name."""
-    names = [f"layers.{i}.blocks.{j}.mlp" for i in (0, 1) for j in (8, 9, 10, 12)]
+    """They are equal if they take the same; numbers that differ become a star."""
+    names = [f"layers.{i}.blocks.8.mlp" for i in (0, 1, 3)]
     other, last = "layers.2.blocks.8.mlp", "layers.0.blocks.8.heads"
     terms = [Table((name,), (GRID,), STAIRS) for name in (*names, last)]
     terms.append(Table((other,), (GRID,), 2 * STAIRS))
     found = {one.name: one for one in grouped(terms)}
-    assert [*found] == ["layers.0-1.blocks.8-10,12.mlp", last, other]
-    assert sorted(found["layers.0-1.blocks.8-10,12.mlp"].groups) == sorted(names)
+    assert [*found] == ["layers.*.blocks.8.mlp", last, other]
+    assert sorted(found["layers.*.blocks.8.mlp"].groups) == sorted(names)
     assert found[other].seconds == (2, 2, 4, 4)
 
 
