@@ -64,20 +64,14 @@ class Sharing:
         return Chosen(equal_shares(self.options, self.task.keep, costs, limits))
 
     def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
-        """Report on a choice, with a prediction and prices where there are curves."""
-        found, prices = chosen.kept, chosen.prices
+        """Report on a choice, with a prediction where there are curves."""
+        found = chosen.kept
         kept = {**self.task.keep, **found}
-        each = [None] * len(allowed) if prices is None else prices.tolist()
         limits = [
-            Limit(a.budget, a.kind, a.most, a.dense, a.cost.of(kept), price, a.cost.assumed)
-            for a, price in zip(allowed, each, strict=True)
+            Limit(a.budget, a.kind, a.most, a.dense, a.cost.of(kept), a.cost.assumed)
+            for a in allowed
         ]
-
-        def binds(i: int) -> tuple[float, float]:
-            """How much the limit is worth by its price, and how much of it is spent."""
-            return (limits[i].price or 0.0) * limits[i].limit, limits[i].reached / limits[i].limit
-
-        order = sorted(range(len(limits)), key=binds, reverse=True)
+        limits.sort(key=lambda one: one.reached / one.limit, reverse=True)
         told: dict[str, Any] = {}
         parts: dict[str, float] = {}
         if self.curves is not None:
@@ -98,14 +92,13 @@ class Sharing:
                     for name, curve in own.items()
                     if curve.measured
                 },
-                "frontier": () if prices is None else search.frontier(found, order[0]),
             }
         widths = {
             g.name: Width(str(g.kind), g.units, kept.get(g.name, g.units), parts.get(g.name))
             for g in self.task.groups
             if g in self.task.shared or g in self.task.streams
         }
-        return Budget(tuple(limits[i] for i in order), widths=widths, **told)
+        return Budget(tuple(limits), widths=widths, **told)
 
     def loss(self, kept: Mapping[str, int], allowed: Sequence[Allowance]) -> float:
         """Return the predicted distance from the dense model; 0 without curves."""
@@ -141,12 +134,14 @@ def allocate(
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
     """
     request, keep, budget = task.request, task.keep, None
-    if request.has_budget and not (task.shared or task.streams):
-        if keep or not (request.skip or task.skipped):
-            raise RequestError(_why_out_of_reach(task))
-    elif request.has_budget:
+    if request.has_budget and (task.shared or task.streams):
         budget = _shared_out(task, measuring, within_reach)
         keep = {**keep, **{name: width.kept for name, width in budget.widths.items()}}
+    elif request.has_budget and keep:
+        raise RequestError(
+            f"{request.in_words(request.budgets)} has nothing to prune: other options say what to "
+            "keep of every group that a budget prunes; omit one of these, or the budget"
+        )
     keep = {g.name: keep[g.name] for g in task.groups if keep.get(g.name, g.units) < g.units}
     if not keep:
         raise RequestError(_why_nothing(task))
@@ -190,7 +185,8 @@ def _shared_out(
                 f"{request.in_words([one.budget])} cannot be met: it allows {one.most:,.0f} "
                 f"{one.kind}, and at least {reached:,.0f}{program} of "
                 f"{one.dense:,.0f} stay ({reached / one.dense:.3f} of the dense model's); "
-                f"remove less, or prune {_more_to_prune(task, one.budget)}"
+                "remove less, or prune more kinds of units (residual, `--residual`; experts, "
+                "`--experts`)"
             )
     within_reach()
     wanted, models = request.speedup if task.times is None else None, WholeModels.shared(tasks[-1])
@@ -335,48 +331,17 @@ def _timed(
 # ---- why not -----------------------------------------------------------------------------
 
 
-def _why_out_of_reach(task: PruningTask) -> str:
-    """Say why no group shares the budget."""
-    others = [group for group in task.groups if group.prunable and group.units > 1]
-    if task.keep:
-        return (
-            f"{task.request.in_words(task.request.budgets)} has nothing to prune: other options "
-            "say what to keep of every group that a budget prunes; omit one of these, or the budget"
-        )
-    if not others:
-        return why_frozen(task.groups) or (
-            "nothing can be removed: the model has no group whose units can be pruned; `osscar "
-            "inspect` lists its groups, and why each is frozen"
-        )
-    told = [f"{g.name!r} ({pluralize(g.units, 'unit')})" for g in others]
-    streams = any(group.name in task.prepared.residual for group in others)
-    residual = "residual 0.5 (`--residual 0.5`), or " if streams else ""
-    return (
-        "a budget prunes heads, neurons and channels, and there are none; other groups can be "
-        f"pruned, {listed(told)}: say what to keep of them, such as by {residual}"
-        f"groups={{{others[0].name!r}: 0.5}} in Python"
-    )
-
-
-def _more_to_prune(task: PruningTask, budget: BudgetKind) -> str:
-    """Say what else could be pruned, where what a budget reaches does not suffice."""
-    kinds = {one.group.kind for one in task.prepared.experts if one.group.prunable}
-    counted = budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP)
-    if kinds and not task.request.routed and counted:
-        return " and ".join(f"{kind}, too ({kind} auto, `--{kind} auto`)" for kind in kinds)
-    names = task.prepared.residual - {*task.keep}
-    streams = [g.name for g in task.groups if g.prunable and g.units > 1 and g.name in names]
-    if not streams:
-        return "more kinds of units"
-    return (
-        "residual channels, too, of which equal shares take none "
-        f"(residual, `--residual`): {listed([*map(repr, streams)], 3)}"
-    )
-
-
 def _why_nothing(task: PruningTask) -> str:
     """Say why no group loses a unit."""
     every, request = task.prepared.groups, task.request
+    others = [group for group in task.groups if group.prunable and group.units > 1]
+    if request.has_budget and others and not (task.shared or task.streams or task.keep):
+        told = [f"{one.name!r} ({pluralize(one.units, 'unit')})" for one in others]
+        return (
+            "a budget prunes heads, neurons and channels, and there are none; other groups can be "
+            f"pruned, {listed(told)}: say what to keep of them, by residual (`--residual 0.5`) or "
+            f"groups={{{others[0].name!r}: 0.5}} in Python"
+        )
     skipped = sum(group not in task.groups for group in every)
     rest = f" but the {skipped} that are skipped" if skipped else ""
     routed = [group for group in task.groups if group.kind.routed and group.prunable]

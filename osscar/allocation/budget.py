@@ -60,9 +60,6 @@ class Limit:
     """What the dense model costs; bytes are those of its modules, also of a program."""
     reached: float
     """What the smaller model costs."""
-    price: float | None = None
-    """By how much the least predicted distance would fall for one more of what is counted: 0 where
-    other limits bind and this one does not; None where nothing is predicted."""
     assumed: str = ""
     """What was taken for granted where costs were counted, in words."""
 
@@ -73,7 +70,7 @@ class Budget:
     """What the groups that share one or several budgets came to."""
 
     limits: tuple[Limit, ...]
-    """One for each budget, all of which hold; the one that binds most comes first."""
+    """One for each budget, all of which hold; the one of which most is used comes first."""
     predicted: float | None = None
     """The distance of the pruned model from the dense one that the curves of the groups add up to,
     which know nothing of residual streams; None with equal shares."""
@@ -93,13 +90,10 @@ class Budget:
     """What each group keeps, in the order of the model."""
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
     """By group, the widths at which its curve was measured."""
-    frontier: tuple[tuple[float, float], ...] = field(default=(), repr=False)
-    """Costs of the whole model by the tightest limit, ascending, and about the least predicted
-    distance at each, whatever other limits allow."""
 
     @property
     def tightest(self) -> Limit:
-        """The only limit, or the one of several that binds most."""
+        """The only limit, or the one of several of which most is used."""
         return self.limits[0]
 
     def of(self, budget: BudgetKind) -> Limit:
@@ -116,17 +110,11 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON-able data, with its gap, and each curve at some of its points."""
-        cost, distance = ([float(f"{point[i]:.6g}") for point in self.frontier] for i in (0, 1))
         curves = {}
         for name, losses in self.curves.items():
             kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
             curves[name] = {"kept": kept, "distance": [float(f"{losses[k]:.6g}") for k in kept]}
-        return {
-            **dataclasses.asdict(self),
-            "curves": curves,
-            "frontier": {"cost": cost, "distance": distance},
-            "gap": self.gap,
-        }
+        return {**dataclasses.asdict(self), "curves": curves, "gap": self.gap}
 
 
 @dataclass(frozen=True)

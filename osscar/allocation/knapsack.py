@@ -64,22 +64,16 @@ class Together(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """An index into each table, or None if none was found, and a bound on the least loss.
-
-    Prices, (limits,), are what one more of what a limit counts takes off the relaxation's loss.
-    """
+    """An index into each table, or None if none was found, and a bound on the least loss."""
 
     choice: Indices | None
     bound: float
-    prices: Array
 
 
 class _Relaxed(NamedTuple):
     """A solution of the dual of the linear relaxation."""
 
     bound: float
-    prices: Array
-    """In units of losses and of `Knapsack._unit`."""
     excess: list[Array]
     """Of each choice from each table."""
 
@@ -112,7 +106,7 @@ class Knapsack:
             bound = min(bound, lost)
             choice = choice if again is None else min(choice, again, key=self._loss)
         bound = max(relaxed.bound, min(bound, relaxed.bound + left))
-        return Solved(choice, bound, relaxed.prices / self._unit)
+        return Solved(choice, bound)
 
     def _among(
         self, some: Sequence[Indices], limits: Array, unit: float
@@ -220,7 +214,7 @@ class Knapsack:
                 own = own.reshape(costs.shape[:-1])
                 others = tuple(i for i in range(len(tables)) if i != axis)
                 excess[table] = excess[table] + own.min(axis=others)
-        return _Relaxed(max(0.0, float(least.sum() - prices @ room)), prices, excess)
+        return _Relaxed(max(0.0, float(least.sum() - prices @ room)), excess)
 
     def _integer(self, limits: Array, unit: float) -> tuple[Indices | None, float]:
         """Solve the integer program, losses in a unit; return a choice, if any, and a bound."""

@@ -43,13 +43,11 @@ _HALVINGS = 40
 class Chosen(NamedTuple):
     """What groups keep; no other widths within the limits lose less than `bound`.
 
-    The bound is None where too many widths multiply.  Prices, (limits,), are by how much the least
-    loss falls for one more of what a limit counts, of the linear relaxation.
+    The bound is None where too many widths multiply.
     """
 
     kept: dict[str, int]
     bound: float | None = None
-    prices: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,37 +73,36 @@ class Search:
         largest = max(map(len, every.values()))
         if self._entries(largest) <= _TOGETHER:
             kept, solved = self._better(kept, every, most)
-            return Chosen(kept, min(solved.bound, self.loss(kept)), solved.prices)
+            return Chosen(kept, min(solved.bound, self.loss(kept)))
         widths, share = self._most(_TOGETHER, largest), 1.0
         for _ in range(_ROUNDS):
             before = kept
-            kept, solved = self._better(kept, self._around(kept, share, widths), most)
+            kept, _ = self._better(kept, self._around(kept, share, widths), most)
             finest = all(share * len(some) <= widths / 2 for some in self.options.values())
             if finest and kept == before:
                 break
             share *= 1.0 if finest else 2 / widths
-        return Chosen(kept, prices=solved.prices)
+        return Chosen(kept)
 
     def loss(self, kept: Mapping[str, int]) -> float:
         """Return the sum of what groups lose."""
         indices = {name: np.searchsorted(some, kept[name]) for name, some in self.options.items()}
         return sum(float(self.losses[name][index]) for name, index in indices.items())
 
-    def frontier(self, kept: Mapping[str, int], index: int = 0) -> tuple[tuple[float, float], ...]:
-        """Return one of the costs of the whole model, ascending, with about the least loss at each.
+    def frontier(self) -> tuple[tuple[float, float], ...]:
+        """Return the only cost of the whole model, ascending, with about the least loss at each.
 
-        It is that of the linear relaxation, the lower hull, over a few widths of each group, among
-        them those that are kept, from the least widths to the widest, whatever other limits allow.
+        It is that of the linear relaxation, the lower hull, over a few widths of each group, from
+        the least widths to the widest.
         """
-        own = Search(self.options, self.losses, self.others, self.costs[index : index + 1])
         near = 1 - np.linspace(1, 0, self._most(_DRAWN, _MOST_DRAWN)) ** _SPREAD
-        some = {}
-        for name, each in self.options.items():
-            spread = (near * (len(each) - 1)).round().astype(int)
-            some[name] = np.unique([*spread, np.searchsorted(each, kept[name])])
-        knapsack, least = own._knapsack(some)
+        some = {
+            name: np.unique((near * (len(each) - 1)).round().astype(int))
+            for name, each in self.options.items()
+        }
+        knapsack, least = self._knapsack(some)
         ends = [{n: int(each[i]) for n, each in self.options.items()} for i in (0, -1)]
-        (low, high), found = (float(own._total(one)[0]) for one in ends), []
+        (low, high), found = (float(self._total(one)[0]) for one in ends), []
         for share in 1 - np.linspace(1, 0, _POINTS)[1:-1] ** _SPREAD:
             cost = low + share * (high - low)
             found.append((cost, knapsack.least(np.array([cost]) - least)))

@@ -243,9 +243,9 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yield what each budget allows, what was reached, and which of several bind."""
+    """Yield what each budget allows, and what was reached."""
     for one in limits:
-        limit, reached, dense, price = (one[n] for n in ("limit", "reached", "dense", "price"))
+        limit, reached, dense = (one[name] for name in ("limit", "reached", "dense"))
         if one["cost"] == "time":
             yield (
                 "timed",
@@ -253,14 +253,11 @@ def budget_facts(limits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str
                 f"{one['assumed']}",
             )
             continue
-        binds, assumed = "", f" ({one['assumed']})" if one["assumed"] else ""
-        if len(limits) > 1 and price is not None:
-            less = f"1% more would lower the predicted distance by {price * limit / 100:.2g}"
-            binds = f"; {less}" if price else "; it does not bind"
+        assumed = f" ({one['assumed']})" if one["assumed"] else ""
         yield (
             "budget",
             f"{reached:,.0f} of {dense:,.0f} {one['cost']} ({reached / dense:.1%}), at most "
-            f"{limit:,.0f} allowed{binds}{assumed}",
+            f"{limit:,.0f} allowed{assumed}",
         )
 
 

@@ -317,7 +317,7 @@ class _Search:
         }
         if losses:  # of streams alone, nothing is predicted
             search = Search(task.options, losses, task.keep, [self._cost])
-            found = [*search.frontier(task.least)]
+            found = [*search.frontier()]
         costs, lost = zip(*found, strict=True)
         sizes = [*(cost for cost in costs if cost < self._largest), self._largest]
         return (*zip(sizes, np.interp(sizes, costs, lost).tolist(), strict=True), (dense, 0.0))

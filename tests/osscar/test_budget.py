@@ -83,7 +83,6 @@ def test_budgets_are_kept_and_reports_are_right(either, asked, allocation):
         assert one.dense == cost.dense
         assert one.reached == pytest.approx(cost.of(found.keep), rel=1e-12)
         assert one.reached <= one.limit * (1 + 1e-9)
-        assert (one.price is None) == (allocation == "uniform")
         if one.cost is Cost.PARAMETERS:
             assert one.dense == count_parameters(either.model)
     assert {n: w.kept for n, w in budget.widths.items() if w.kept < w.units} == found.keep
@@ -97,15 +96,12 @@ def test_budgets_are_kept_and_reports_are_right(either, asked, allocation):
 
 
 @pytest.mark.parametrize("allocation", ["measured", "uniform"])
-def test_a_slack_budget_changes_nothing_and_a_binding_one_is_said_to_bind(opt, allocation):
+def test_a_slack_budget_changes_nothing(opt, allocation):
     alone, both = (
         allocated(opt, flops=0.7, allocation=allocation, **more) for more in ({}, {"params": 1.0})
     )
     assert both.keep == alone.keep
     assert both.budget.tightest.budget == "flops"
-    assert both.budget.frontier == alone.budget.frontier
-    if allocation == "measured":
-        assert [one.price > 0 for one in both.budget.limits] == [True, False]
 
 
 def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
@@ -136,8 +132,8 @@ def shortcut():
         yield prepared
 
 
-def test_equal_shares_leave_residual_channels_whole_and_say_so(shortcut):
-    message = r"or prune residual channels, too, .*\(residual, `--residual`\): '.*channels'$"
+def test_equal_shares_leave_residual_channels_whole(shortcut):
+    message = r"or prune more kinds of units \(residual, `--residual`; experts, "
     with pytest.raises(RequestError, match=message):
         allocated(shortcut, flops=0.5, allocation="uniform")
     found = allocated(shortcut, flops=0.5, residual=0.25, allocation="uniform")
