@@ -10,10 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graph
 import osscar
-from benchmarks.coverage.case import Inputs, NotBuilt
+from benchmarks.coverage.case import Inputs
 from benchmarks.coverage.images import make_timm
-from benchmarks.coverage.lists import LISTS, known_rows
-from graph import GraphError
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import CountedCost, operations
 from osscar.data.batches import named_inputs
@@ -62,26 +60,6 @@ def test_operations_are_those_that_torch_counts_before_and_after(family: str) ->
     slice_units(model, plan)
     kept = {group.name: len(group.kept) for group in plan.groups}
     assert cost.of(kept) == pytest.approx(count_flops(model, given), rel=1e-12)
-
-
-_LISTED = sorted((row["list"], row["model"]) for row in known_rows())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("listed", "name"), _LISTED)
-def test_operations_of_every_listed_model_are_those_that_torch_counts(
-    listed: str, name: str
-) -> None:
-    try:
-        made = LISTS[listed].make(name)
-    except NotBuilt as error:
-        pytest.skip(str(error))
-    try:
-        traced = graph.trace(made.model, made.inputs[0])
-    except GraphError:  # as docs/coverage.csv says
-        traced = graph.DependencyGraph((), ())
-    _counted(made.model, traced, made.inputs[0])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import graph
 import osscar
 import solvers
 from osscar.cli.commands import app
-from tests.docs.pages import PAGES, ROOT, blocks
+from tests.docs.pages import PAGES, ROOT
 
 
 def test_every_page_is_in_the_navigation():
@@ -42,9 +42,3 @@ def test_files_that_a_page_links_exist(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), target
-
-
-def test_the_lines_of_the_demo_in_readme_are_those_of_its_page():
-    shown = next(one for one in blocks("README.md", "") if one.startswith("pruned the"))
-    (lines,) = blocks("docs/howto/demo.md", "")
-    assert set(shown.splitlines()) <= set(lines.splitlines())

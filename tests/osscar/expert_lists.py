@@ -141,32 +141,6 @@ class Masked(nn.Module):
         return y
 
 
-class RoutedList(nn.ModuleList):
-    """A list that is itself called with tokens, experts and weights."""
-
-    def __init__(self) -> None:
-        super().__init__(Expert() for _ in range(COUNT))
-        self.num_experts = COUNT
-
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for number in range(self.num_experts):
-            token, place = torch.where(chosen == number)
-            y.index_add_(0, token, self[number](x[token]) * weights[token, place, None])
-        return y
-
-
-@osscar.mixture(gate="gate", experts="experts")
-class Called(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.experts = Gate(), RoutedList()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.experts(x.reshape(-1, WIDTH), *self.gate(x)).view(x.shape)
-        return y
-
-
 class Net(nn.Module):
     """Blocks on a residual stream."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,47 +19,21 @@ from tests.osscar.interruptions import Ended, Plan, content, hidden, run
 
 @dataclass(frozen=True)
 class Case:
-    """A command, what it makes without interruption, and what may lie where its output goes."""
+    """A command, and what it makes without interruption, by how many events and writes."""
 
     arguments: tuple[str, ...]
-    result: dict[str, object]
+    result: dict[str, Any]
     events: int
     writes: int
-    before: Path | None = None
-    shown: tuple[str, ...] = ("out", "out.run", "out.recover", "said.json")
-
-    def begin(self, root: Path) -> None:
-        root.mkdir()
-        if self.before is not None:
-            shutil.copytree(self.before, root / "out")
 
     def run(self, root: Path, plan: Plan | None = None) -> Ended:
         return run(root, [*self.arguments, *outputs(root)], plan)
 
-    @property
-    def keeps_old(self) -> bool:
-        """Whether the output appears at once; a study grows where it lies."""
-        return self.arguments[0] != "gap"
-
-    def is_done(self, root: Path) -> bool:
-        """Whether the output is what was asked for; a study is once all of its files are there."""
-        if not (root / "out").exists():
-            return False
-        found = content(root / "out")
-        if not self.keeps_old:
-            return found == self.result
-        return _unmeasured(found) == _unmeasured(self.result)
-
     def is_whole(self, root: Path) -> bool:
-        """Whether the output is what was there before, or what was asked for; or a study grows."""
-        out, replaced = root / "out", root / ".out.osscar-replaced"
-        if not self.keeps_old or self.is_done(root):
+        """Whether the output appears at once, but for a study, which grows where it lies."""
+        if self.arguments[0] == "gap" or not (root / "out").exists():
             return True
-        # Where it has no name between two renames, the next start gives it one.
-        found = out if out.exists() else replaced
-        if self.before is None or not found.exists():
-            return self.before is None and not found.exists()
-        return content(found) == content(self.before)
+        return _unmeasured(content(root / "out")) == _unmeasured(self.result)
 
     def wrong(self, root: Path) -> list[str]:
         """Return what is not as an uninterrupted command makes it, and what should be gone."""
@@ -79,16 +51,6 @@ def _unmeasured(files: dict[str, Any]) -> dict[str, Any]:
 
 def outputs(root: Path) -> tuple[str, ...]:
     return ("--out", str(root / "out"), "--json", str(root / "said.json"))
-
-
-def _case(place: Path, arguments: tuple[str, ...], before: Path | None = None) -> Case:
-    """Run a command as a whole, which tells what it makes and how many events there are."""
-    root = place / "root"
-    begun = Case(arguments, {}, 0, 0, before)
-    begun.begin(root)
-    ended = begun.run(root)
-    assert ended.status == 0, ended.err
-    return Case(arguments, content(root / "out"), ended.events, ended.writes, before)
 
 
 def tiny_model(place: Path, ffn_dim: int = 24) -> Path:
@@ -120,60 +82,33 @@ def problem(units: int) -> solvers.SubsetProblem:
     return solvers.SubsetProblem.from_gram(X.T @ X / 200, W0, units=units, keep=2, name=f"p{units}")
 
 
-def _plan(model: Path, place: Path) -> Case:
-    """Prune so that the output holds plans, where nothing was before."""
-    return _case(place, pruning(model, "--sparsity", "0.5", "--allocation", "uniform"))
+def _pruned(model: Path, place: Path) -> tuple[str, ...]:
+    return pruning(model, "--sparsity", "0.5", "--allocation", "uniform")
 
 
-def _stock(model: Path, place: Path) -> Case:
-    """Prune so that the output is a checkpoint of transformers, and replaces another."""
-    more = pruning(model, "--neurons", "0.5", "--overwrite")
-    return _case(place, more, _pruned(model, place))
+def _recovered(model: Path, place: Path) -> tuple[str, ...]:
+    return pruning(model, "--sparsity", "0.5", "--recover", "--recover-steps", "4")
 
 
-def _both(model: Path, place: Path) -> Case:
-    """Prune and recover in one run."""
-    return _case(place, pruning(model, "--sparsity", "0.5", "--recover", "--recover-steps", "4"))
-
-
-def _recovery(model: Path, place: Path) -> Case:
-    """Recover a pruned model, so that the output replaces another."""
-    smaller = _pruned(model, place)
-    command = (
-        *("recover", str(smaller), "--dense", str(model), "--text", str(CALIBRATION)),
-        *("--samples", "6", "--seqlen", "32", "--steps", "4", "--batch-size", "2"),
-        *("--device", "cpu", "--overwrite"),
-    )
-    return _case(place, command, smaller)
-
-
-def _pruned(model: Path, place: Path) -> Path:
-    """Prune a model; return where it is."""
-    (place / "before").mkdir()
-    command = [*pruning(model, "--neurons", "0.75"), *outputs(place / "before")]
-    ended = run(place / "before", command)
-    assert ended.status == 0, ended.err
-    return place / "before" / "out"
-
-
-def _study(_: Path, place: Path) -> Case:
+def _study(_: Path, place: Path) -> tuple[str, ...]:
     """Study two problems."""
     files = [place / f"p{units}.safetensors" for units in (18, 20)]
     for units, file in zip((18, 20), files, strict=True):
         problem(units).save(file)
-    command = (
+    return (
         *("gap", *map(str, files), "--sparsity", "0.4,0.6", "--jobs", "1"),
         *("--backends", "greedy,local_search,perspective,branch_and_bound"),
         *("--window-units", "8", "--windows", "1", "--exact-units", "18"),
     )
-    return _case(place, command)
 
 
-CASES: Mapping[str, Callable[[Path, Path], Case]] = {
-    "plan": _plan,
-    "stock": _stock,
-    "both": _both,
-    "recovery": _recovery,
-    "study": _study,
-}
-"""By name, what makes a case of a dense model and of a place to run it."""
+CASES = {"prune": _pruned, "recover": _recovered, "study": _study}
+
+
+def case(name: str, model: Path, place: Path) -> Case:
+    """Run a command as a whole, which tells what it makes and how many events there are."""
+    arguments, root = CASES[name](model, place), place / "root"
+    root.mkdir()
+    ended = run(root, [*arguments, *outputs(root)])
+    assert ended.status == 0, ended.err
+    return Case(arguments, content(root / "out"), ended.events, ended.writes)

@@ -19,30 +19,28 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
-import torch
 
 from osscar.base.files import LOCK_FILE
+from osscar.cli import main
+from tests.osscar.forked import forked
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens at the n-th event: a signal is sent, or the disk is full at the n-th write."""
+    """The process is killed at the n-th event, or the disk is full from the n-th write on."""
 
     at: int
-    what: signal.Signals | Literal["full"]
+    full: bool = False
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its status (-n where signal n ended it) and its standard error.
-
-    Besides, how many events there were, and how many of them write, if it was left to its end.
-    """
+    """How a command ended, and how many events there were and how many of them write."""
 
     status: int
     err: str
@@ -53,46 +51,20 @@ class Ended:
 def run(root: Path, arguments: list[str], plan: Plan | None = None) -> Ended:
     """Run a command of osscar in a child; events that write are those in a directory."""
     counts = root.parent / f"{root.name}.events"
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        _be_the_command(root, arguments, plan, counts, writing)
-    os.close(writing)
-    with os.fdopen(reading, encoding="utf-8", errors="replace") as pipe:
-        err = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not counts.exists():
-        return Ended(status, err)
-    events, writes = json.loads(counts.read_text())
-    counts.unlink()
-    return Ended(status, err, events, writes)
 
-
-def _be_the_command(
-    root: Path, arguments: list[str], plan: Plan | None, counts: Path, err: int
-) -> None:
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(err, 2)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8") for n in (1, 2))
+    def command() -> None:
         sys.argv = ["osscar", *arguments]
         events = _watched(root, plan)
-        from osscar.cli import main as command
-
-        command()
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        if plan is None:
+        try:
+            main()
+        finally:
             counts.write_text(json.dumps([len(events), sum(events)]))
-        os._exit(status)
+
+    child = forked(command, root.parent)
+    status = child.wait()
+    events, writes = json.loads(counts.read_text()) if counts.exists() else (0, 0)
+    counts.unlink(missing_ok=True)
+    return Ended(status, child.stderr, events, writes)
 
 
 def _watched(root: Path, plan: Plan | None) -> list[bool]:
@@ -103,10 +75,9 @@ def _watched(root: Path, plan: Plan | None) -> list[bool]:
         events.append(writes)
         if plan is None:
             return
-        if isinstance(plan.what, signal.Signals):
-            if len(events) == plan.at:
-                os.kill(os.getpid(), plan.what)
-        elif writes and sum(events) >= plan.at:
+        if not plan.full and len(events) == plan.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif plan.full and writes and sum(events) >= plan.at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def hook(name: str, arguments: tuple[Any, ...]) -> None:

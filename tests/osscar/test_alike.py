@@ -35,10 +35,6 @@ def test_batches_are_of_equal_shapes_and_full_but_for_the_last_of_each(shapes, s
     assert all(count <= 1 for count in short.values())
 
 
-def test_samples_of_one_shape_are_cut_in_order():
-    assert alike([()] * 7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-
-
 # ---- nets --------------------------------------------------------------------------------
 
 
@@ -164,17 +160,3 @@ def test_a_step_of_a_recovery_is_that_of_samples_one_by_one(name):
     assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
     for one, other in zip(weights[0][1:], weights[1][1:], strict=True):
         assert torch.allclose(one, other, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_scores_are_those_of_samples_one_by_one(name):
-    model, data = TOGETHER[name]()
-    other = TOGETHER[name]()[0]
-    with torch.no_grad():
-        next(other.parameters()).add_(0.1)
-    one, many = (
-        osscar.compare(other, model, data, batch_size=size, repetitions=1).model.quality
-        for size in (1, 32)
-    )
-    assert one.samples == many.samples == len(data)
-    assert one.errors == pytest.approx(many.errors, rel=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.base.errors import CheckpointError, EquivalenceError
+from osscar.base.errors import CheckpointError
 from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import MANIFEST_FILE
@@ -40,11 +39,7 @@ def test_a_model_of_torchvision_is_built_again_by_name(tmp_path: Path) -> None:
     file = tmp_path / "small" / MANIFEST_FILE
     written = file.read_text()
     for change, match in (
-        ({"library": "pickle"}, "library: input should be 'transformers'"),
-        ({"name": "resnet9000"}, "resnet9000"),
-        ({"options": {"weights": "IMAGENET1K_V1"}}, "weights"),
         ({"options": {"norm_layer": ["os", "system"]}}, "norm_layer"),
-        ({"options": {"num_classes": -1}}, "is not a checkpoint that can be read"),
         ({"options": {"no_such_option": 1}}, "no_such_option"),
     ):
         data = json.loads(written)
@@ -67,17 +62,8 @@ class Own(nn.Module):
         return self.leave(torch.relu(self.norm(self.enter(x))))
 
 
-class SoundForCausalLM(Own):
-    """A model that is named as transformers names its own, and reads something else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(vocab_size=3)
-
-
-@pytest.mark.parametrize("kind", [Own, SoundForCausalLM])
-def test_a_model_of_ones_own_is_read_into_a_dense_one(kind: type[Own], tmp_path: Path) -> None:
-    inputs, model, dense = [(torch.randn(3, 4),)], kind().eval(), kind()
+def test_a_model_of_ones_own_is_read_into_a_dense_one(tmp_path: Path) -> None:
+    inputs, model, dense = [(torch.randn(3, 4),)], Own().eval(), Own()
     shrink_by_half(model, inputs)
     save(model, tmp_path / "small", example_inputs=inputs[0])
     with pytest.raises(CheckpointError, match=r"dense, `--dense`"):
@@ -88,22 +74,8 @@ def test_a_model_of_ones_own_is_read_into_a_dense_one(kind: type[Own], tmp_path:
     assert not lineage_of(dense).plans
 
 
-def test_what_was_written_wrongly_is_noticed_without_inputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = osscar.checkpoint.directory.write_tensors
-
-    def spoil(file: Path, tensors: dict[str, Tensor], *others: Any) -> Any:
-        return write(file, {**tensors, "leave.bias": tensors["leave.bias"] + 1.0}, *others)
-
-    monkeypatch.setattr(osscar.checkpoint.directory, "write_tensors", spoil)
-    with pytest.raises(EquivalenceError, match=r"leave\.bias"):
-        save(Own().eval(), tmp_path / "small")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("family", ["bloom", "bert", "distilbert", "t5", "falcon-grouped", "vit"])
+@pytest.mark.parametrize("family", ["bloom", "bert", "t5", "vit"])
 def test_neurons_alone_leave_a_stock_checkpoint(family: str, tmp_path: Path) -> None:
     case = transformers_case(family)
     model, inputs = case.build(), case.make_inputs()[:1]

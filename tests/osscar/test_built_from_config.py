@@ -107,9 +107,3 @@ def test_an_engine_that_knows_the_config_alone_computes_the_same(family, tmp_pat
         expected = small.base_model(IDS).last_hidden_state
         found = model(IDS, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_an_engine_with_one_number_of_heads_is_not_given_others(tmp_path, monkeypatch):
-    _, path = pruned("opt", tmp_path / "small", {"model.decoder.layers.0.self_attn.heads": 2})
-    with pytest.raises(ValueError, match=r"self_attn\..*has lost heads, and vLLM gives all layers"):
-        served(path, tmp_path / "modules", monkeypatch)

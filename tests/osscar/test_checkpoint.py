@@ -16,8 +16,6 @@ from osscar.base.errors import DataError, EquivalenceError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import read_back
 from osscar.checkpoint.card import CARD_FILE
-from osscar.checkpoint.formats import cast
-from osscar.checkpoint.hf_config import any_shape_config
 from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import copied
@@ -32,11 +30,6 @@ STOCK = [
     *((family, {"neurons": "0.5"}) for family in ("opt", "gpt2")),
     *((family, {"heads": 3, "neurons": 20}) for family in ("llama-mha", "llama-mqa")),
     *((family, {"heads": "2/3", "neurons": "0.5"}) for family in ("llama-gqa", "qwen3")),
-]
-PLANNED = [
-    ("opt", {"heads": "2/3", "neurons": "0.5"}),
-    ("gpt2", {"heads": "2/3"}),
-    ("llama-mha", {"heads": 5}),  # 48 hidden dimensions are no multiple of 5 heads
 ]
 
 
@@ -74,24 +67,6 @@ def test_a_model_that_is_pruned_twice_is_stock_and_keeps_its_config(tmp_path):
     assert_alike(AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval(), twice)
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize(("family", "keep"), PLANNED)
-def test_what_no_stock_config_can_express_is_saved_and_read(family, keep, tmp_path):
-    model = pruned(family, **keep)
-    assert not checkpoint.save(model, tmp_path / "small").stock
-    again = osscar.load(tmp_path / "small")
-    assert_alike(again, model)
-    tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    assert tied == model.config.tie_word_embeddings
-
-
-def test_a_table_of_shapes_holds_sizes_alone():
-    model = copied(pruned("opt", heads="2/3", neurons="0.5"))
-    assert any_shape_config(model) is not None
-    model.model.decoder.layers[0].self_attn.scaling += 1.0
-    assert any_shape_config(model) is None
-
-
 def test_equal_models_are_equal_files(tmp_path):
     """safetensors draws the order in which it says what is shared."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 3) for name in "abcdef"})
@@ -109,7 +84,6 @@ def test_equal_models_are_equal_files(tmp_path):
 @pytest.mark.parametrize(
     ("place", "failure", "error"),
     [
-        ("save_pretrained", KeyboardInterrupt(), KeyboardInterrupt),
         ("rename", OSError(28, "No space left on device"), OutputError),
         ("compare", EquivalenceError("differs"), EquivalenceError),
     ],
@@ -133,10 +107,8 @@ def test_a_failure_while_saving_leaves_the_old_directory_whole(
     with monkeypatch.context() as patch:
         if place == "rename":
             patch.setattr(type(directory), "rename", renamed)
-        elif place == "compare":
-            patch.setattr(read_back, "prove_equal", fail)
         else:
-            patch.setattr(type(model), "save_pretrained", fail)
+            patch.setattr(read_back, "prove_equal", fail)
         with pytest.raises(error):
             checkpoint.save(model, directory, overwrite=True)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -156,47 +128,23 @@ def test_a_checkpoint_that_does_not_compute_the_same_is_not_put_in_place(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("planned") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "any_shape_config", lambda model: None)  # as in other families
-        checkpoint.save(pruned("opt", heads="2/3", neurons="0.5"), directory)
-    return directory
-
-
 @pytest.fixture
-def directory(planned, tmp_path):
-    return shutil.copytree(planned, tmp_path / "model")
-
-
-def group(**change):
-    return lambda lineage: lineage["plans"][0]["groups"][0].update(change)
-
-
-def slot(**change):
-    return lambda lineage: lineage["plans"][0]["groups"][0]["slots"][0].update(change)
-
-
-HOSTILE = [
-    (group(kept=[0, 99]), "does not have"),
-    (group(kept=[0]), "do not fit"),
-    (slot(dim="0"), r"slots\.0.*dim"),
-    (slot(tensor="nowhere.weight"), r"nowhere\.weight"),
-    (slot(offset=99), "entries along dimension"),
-    *((group(kept=[kept]), None) for kept in (float("inf"), 10**30, True)),
-    *((group(**change), None) for change in ({"units": 10**6}, {"name": "\ud800"}, {"more": 1})),
-    (lambda lineage: lineage["origin"].update(library="pickle"), None),
-    (lambda lineage: lineage.update(plans=None), None),
-]
+def directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "any_shape_config", lambda model: None)  # as in other families
+    return checkpoint.save(pruned("opt", heads="2/3", neurons="0.5"), tmp_path / "model").path
 
 
 def test_a_hostile_manifest_is_an_error_of_ours(directory):
     file = directory / MANIFEST_FILE
     whole = file.read_text()
-    for change, match in HOSTILE:
+    for change, match in (
+        ({"kept": [0, 99]}, "does not have"),
+        ({"kept": [0]}, "do not fit"),
+        ({"units": 10**6}, None),
+        ({"more": 1}, None),
+    ):
         content = json.loads(whole)
-        change(content["lineage"])
+        content["lineage"]["plans"][0]["groups"][0].update(change)
         file.write_text(json.dumps(content))
         with pytest.raises(osscar.OsscarError, match=match):
             pytest.fail(f"{content['lineage']} was read: {osscar.load(directory)}")
@@ -290,10 +238,9 @@ def test_a_model_is_read_as_transformers_reads_it(config, tmp_path):
         assert set(formats(model).values()) == {torch.float32}
 
 
-@pytest.mark.parametrize("max_memory", [None, "2GB"])
-def test_a_pruned_model_is_what_transformers_reads(max_memory, tmp_path):
+def test_a_pruned_model_is_what_transformers_reads(tmp_path):
     path = dense(Gemma3TextConfig(**SIZES), tmp_path / "dense", torch.bfloat16)
-    read = {"dtype": torch.bfloat16, "device": "cpu", "max_memory": max_memory}
+    read = {"dtype": torch.bfloat16, "device": "cpu"}
     loaded, saved = osscar.load_model(path, **read), tmp_path / "pruned"
     kept = {"neurons": 0.5, "heads": 0.5, "skip": ["*layers.1.*"]}
     result = osscar.prune(loaded.model, tokens(4), **kept, backend="magnitude")
@@ -301,23 +248,6 @@ def test_a_pruned_model_is_what_transformers_reads(max_memory, tmp_path):
     theirs = as_transformers(saved, torch.bfloat16)
     for mine in (result.model, osscar.load(saved), osscar.load_model(saved, **read).model):
         assert_same(mine, theirs)
-
-
-def test_a_model_that_was_converted_by_hand_can_be_saved(tmp_path):
-    path = dense(Gemma3TextConfig(**SIZES), tmp_path / "dense", torch.float32)
-    model = as_transformers(path, torch.float32).bfloat16()  # which rounds what is computed
-    assert set(formats(model).values()) == {torch.bfloat16}
-    full = checkpoint.save(model, tmp_path / "full", dtype=torch.float32)
-    half = checkpoint.save(model, tmp_path / "half", dtype=torch.bfloat16)
-    assert half.bytes < 0.6 * full.bytes
-    assert model.dtype == torch.bfloat16
-    assert_same(osscar.load(half.path), as_transformers(half.path, torch.bfloat16))
-
-
-def test_a_model_of_ones_own_is_converted_as_a_whole():
-    model = cast(torch.nn.BatchNorm1d(3), torch.bfloat16)
-    assert set(formats(model).values()) == {torch.bfloat16}
-    assert model.num_batches_tracked.dtype == torch.int64
 
 
 def test_what_a_family_keeps_in_float32_is_kept_and_counted(tmp_path):
@@ -346,8 +276,9 @@ def test_what_a_family_keeps_in_float32_is_kept_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "blocks", "library"),
     [
-        *((name, blocks, "transformers") for name, blocks in (("llama", 1), ("opt", 2))),
-        *((name, 1, "pytorch") for name in ("own code", "program")),
+        ("llama", 1, "transformers"),
+        ("opt", 2, "transformers"),
+        ("program", 1, "pytorch"),
     ],
 )
 def test_the_code_of_a_card_reads_its_checkpoint(name, blocks, library, runs, tmp_path):

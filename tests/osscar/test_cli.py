@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import re
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from cyclopts import CycloptsError
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -16,9 +13,7 @@ from osscar.base.errors import OptionError
 from osscar.base.printable import engineering
 from osscar.cli.commands import app
 from osscar.cli.options import request_of
-from osscar.proof.lineage import note, weights_digest
 from osscar.request import PruningRequest
-from osscar.run.points import SweepDirectory
 from osscar.run.prune_page import prune_page, run_facts
 from osscar.run.run_log import RunLog
 from osscar.study.directory import Study
@@ -63,40 +58,8 @@ def test_the_demo_writes_nowhere_but_where_it_says(run, tmp_path, monkeypatch):
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"]
     for parameters in (document["parameters_after"], pruned["footprint"]["parameters"]):
         assert parameters == sum(p.numel() for p in osscar.load(place).parameters())
-    (work / "other").mkdir()
-    (work / "other" / "precious").write_text("keep me")
-    for out, why in ((place, "a checkpoint is there; give another"), ("other", "not empty")):
-        status, _, err = run("demo", "--out", out)
-        assert (status, why in err) == (2, True)
-    monkeypatch.setattr("osscar.cli.demo.load_model", interrupted)
-    assert run("demo", "--out", place, "--overwrite")[0] == 130
-
-
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-
-
-@pytest.mark.slow
-def test_its_page_shows_what_the_demo_prints(run, tmp_path):
-    page = Path(__file__).parents[2] / "docs/howto/demo.md"
-    _, _, shown = page.read_text().partition("```\npruned the")
-    shown = f"pruned the{shown.partition(chr(10) + '...')[0]}".splitlines()
-    status, out, err = run("demo", "--out", tmp_path / "smaller")
-    assert status == 0, err
-    printed = [line.rstrip() for line in out.splitlines()][: len(shown)]
-    # Tests prove for inputs of one size alone, and the page shows a proof for any.
-    of_this_machine = ("prefill", "decode", "peak memory", "proved:", "saved:", "time:")
-    for line, ours in zip(shown, printed, strict=True):
-        if line.strip().startswith(of_this_machine):
-            assert ours.split()[0] == line.split()[0]
-            continue
-        line, ours = (re.sub(r"(optimal +)\d+\.\d\d", r"\1", one) for one in (line, ours))
-        assert NUMBER.sub("#", line).split() == NUMBER.sub("#", ours).split()
-        numbers = ([float(n.replace(",", "")) for n in NUMBER.findall(x)] for x in (line, ours))
-        of_page = next(numbers)
-        # The last of two digits may be rounded up on one processor, and down on another.
-        last = [10.0 ** -len(n.partition(".")[2]) for n in NUMBER.findall(line)]
-        for due, found, step in zip(of_page, next(numbers), last, strict=True):
-            assert found == pytest.approx(due, rel=0.02, abs=1.01 * step if step < 1e-3 else 0)
+    status, _, err = run("demo", "--out", place)
+    assert (status, "a checkpoint is there; give another" in err) == (2, True)
 
 
 def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path, monkeypatch):
@@ -126,19 +89,11 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     assert (report["calibration"]["begins_with"], report["calibration"]["seed"]) == ("<s>", 0)
     how = {"dtype": "float32", "stored_dtype": "float16", "device": "cpu", "attention": "sdpa"}
     assert report["computed"] == how
-    layers = report["layers"]
-    assert [layer["kept"] for layer in layers] == [2, 32]
-    assert all(layer["gap"] is not None for layer in layers)
-    proved = sum(layer["proved_optimal"] for layer in layers)
-    assert proved > 0
-    said = f"proved optimal: {proved} of 2 choices; every proof was recomputed from its problem"
-    assert said in words_of(out)
-    assert report["seconds"] < float(re.search(r"^took ([\d.]+) s \(", out, re.MULTILINE)[1])
+    assert [layer["kept"] for layer in report["layers"]] == [2, 32]
     before, after = (engineering(report[f"parameters_{one}"]) for one in ("before", "after"))
     assert f"keeps {after} of {before} parameters, removes " in out
     assert report["forward"]["pruned"]["flops"] < report["forward"]["dense"]["flops"]
-    for told in ("saved: a $small model (", "report: a $small model/report.html\n"):
-        assert told in out  # as it was given
+    assert "saved: a $small model (" in out  # as it was given
     page = Path("a $small model/report.html").read_text()
     assert page == prune_page(report, "a $small model")
     for file in (*Path("a $small model").glob("*.json"), *Path().glob("*/README.md")):
@@ -155,27 +110,14 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     assert (document["schema"], document["computed"]) == ("osscar.eval/3", how)
     assert document["model"]["quality"]["special_tokens"] == 1
     assert document["ratios"]["parameters"] < 1
-    for wrong, message in (
-        (
-            [str(w).replace("an other ", "") for w in command],
-            "was used to calibrate or recover this model",
-        ),
-        (
-            [str(w).replace("a $dense model", "demo") for w in command],
-            "tokenizers of the two models differ",
-        ),
-    ):
-        status, _, err = run(*wrong)
-        assert (status, message in words_of(err)) == (2, True), err
+    status, _, err = run(*[str(word).replace("an other ", "") for word in command])
+    assert (status, "was used to calibrate or recover this model" in words_of(err)) == (2, True)
 
     status, out, err = run("inspect", "a $small model", "--svg", "g.svg", "--json", "i")
     assert status == 0, err
     assert "frozen: hidden" in out
     assert Path("g.svg").read_bytes() == b"a picture"
     told = json.loads(Path("i").read_text())
-    share = f"{told['prunable_parameters'] / told['parameters']:.1%}"
-    assert f"a budget can prune {share} of " in words_of(out)
-    assert told["residual_parameters"] == 0
     assert [group["units"] for group in told["groups"] if not group["frozen"]] == [2, 32]
 
 
@@ -214,7 +156,6 @@ def test_no_figure_of_a_report_loses_a_run(run, tiny, tmp_path, monkeypatch):
     ("command", "owner", "method", "at", "said"),
     [
         ("prune", RunLog, "append", 1, "1 group is done and kept in {}"),
-        ("sweep", SweepDirectory, "keep", 1, "1 point is kept in {}"),
         ("gap", Study, "run", 0, "1 problem and 0 answers are kept in {}"),
         ("gap", Study, "capture", 0, ""),
     ],
@@ -229,12 +170,7 @@ def test_an_interrupt_says_what_is_kept(
         return known(*arguments, **more) if len(calls) <= at else interrupted()
 
     monkeypatch.setattr(owner, method, stopped)
-    uniform = ("--sparsity", "0.3", "--allocation", "uniform", "--text", str(HELD_OUT))
-    asked = {
-        "prune": ("--neurons", "0.5", "--restart"),
-        "sweep": (*uniform, "--windows", "1"),
-        "gap": ("--groups", "*.0.*heads"),
-    }[command]
+    asked = ("--groups", "*.0.*heads") if command == "gap" else ("--neurons", "0.5", "--restart")
     _, model, *usual = pruning(tiny, *asked)
     if command == "gap":
         backend = usual.index("--backend")
@@ -251,60 +187,28 @@ def test_an_interrupt_says_what_is_kept(
 # ---- models and their weights ------------------------------------------------------------
 
 
-def test_weights_are_told_from_others_in_any_format(tiny):
-    exact, rounded = (osscar.load_model(tiny, dtype=d).model for d in ("float32", "bfloat16"))
-    known = weights_digest(exact)
-    assert len(known) == 16
-    assert weights_digest(rounded) == ""  # which may be those of many models
-    note(rounded, stored_dtype="bfloat16")
-    assert weights_digest(rounded) == weights_digest(rounded.float()) != known
-    for name in ("lm_head.weight", "model.decoder.layers.1.fc1.bias"):
-        number = exact.get_parameter(name).data.view(-1)[13]
-        before = number.clone()
-        number.copy_(torch.nextafter(before, before + 1))
-        assert weights_digest(exact) != known  # of all of its numbers
-        number.copy_(before)
-    assert weights_digest(exact) == known
-
-
 # ---- what is refused ---------------------------------------------------------------------
 
 NEURONS = ("--neurons", "0.5")
 BAD = [
-    ((*NEURONS, "--neurons", "0.4"), "--neurons is given more than once; give it once"),
-    (("--sparsity", "130%"), "give less than 1"),
     (("--sparsity", "0.999"), "cannot be met"),
-    ((*NEURONS, "--seqlen", "513"), "the model takes 512"),
     ((*NEURONS, "--option", "stages=3"), "has no option stages"),
-    ((*NEURONS, "--calibration", "binary.txt"), "binary"),
     ((*NEURONS, "--out", "full", "--overwrite"), "files that are not a checkpoint"),
-    ((*NEURONS, "--out", ".", "--overwrite"), "is in use"),
 ]
 
 
-@pytest.fixture
-def crowded(tiny, tmp_path, monkeypatch):
-    """A directory with files of all sorts, in which commands are given."""
+def test_bad_input_is_one_line_and_writes_nothing(run, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny, "model")
-    for name, content in (("empty", b""), ("short", b"too short"), ("binary", b"\0\1\2")):
-        Path(f"{name}.txt").write_bytes(content)
     Path("full").mkdir()
     Path("full/precious").write_text("keep me")
-
-
-def test_bad_input_is_one_line_and_writes_nothing(run, crowded):
-    before = sorted(Path().rglob("*"))
     for arguments, message in BAD:
         place = () if "--out" in arguments else ("--out", "small")
-        status, out, err = run(*pruning(Path("model"), *place, *arguments))
+        status, _, err = run(*pruning(tiny, *place, *arguments))
         lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
         assert (status, len(lines)) == (2, 1), (arguments, err)
         assert lines[0].startswith("error: ")
         assert message in words_of(err), arguments
-        told = ("calibration: ", "dense model: perplexity", "the weights st", "distance: ")
-        assert all(line.startswith(told) for line in out.splitlines()), out
-        assert sorted(Path().rglob("*")) == before
+        assert sorted(Path().rglob("*")) == [Path("full"), Path("full/precious")]
 
 
 # ---- what is shown -----------------------------------------------------------------------
@@ -332,13 +236,9 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
     for name, text, message in (
         ("a.toml", "sparcity = 0.3", "sparcity.*Did you mean --sparsity"),
         ("b.toml", "sparsity = ", "b.toml cannot be read"),
-        ("c.yaml", "- 1", "holds no options by name"),
-        ("d.ini", "", "give a .toml, .yaml or .json file"),
-        ("e.toml", "config = 'e.toml'", "names a further file"),
-        ("none.toml", None, "No such file"),
+        ("c.ini", "", "give a .toml, .yaml or .json file"),
     ):
-        if text is not None:
-            (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text)
         with pytest.raises((OptionError, CycloptsError), match=message):
             asked_of(tmp_path / name, monkeypatch)
 

@@ -27,30 +27,23 @@ ON_TEXT = ("--text", CALIBRATION, "--samples", 6, *TRAINING)
 
 
 @pytest.fixture(scope="module")
-def crowded(tiny, tmp_path_factory):
-    """A pruned model, and what somebody could take for its dense one, or for text."""
-    place = tmp_path_factory.mktemp("crowded")
+def pruned(tiny, tmp_path_factory):
+    """A pruned model."""
+    place = tmp_path_factory.mktemp("pruned")
     with pytest.MonkeyPatch.context() as patch:
         command = pruning(tiny, "--neurons", "0.25", "--out", str(place / "small"))
         patch.setattr("sys.argv", ["osscar", *command])
         with pytest.raises(SystemExit) as stop:
             osscar.cli.main()
     assert not stop.value.code
-    (place / "text.txt").write_text(TEXT)
-    (place / "short.txt").write_text("too short")
-    loaded = osscar.load_model(tiny, device="cpu")
-    torch.manual_seed(1)
-    type(loaded.model)(loaded.model.config).save_pretrained(place / "untrained")
-    loaded.tokenizer.save_pretrained(place / "untrained")
-    shutil.copytree(tiny, place / "unpruned")
-    return place
+    return place / "small"
 
 
 @pytest.fixture
-def small(crowded, tmp_path, monkeypatch):
-    """A pruned model, with everything beside it, in the directory in which commands are given."""
+def small(pruned, tmp_path, monkeypatch):
+    """A pruned model, and a text beside it, in the directory in which commands are given."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(crowded / "small", "small")
+    shutil.copytree(pruned, "small")
     Path("text.txt").write_text(TEXT)
     return Path("small")
 
@@ -92,8 +85,6 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert 0 < recovery["after"] < recovery["before"]
     assert recovery["settings"]["learning_rate"] == recovery["points"][0]["rate"] == 1e-3
     assert recovery["data"]["seqlen"] == 32  # as when it was pruned
-    assert "as many as its " in recovery["data"]["source"]
-    assert f"of text.txt, {recovery['data']['source'].partition(', ')[2]}, seed 0" in out
     told = [f"{name}: {fact}" for name, fact in recovery_facts(recovery)]
     for line in (*told, "saved: small-recovered ("):
         assert line in out
@@ -104,27 +95,13 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     }
     assert not all(torch.equal(x, new[name]) for name, x in old.items())
     known, manifest = read("small/osscar.json"), read("small-recovered/osscar.json")
-    assert manifest["stock"] == known["stock"]
-    *earlier, seen_text = manifest["lineage"].pop("calibration")
-    assert earlier == known["lineage"].pop("calibration")
-    old, new = (one["lineage"].pop("sample") for one in (known, manifest))
-    assert new["inputs"] == old["inputs"]
-    assert [one["shape"] for one in new["outputs"]] == [one["shape"] for one in old["outputs"]]
-    assert new["outputs"] != old["outputs"]
-    assert manifest["lineage"] == known["lineage"]
+    *earlier, seen_text = manifest["lineage"]["calibration"]
+    assert earlier == known["lineage"]["calibration"]
     assert seen_text["seen"] == recovery["data"]["seen"]
-    shared = {"config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert all((Path("small-recovered") / n).read_bytes() == before[Path(n)] for n in shared)
 
-    words = ["eval", "small-recovered", "--text", "other.txt", "--dense", tiny, "--device", "cpu"]
-    for text, status, message in (
-        (TEXT.replace("the", "a"), 2, "% of other.txt was used to calibrate or recover this model"),
-        (" ".join(reversed(TEXT.split())), 0, ""),
-    ):
-        Path("other.txt").write_text(text)
-        found, _, err = run(*words, "--windows", "2", "--seqlen", "32")
-        assert (found, message in err) == (status, True), err
-        assert "is not the dense model" not in err
+    Path("other.txt").write_text(TEXT.replace("the", "a"))
+    status, _, err = run("eval", "small-recovered", "--text", "other.txt", "--device", "cpu")
+    assert (status, "was used to calibrate or recover this model" in err) == (2, True), err
 
 
 def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, monkeypatch):

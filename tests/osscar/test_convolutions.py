@@ -1,7 +1,5 @@
 """Convolutions as linear maps: unfolding, Gram matrices and refits against brute force."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ import osscar.consumers.convolutions
 import solvers
 from osscar.consumers.convolutions import _windows
 from osscar.consumers.linear_maps import linear_maps
-from osscar.walk.gram import GramAccumulator, pose
+from osscar.walk.gram import GramAccumulator
 
 C = 6
 """Channels between producer and consumer."""
@@ -167,44 +165,6 @@ def test_each_group_of_a_convolution_is_a_consumer_of_its_own(kind):
     assert not model.second.weight.index_select(dim, torch.tensor(indices)).any()
     error = (model.second(hidden) - dense).square().sum()
     assert error.item() / (3 * 36) == pytest.approx(solution.loss, rel=1e-6)
-
-
-class Fork(nn.Module):
-    """Two layers read the same channels; the outputs of one are a thousand times larger."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 6, 1)
-        self.loud = nn.Conv2d(6, 3, 3, padding=1)
-        self.quiet = nn.Conv2d(6, 4, 1)
-
-    def forward(self, x):
-        hidden = torch.relu(self.first(x))
-        return 1000 * self.loud(hidden), self.quiet(hidden)
-
-
-def test_layers_that_share_a_group_count_by_their_relative_loss():
-    torch.manual_seed(0)
-    model = Fork().double()
-    with torch.no_grad():
-        model.loud.weight.mul_(1000)
-    group, accumulators, _ = measured(model, (3, 2, 6, 6))
-    alone = [copy.deepcopy(a).consumer(0.01) for a in accumulators]
-    problem = pose(accumulators, 4, group.name, 0.01)
-    assert [c.e for c in problem.consumers] == pytest.approx([1, 1])
-    support = torch.arange(4)
-    weights, loss = solvers.refit(problem, support)
-    parts = [solvers.refit(solvers.SubsetProblem((c,), 4), support) for c in alone]
-    assert loss == pytest.approx(sum(part[1] / c.e for part, c in zip(parts, alone, strict=True)))
-    for W, (expected, _) in zip(weights, parts, strict=True):
-        torch.testing.assert_close(W, expected[0])
-
-
-def test_the_groups_of_a_convolution_are_one_layer():
-    model = Grouped(nn.Conv2d(8, 6, 1, groups=2)).double()
-    _, accumulators, _ = measured(model, (3, 2, 6, 6))
-    alone = [copy.deepcopy(a).consumer(0.01).e for a in accumulators]
-    assert [c.e for c in pose(accumulators, 2, "grouped", 0.01).consumers] == alone
 
 
 def test_a_linear_layer_after_flatten_reads_all_positions_of_a_channel():

@@ -1,8 +1,6 @@
 """Everything that a run makes lies where the model does, on a card as on the CPU."""
 
 import copy
-import itertools
-from timeit import Timer
 
 import numpy
 import pytest
@@ -13,20 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import osscar
 import solvers
 from benchmarks.scale import layer
-from osscar.allocation.clocks import InTorch
-from osscar.base.errors import RequestError
 from osscar.base.memory import memory_of
-from osscar.checkpoint.streamed import read_streamed
 from osscar.network.modules import device_of
-from osscar.offload.on_disk import OnDisk, weight_cache
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.on_disk import OnDisk
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from solvers.closed_forms.elimination import eliminate
+from tests.graph.topologies import PRUNABLE
 from tests.osscar.families import tiny, tokens
 from tests.osscar.mixtures import MIXTURES, mixture
-from tests.osscar.networks import images, small_net
 from tests.osscar.pretended_card import CARD, WrongDevice, pretended
 from tests.osscar.test_streamed import written
 
@@ -36,17 +30,10 @@ from tests.osscar.test_streamed import written
 MISTAKES = (
     lambda x: x + torch.zeros(3),
     lambda x: x * torch.from_numpy(numpy.ones(3)),
-    lambda x: x.index_select(0, torch.tensor([1])),
-    lambda x: x.index_fill_(0, torch.tensor([1]), 0.0),
-    lambda x: torch.zeros(3)[x.argsort()[0]],
     lambda x: x[torch.tensor([0])] + torch.tensor([1.0]),
-    lambda x: torch.rand(3, device=x.device, generator=torch.Generator()),
     lambda x: x.numpy(),
-    lambda x: torch.cat([x, torch.zeros(1, 3)]),
     lambda x: x - x.cpu(),
     lambda x: x * torch.ones(3, device="cpu"),
-    lambda x: x + torch.ones(3, dtype=torch.float64).to(torch.zeros(3)),
-    lambda x: torch.zeros(3, 3).add_(x),
     lambda x: torch.linalg.cholesky(x.bfloat16()),
 )
 
@@ -67,12 +54,10 @@ def test_a_mistake_is_seen_and_what_a_card_allows_is_none():
 # ---- runs --------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("family", "asked"),
     [
         ("opt", {"heads": 0.5, "neurons": 0.5}),
-        ("qwen2", {"sparsity": 0.4, "certify": True}),
         ("mixtral", {"experts": 0.75}),
     ],
     ids=str,
@@ -93,20 +78,12 @@ def test_a_language_model_is_pruned_on_a_card_as_on_the_cpu(family, asked, tmp_p
     assert [layer.support for layer in result.layers] == [layer.support for layer in plain.layers]
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("asked", [{"channels": 0.5, "residual": 0.5}, {"speedup": 1.05}], ids=str)
-def test_a_network_is_pruned_on_a_card(asked, monkeypatch):
-    monkeypatch.setattr(InTorch, "timer", as_fast_as_it_is_small)
+def test_a_network_is_pruned_on_a_card(monkeypatch):
     monkeypatch.setattr("osscar.walk.regularization._DIRECTIONS", 3)  # as of layers that are wide
     with pretended():
-        result = osscar.prune(small_net(), images(12), device="cuda", **asked)
+        net, data = PRUNABLE["residual"][0]().eval(), torch.randn(12, 3, 4, 4)
+        result = osscar.prune(net, data, device="cuda", channels=0.5, residual=0.5)
         assert {p.device for p in result.model.parameters()} == {CARD}
-
-
-def as_fast_as_it_is_small(clock, model):
-    """Let a model take as long as it has parameters: no other process has a share in these."""
-    ends = itertools.cycle([0.0, 1e-6 * sum(p.numel() for p in model.parameters())])
-    return Timer(lambda: None, timer=lambda: next(ends))
 
 
 def test_a_model_is_recovered_on_a_card():
@@ -166,13 +143,6 @@ def test_a_streamed_model_is_pruned_on_a_card(tmp_path):
 # ---- a streamed model and the names of devices -------------------------------------------
 
 
-@pytest.fixture
-def streamed(tmp_path):
-    """A model that runs on a card that is not there: shapes can be computed, and no values."""
-    dense = written(tmp_path / "dense", "opt", layers=1)
-    return read_streamed(dense, WeightCache(1 << 40, CARD), torch.float32)
-
-
 # ---- memory of a card --------------------------------------------------------------------
 
 
@@ -205,29 +175,6 @@ def test_a_limit_is_about_the_memory_of_the_card(monkeypatch):
     assert memory.peak() == 95
     assert memory.available() == 100
     assert memory.resident() == 90
-
-
-def test_the_oldest_values_leave_a_card_that_is_full(tmp_path, monkeypatch):
-    model = osscar.load_model(
-        written(tmp_path / "dense", "opt"), device="cpu", max_memory=10**9
-    ).model
-    cache, layers = weight_cache(model), model.model.decoder.layers
-    cache.memory = memory_of(CARD)
-    first, second = layers[0].fc1.weight, layers[1].fc1.weight
-    counted = Counted(monkeypatch, total=10**12)
-    for weight in (first, second):
-        weight.values()
-    counted.used = 10**9 - (64 << 20) + 1  # what is always left free
-    cache.leave_free(0)
-    before = cache.read_bytes
-    second.values()
-    assert cache.read_bytes == before
-    first.values()
-    assert cache.read_bytes > before
-    counted.used = 950_000_000
-    said = r"max_memory .* of 1.00GB cannot hold .* that are in use already; give at least 1\."
-    with pytest.raises(RequestError, match=said):
-        prune_as_asked(model, tokens(), PruningRequest(neurons=0.5, device="cpu"))
 
 
 # ---- the solvers -------------------------------------------------------------------------

@@ -3,13 +3,11 @@
 import pytest
 import torch
 import transformers as hf
-from torch import nn
 from torch.testing import assert_close
 
 import osscar
 import solvers
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import NonFiniteError
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
 from osscar.proof.lineage import note
@@ -107,46 +105,6 @@ def test_what_experts_read_is_found_whatever_multiplies_them(family, kernel):
         assert (corrected - D).abs().max() < 1e-6  # the shares of a correction add up to it
 
 
-class Deep(nn.Module):
-    """Experts of layers and three matrices, of which only the last adds up to what comes out."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(16, 12), nn.ReLU())
-        self.outer = nn.Linear(12, 16)
-        sizes = 0.4, 0.3, size
-        self.up, self.mid, self.down = (nn.Parameter(torch.randn(3, 16, 16) * s) for s in sizes)
-
-    def forward(self, hidden, experts, weights):
-        hidden = hidden + self.outer(self.inner(hidden))
-        gates = (nn.functional.one_hot(experts, 3).to(hidden.dtype) * weights[..., None]).sum(1)
-        h = torch.einsum("nd,edf->nef", hidden, self.up).relu()
-        h = torch.einsum("nef,efg->neg", h, self.mid).relu()
-        return (torch.einsum("nef,efd->ned", h, self.down) * gates[..., None]).sum(1)
-
-
-class Around(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.first, self.router, self.last = nn.Linear(8, 16), nn.Linear(8, 3), nn.Linear(16, 4)
-        self.experts = Deep(size)
-
-    def forward(self, x):
-        weights, experts = self.router(x).softmax(-1).topk(2)
-        x = self.first(x)
-        return self.last(x + self.experts(x, experts, weights))
-
-
-@pytest.mark.parametrize("size", [0.3, 0.0])
-def test_only_the_last_matrices_of_experts_are_refitted(size):
-    torch.manual_seed(0)
-    with prepare(Around(size).eval(), torch.randn(200, 8)) as prepared:
-        read = {slot.tensor: group for group in prepared.groups for slot in group.consumers}
-    assert not read["experts.down"].frozen
-    assert "unsupported mixture" in read["experts.mid"].frozen[0].reason
-    assert "inside of 'experts'" in read["experts.outer.weight"].frozen[0].reason
-
-
 def test_each_expert_is_refitted_on_its_own_tokens_and_one_without_any_keeps_its_rows():
     """By least squares in double precision, from what is computed by hand."""
     model, data = mixture("gpt-oss", num_hidden_layers=1), tokens(16, 24)
@@ -177,29 +135,6 @@ def test_each_expert_is_refitted_on_its_own_tokens_and_one_without_any_keeps_its
     assert loss / problem.scale == pytest.approx(lost / whole, rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def mixtral():
-    with prepare(mixture("mixtral", num_hidden_layers=1), tokens(2, 24)) as prepared:
-        yield prepared
-
-
-def test_too_few_tokens_for_an_expert_are_told_once_a_layer(mixtral):
-    (step,) = Walk(mixtral, of_experts(mixtral), in_turn=False)
-    with pytest.warns(UserWarning, match="rank-deficient") as caught:
-        step.problem(20, 0.1)
-    (told,) = [str(one.message) for one in caught if "rank-deficient" in str(one.message)]
-    assert "calibration positions for 40 inputs, and too few at 3 more of the 4" in told
-
-
-def test_numbers_that_overflow_in_one_expert_name_it(mixtral):
-    weight = mixtral.model.model.layers[0].mlp.experts.gate_up_proj[3].detach()
-    dense = weight.clone()
-    weight.mul_(1e36)
-    with pytest.raises(NonFiniteError, match=r"mlp\.experts\[3\]' have NaN or infinite"):
-        list(Walk(mixtral, of_experts(mixtral), in_turn=False))
-    weight.copy_(dense)
-
-
 @pytest.mark.parametrize(
     ("dtype", "saved", "step", "kept"),
     [(torch.float32, None, 4, 20), (torch.bfloat16, None, 8, 24), (None, "bfloat16", 8, 24)],
@@ -210,10 +145,3 @@ def test_widths_are_those_that_kernels_take(dtype, saved, step, kept):
     with prepare(model, tokens()) as prepared:
         assert {group.step for group in of_experts(prepared)} == {step}
         assert set(PruningTask(prepared, PruningRequest(neurons=21)).provisional.values()) == {kept}
-
-
-def test_experts_of_too_few_neurons_for_a_kernel_stay():
-    model = mixture("mixtral", num_hidden_layers=1, intermediate_size=4)
-    with prepare(model, tokens()) as prepared:
-        (group,) = of_experts(prepared)
-    assert "widths that are multiples of 4" in group.frozen[0].reason

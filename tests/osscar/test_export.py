@@ -21,11 +21,8 @@ from osscar.base.errors import (
     OutputError,
 )
 from osscar.export import onnx as writer
-from osscar.export.open_program import OpenProgram
 from osscar.models.user_code import build
-from osscar.network.hooks import computable_mixtures
 from tests.docs.json_schema import undescribed
-from tests.osscar.families import tiny, tokens
 from tests.osscar.gpts import nano
 
 _, _, runtime = (pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -63,22 +60,6 @@ def run_file(file, **inputs):
     return [torch.from_numpy(np.asarray(array)) for array in found]
 
 
-class FlipsLargeBatches(nn.Sequential):
-    """Does something else for more than four samples."""
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y.flip(1) if x.shape[0] > 4 else y
-
-
-def test_a_size_is_open_only_as_far_as_the_code_does_the_same(tmp_path):
-    model, x = FlipsLargeBatches(*net()).eval(), torch.randn(6, 4)
-    file = osscar.export_onnx(model, tmp_path / "net.onnx", example_inputs=x[:2]).path
-    torch.testing.assert_close(run_file(file, x=x[:2])[0], model(x[:2]))
-    with pytest.raises(Exception, match="dimension"):
-        run_file(file, x=x)
-
-
 # ---- models of each sort -----------------------------------------------------------------
 
 
@@ -105,33 +86,13 @@ def test_code_of_ones_own_with_several_inputs_and_outputs(run, tmp_path, monkeyp
     ]
 
 
-def test_images_of_the_size_that_a_config_or_a_pruning_says(tmp_path, runs):
-    osscar.save(runs["vit"].result.model, tmp_path / "vit")
+def test_images_of_the_size_that_a_pruning_says(tmp_path, runs):
     runs["resnet"].result.save(tmp_path / "resnet")
-    for name, size in (("vit", 32), ("resnet", 24)):
-        found = osscar.export_pt2(tmp_path / name)
-        assert found.inputs == {"pixel_values": f"float32 (batch, 3, {size}, {size})"}
-        images, program = torch.randn(5, 3, size, size), torch.export.load(found.path).module()
-        expected = runs[name].result.model(images).logits
-        assert torch.allclose(program(pixel_values=images).logits, expected, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_a_mask_beside_the_tokens(tmp_path):
-    """Nothing in the program relies on as many rows in both."""
-    model, mask = tiny("llama-gqa", layers=1), torch.ones(2, 10, dtype=torch.int64)
-    mask[1, -3:] = 0
-    given = {"attention_mask": mask, "input_ids": tokens(2, 10)}
-    found = osscar.export_onnx(model, tmp_path / "masked.onnx", example_inputs=given)
-    assert set(found.inputs.values()) == {"int64 (batch, length)"}
-    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.int64)
-    mask[1, :4] = 0
-    (logits,) = run_file(found.path, input_ids=ids, attention_mask=mask)
-    expected = model(ids, attention_mask=mask).logits
-    assert torch.allclose(logits[mask == 1], expected[mask == 1], atol=1e-4)
-
-
-# ---- sizes -------------------------------------------------------------------------------
+    found = osscar.export_pt2(tmp_path / "resnet")
+    assert found.inputs == {"pixel_values": "float32 (batch, 3, 24, 24)"}
+    images, program = torch.randn(5, 3, 24, 24), torch.export.load(found.path).module()
+    expected = runs["resnet"].result.model(images).logits
+    assert torch.allclose(program(pixel_values=images).logits, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -170,10 +131,8 @@ def test_weights_too_large_for_one_file_lie_beside_it_and_leave_with_it(tmp_path
     osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
     assert list(tmp_path.iterdir()) == [out]
     beside.write_text("mine")
-    for there in (True, False):  # which does not name them, or is not there
-        with pytest.raises(OutputError, match=r"net\.onnx\.data exists"):
-            osscar.export_onnx(model, out, example_inputs=x, overwrite=there)
-        out.unlink(missing_ok=True)
+    with pytest.raises(OutputError, match=r"net\.onnx\.data exists"):
+        osscar.export_onnx(model, out, example_inputs=x, overwrite=True)
     assert beside.read_text() == "mine"
 
 
@@ -191,16 +150,6 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
     assert set(tmp_path.iterdir()) == {out, other}
 
 
-class Singular(nn.Linear):
-    def forward(self, x):
-        return torch.linalg.svdvals(super().forward(x))
-
-
-class Decides(nn.Linear):
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
-
-
 class Returns(nn.Linear):
     """Puts out what a function makes of what it reads."""
 
@@ -212,50 +161,30 @@ class Returns(nn.Linear):
         return self.makes(super().forward(x))
 
 
-def test_outputs_that_are_called_like_others_get_names_of_their_own():
-    for makes, names in (
-        (lambda y: {"x": y, "output_x": y, "b": None}, ["output_x", "output_output_x"]),
-        (lambda y: {"a": {"b": y}, "a.b": y}, ["a.b", "output_a.b"]),
-    ):
-        opened = OpenProgram(Returns(makes).eval(), {"x": torch.randn(2, 4)}, computable_mixtures)
-        assert opened.output_names == names
-
-
-X = torch.randn(2, 4)
-
-
 @pytest.mark.parametrize(
     ("model", "given", "error", "message"),
     [
-        (Returns(lambda y: (y, 3)), X, ModelError, r"returns 3 \(int\), which"),
-        (net().double(), X, ModelError, r"float64.*model\.float\(\)"),
-        (torch.jit.trace(net(), X), X, ModelError, "TorchScript"),
-        (nn.DataParallel(net()), X, ModelError, r"wraps.* \(model\.module\)"),
-        (Singular(4, 3), X, ModelError, r"cannot write.*svd"),
-        (Decides(4, 3), X, ModelError, "cannot follow the model"),
+        (Returns(lambda y: (y, 3)), (2, 4), ModelError, r"returns 3 \(int\), which"),
+        (Returns(torch.linalg.svdvals), (2, 4), ModelError, r"cannot write.*svd"),
         (net(), None, DataError, "it is not known what this Sequential takes"),
-        (net(), {"x": X}, DataError, "takes no 'x'"),
-        (net(), torch.randn(2, 5), ModelError, r"fails on.*\(input \(2, 5\)\): .*inputs="),
-        (net(), "nowhere.npz", osscar.OsscarError, "there is no such file"),
-        (net(), __file__, osscar.OsscarError, "Sequential reads tensors"),
-        (nn.ReLU(), X, ModelError, "has no parameters"),
+        (net(), (2, 5), ModelError, r"fails on.*\(input \(2, 5\)\): .*inputs="),
     ],
 )
 def test_what_cannot_be_written_leaves_nothing(model, given, error, message, tmp_path):
+    example = None if given is None else torch.randn(given)
     with pytest.raises(error, match=message):
-        osscar.export_onnx(model.eval(), tmp_path / "net.onnx", example_inputs=given)
+        osscar.export_onnx(model.eval(), tmp_path / "net.onnx", example_inputs=example)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("write", EITHER.values(), ids=EITHER)
-def test_a_disk_that_refuses_is_named_and_nothing_is_left(write, tmp_path):
+def test_a_disk_that_refuses_is_named_and_nothing_is_left(tmp_path):
     """Also by the archive of torch, whose own writer ends the process then."""
     model, x = nn.Linear(100, 100).eval(), torch.randn(2, 100)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(OutputError, match=r"cannot write .*allow larger files"):
-            write(model, tmp_path / "net.file", example_inputs=x)
+            osscar.export_pt2(model, tmp_path / "net.pt2", example_inputs=x)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
@@ -274,6 +203,3 @@ def test_labels_are_left_out_and_lengths_are_free(tmp_path):
     for shape in ((1, 5), (3, 10)):
         idx = torch.randint(12, shape)
         torch.testing.assert_close(program(idx=idx)[0], smaller(idx)[0], rtol=1e-4, atol=1e-5)
-    needs = {"example_inputs": {"idx": x[:2], "targets": y[:2]}}
-    asked = osscar.export_pt2(smaller, tmp_path / "loss.pt2", **needs)
-    assert list(asked.inputs) == ["idx", "targets"]

@@ -6,14 +6,11 @@ import pickle
 import signal
 import socket
 import stat
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from unittest.mock import Mock
 
-import filelock
 import pytest
 from pydantic import ConfigDict
 
@@ -60,11 +57,7 @@ def test_what_is_written_is_read_again(tmp_path):
     ("text", "reason"),
     [
         ("", "invalid JSON"),
-        ("[" * 10**5, "invalid JSON: recursion limit"),
-        ("5", "input should be an object"),
-        ('{"name": "n"}', "share: field required"),
         ('{"name": "n", "share": true}', "share: input should be a valid number, not True"),
-        ('{"name": "n", "share": NaN}', "should be a finite number"),
         ('{"name": "n", "share": 1.0, "inner": [{"size": 1, "x": 2}]}', "inner.0.x: unexpected"),
     ],
 )
@@ -103,30 +96,23 @@ def test_what_is_being_written_bears_the_process_and_goes_if_it_fails(tmp_path):
     assert file.read_text() == "old"
 
 
-def test_what_killed_processes_were_writing_goes_and_what_others_write_stays(tmp_path):
+def test_what_a_killed_process_was_writing_goes_and_what_others_write_stays(tmp_path):
     def write():
         with atomic_write(tmp_path / "x[1].csv") as partial:
             partial.write_text("half")
             time.sleep(PATIENCE)
 
-    killed, running = forked(write, tmp_path), forked(write, tmp_path)
-    while len(list(tmp_path.glob(".*.partial/x*"))) < 2:
+    killed = forked(write, tmp_path)
+    while not list(tmp_path.glob(".*.partial/x*")):
         time.sleep(0.01)
+    write_text(tmp_path / "x[1].csv", "whole")
+    of_another_host = tmp_path / f".x[1].csv.elsewhere-{killed.pid}.partial"
+    of_another_host.mkdir()
+    running = f".x[1].csv.{socket.gethostname()}-{killed.pid}.partial"
+    others = {"x[1].csv", of_another_host.name}
+    assert {p.name for p in tmp_path.iterdir()} == {*others, running}
     killed.kill()
     killed.wait()
-    host = socket.gethostname()
-    of_another_host = tmp_path / f".x[1].csv.elsewhere-{killed.pid}.partial"
-    of_another_file = tmp_path / f".x[1].csv.gz.{host}-{killed.pid}.partial"
-    for place in (of_another_host, of_another_file):
-        place.mkdir()
-    write_text(tmp_path / "x[1].csv", "whole")
-    others = {"x[1].csv", of_another_host.name, of_another_file.name}
-    assert {p.name for p in tmp_path.iterdir()} == {
-        *others,
-        f".x[1].csv.{host}-{running.pid}.partial",
-    }
-    running.kill()
-    running.wait()
     write_text(tmp_path / "x[1].csv", "again")
     assert {p.name for p in tmp_path.iterdir()} == others
 
@@ -178,19 +164,6 @@ def test_a_lock_is_held_by_one_who_is_named_until_the_block_ends(tmp_path):
         raise ZeroDivisionError
     with file_lock(place, tmp_path):
         pass
-    with pytest.raises(OutputError, match="cannot write"):
-        file_lock(place / ".lock", tmp_path).__enter__()
-    place.write_text("\x1b[2J no process\n")
-    with filelock.FileLock(place), pytest.raises(BusyError) as caught:
-        file_lock(place, tmp_path).__enter__()
-    assert "\x1b" not in str(caught.value)
-
-
-def test_a_file_system_without_locks_is_better_unguarded_than_unusable(tmp_path, monkeypatch):
-    for error in (NotImplementedError(), OSError(38, "Function not implemented")):
-        monkeypatch.setattr(filelock.FileLock, "acquire", Mock(side_effect=error))
-        with file_lock(tmp_path / ".lock", tmp_path):
-            assert not (tmp_path / ".lock").exists()
 
 
 def test_signals_wait_for_short_blocks():
@@ -206,7 +179,3 @@ def test_signals_wait_for_short_blocks():
         interrupted()
     assert done == [True]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    thread = threading.Thread(target=lambda: uninterrupted().__enter__() or done.append(True))
-    thread.start()
-    thread.join()
-    assert done == [True, True]

@@ -34,12 +34,12 @@ def dense_of(case, seed=0):
     return kind().eval(), torch.randn(24, *shape)
 
 
-def smaller_program(net, data, *names, units=None):
-    """Return a program without half of the units of some groups, or with those that are given."""
+def smaller_program(net, data, *names):
+    """Return a program without half of the units of some groups."""
     example = {next(iter(inspect.signature(net.forward).parameters)): data[:2]}
     found = graph.trace(net, example)
     groups = [found.group(name) for name in names] or found.prunable
-    plan = PruningPlan(tuple(GroupPlan.of(g, units or tuple(range(0, g.units, 2))) for g in groups))
+    plan = PruningPlan(tuple(GroupPlan.of(g, tuple(range(0, g.units, 2))) for g in groups))
     return osscar.shrink_program(net, plan, [(data[:3],)], example)
 
 
@@ -97,10 +97,6 @@ def test_a_program_is_written_and_read_again_and_knows_its_dense_model(runs, tmp
     assert torch.equal(again(data), result.model(data))
     assert list(again.state_dict()) == list(result.model.state_dict())
     assert {p.device.type for p in structure_of(again).model.parameters()} == {"meta"}
-    second = smaller_program(again, data, "up.channels", units=(0, 2, 3))
-    twice = osscar.load(osscar.save(second.model, tmp_path / "twice").path, dense=other)
-    assert torch.equal(twice(data), second.model(data))
-    assert far_apart(without_units(again, second.proof.plan)(data), twice(data)) < 1e-5
     # Its weights are read by operators, not by modules that could be asked for their inputs.
     with pytest.raises(RequestError, match="no group of this model can be pruned"):
         osscar.prune(again, data, sparsity=0.3, **OFTEN)
@@ -114,9 +110,6 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(program, "export_standalone", fail)
     with pytest.raises(CheckpointError, match=r"cannot be read, and was not kept: .*no program"):
-        osscar.save(made, tmp_path / "small")
-    monkeypatch.delattr(made, "osscar_structure")
-    with pytest.raises(CheckpointError, match="is not known any more"):
         osscar.save(made, tmp_path / "small")
     assert not list(tmp_path.iterdir())
 
@@ -169,8 +162,6 @@ def test_a_program_says_which_sizes_it_takes_no_others_of(tmp_path):
     for one in (result.model, copy.deepcopy(result.model), osscar.load(path, dense=net)):
         with pytest.raises(ModelError, match=refused):
             one(**graphs(7))
-    with pytest.raises(ModelError, match=r"x .*and not \(5, 4\)"):
-        result.model(graphs(5)["x"][0], graphs(5)["adjacency"][0])
 
 
 @pytest.mark.filterwarnings("error:the exported program takes")
@@ -181,39 +172,6 @@ def test_a_program_takes_the_sizes_that_torch_leaves_open():
     for nodes in (3, 9):
         given = graphs(nodes)
         assert far_apart(without_units(net, plan)(**given), result.model(**given)) < 1e-5
-    with pytest.raises(ModelError, match=r"takes x of shape \(any, any, 4\).*not \(2, 9, 5\)"):
-        result.model(torch.randn(2, 9, 5), graphs(9)["adjacency"])
-
-
-class LazyMask(nn.Module):
-    """Keeps a mask for the next call, as wide as its heads are many."""
-
-    def __init__(self):
-        super().__init__()
-        self.enter, self.qkv = nn.Linear(5, 16), nn.Linear(16, 48)
-        self.out, self.leave = nn.Linear(16, 16), nn.Linear(16, 3)
-        self.mask = None
-
-    def forward(self, x):
-        x = self.enter(x)
-        length = x.shape[1]
-        if self.mask is None or self.mask.shape[-1] < length:
-            self.mask = torch.full((4, length, length), -1e4).triu(1)
-        q, k, v = (p.unflatten(-1, (4, -1)).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
-        mask = self.mask[:, :length, :length]
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.leave(x + self.out(mixed.transpose(1, 2).flatten(-2)))
-
-
-def test_what_a_model_keeps_for_its_next_call_is_no_part_of_its_program():
-    torch.manual_seed(0)
-    model, x = LazyMask().eval(), torch.randn(3, 6, 5)
-    result = smaller_program(model, x, "heads")
-    assert model.mask is None
-    whole = without_units(model, result.proof.plan)
-    for length in (6, 9):
-        x = torch.randn(2, length, 5)
-        assert far_apart(whole(x), result.model(x)) < 1e-5
 
 
 # ---- programs of transformers ------------------------------------------------------------

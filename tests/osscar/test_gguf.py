@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
-from tokenizers.processors import ByteLevel, RobertaProcessing, Sequence, TemplateProcessing
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
 import osscar
 import osscar.cli.commands
@@ -186,12 +186,10 @@ def test_llama_cpp_computes_what_transformers_does(name, groups, tmp_path):
     assert_computed(written.path, model)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-4), ("f16", 0.1), ("bf16", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-4), ("bf16", 0.1)])
 def test_every_number_format_is_as_close_as_it_can_be(dtype, tolerance, uneven, tmp_path):
     written = export_gguf(uneven, tmp_path / "small.gguf", dtype=dtype)
     assert_computed(written.path, osscar.load(uneven), tolerance)
-    numbers = sum(tensor.numel() for tensor in osscar.load(uneven).state_dict().values())
-    assert numbers * (2, 4)[dtype == "f32"] < written.bytes < 1.5 * numbers * (2, 4)[dtype == "f32"]
 
 
 _ROUTED = {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2}
@@ -299,55 +297,31 @@ def test_context_and_positions():
 # ---- refusals ----------------------------------------------------------------------------
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
-MIXED = {**_ROUTED, **_INNER}
-
-
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (hf.OlmoeConfig(**_ROUTED), "normalized over 24 features"),
-        (hf.Qwen3MoeConfig(**MIXED, norm_topk_prob=False), "'qwen3moe' divides the weights"),
-        (hf.Qwen2MoeConfig(**MIXED, mlp_only_layers=[1]), "1 of its 2 layers are no mixtures"),
-        (hf.Qwen3Config(**_SIZES, attention_bias=True), "q_proj.bias', for which 'qwen3'"),
         (hf.GPT2Config(n_embd=48, n_layer=1, n_head=6), "it is a GPT2LMHeadModel"),
         (hf.LlamaConfig(**_SIZES, hidden_act="gelu"), "activation 'gelu'"),
-        (hf.LlamaConfig(**_SIZES, rope_parameters=YARN), "type 'yarn'"),
         (MIXTURES["llama"], r"have \[3, 4\] experts, and 'llama' has one number"),
-        (hf.Qwen3Config(**_SIZES), "'openelm' has no output matrix beside the embedding"),
     ],
 )
 def test_other_graphs_are_refused_with_the_reason(config, reason):
     model = built(config)
-    block = getattr(model.base_model, "layers", [None])[0]
     if "experts, and" in reason:
+        block = model.base_model.layers[0]
         block.mlp.experts.down_proj = torch.nn.Parameter(block.mlp.experts.down_proj[1:])
-    elif "openelm" in reason:
-        block.mlp.down_proj.in_features = 12
     with pytest.raises(ModelError, match=f"llama.cpp cannot run the model: .*{reason}"):
         Graph(model, "f16", gguf)
-
-
-NFC = normalizers.NFC()
 
 
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
         ({"steps": [pre.Whitespace()]}, "no name for how the tokenizer splits"),
-        ({"ignore_merges": True}, "no name for how"),
-        (  # a pattern that is no expression
-            {"steps": [pre.Split(_LLAMA_3, "isolated"), BYTES], "ignore_merges": True},
-            "no name for how",
-        ),
         ({"dropout": 0.5}, r"dropout = 0\.5"),
-        ({"unk_token": "<s>"}, "unk_token = '<s>'"),
-        ({"merges": []}, "no merges"),
         ({"around": "<s> <s> $A"}, r"makes \[0, 0, \d+\] of 'a'"),
-        ({"around": RobertaProcessing(("<s>", 0), ("</s>", 1))}, r"makes \[1, \d+, 0\] of 'a'"),
-        ({"add": [AddedToken("<m>", lstrip=True, rstrip=True)]}, "'<m>' is lstrip, rstrip"),
         ({"add": [AddedToken("foo", single_word=True)]}, "'foo' is single_word"),
-        ({"add": [AddedToken("e\u0301")], "normalizer": NFC}, "is normalized"),
         ({"normalizer": normalizers.Lowercase()}, r"normalizes text \(Lowercase\)"),
     ],
 )
@@ -357,37 +331,13 @@ def test_tokenizers_of_which_llama_cpp_would_make_others_are_refused(given, reas
         vocabulary_fields(tmp_path, VOCABULARY, gguf)
 
 
-def test_tokenizers_that_are_none_or_of_another_model(tmp_path):
-    with pytest.raises(ModelError, match="no tokenizer"):
-        vocabulary_fields(tmp_path, VOCABULARY, gguf)
-    tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="300 embeddings"):
-        vocabulary_fields(tmp_path, 300, gguf)
-    file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "a\ud800"}))
-    with pytest.raises(ModelError, match="surrogates not allowed"):
-        vocabulary_fields(tmp_path, VOCABULARY, gguf)
-
-
-def test_numbers_that_a_format_does_not_hold(tmp_path):
-    model = built(CONFIGS["qwen2"])
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
-    with pytest.raises(ModelError, match="f16 does not"):
-        exported(model, tmp_path, dtype="f16")
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
-
-
 def test_what_cannot_be_exported(uneven, tmp_path, monkeypatch):
     there, earlier = tmp_path / "there.gguf", "GGUF, of an earlier day"
     there.write_text(earlier)
     for source, given, error, message in (
-        (tmp_path, {}, errors.CheckpointError, "no directory with a checkpoint"),
         (uneven, {"dtype": "q4_0"}, errors.OptionError, "f32, f16, bf16"),
         (uneven, {"out": there}, errors.OutputError, "there already"),
         (uneven, {"out": tmp_path / "no" / "where"}, errors.OutputError, "is no directory"),
-        (uneven, {"out": tmp_path}, errors.OutputError, "is a directory"),
-        (uneven, {"out": "\0"}, errors.OutputError, "cannot write"),
     ):
         with pytest.raises(error, match=message):
             export_gguf(source, **given)
@@ -405,10 +355,8 @@ def test_what_cannot_be_exported(uneven, tmp_path, monkeypatch):
         export_gguf(uneven)
 
 
-@pytest.mark.parametrize("spoilt", ["write_tensor_data", "add_float32"])
-def test_a_file_that_does_not_hold_the_model_is_not_put_in_place(
-    spoilt, uneven, tmp_path, monkeypatch
-):
+def test_a_file_that_does_not_hold_the_model_is_not_put_in_place(uneven, tmp_path, monkeypatch):
+    spoilt = "write_tensor_data"
     write = getattr(gguf.GGUFWriter, spoilt)
     monkeypatch.setattr(
         gguf.GGUFWriter, spoilt, lambda self, *given: write(self, *given[:-1], given[-1] * 0)

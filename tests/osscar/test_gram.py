@@ -83,28 +83,6 @@ def test_what_varies_about_a_large_mean_is_no_rounding_of_it(dtype):
     assert ((found[1] - Z.T @ Y / 3000).abs() <= 1e-5 * sizes[:, None]).all()
 
 
-class Coarse(TorchDispatchMode):
-    """Multiplies float32 as TF32, in eleven digits."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
-            args = [(x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args]
-        return func(*args, **(kwargs or {}))
-
-
-def test_products_of_fewer_digits_are_not_summed():
-    X = activations(torch.float32)[:1000]
-    halves = X.bfloat16()
-    with pretended():
-        assert _type_of_sums(X.cuda()) == torch.float32
-        gram = accumulator(device="cuda")
-        gram.add(X.cuda())
-        assert worst_error(gram.fitted.gram.dense().cpu(), X) <= 5e-6
-    with pretended(), Coarse():
-        assert _type_of_sums(X.cuda()) == torch.float64
-        assert _type_of_sums(halves.cuda()) == torch.float32  # eleven digits hold them
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_terms_are_those_of_least_squares_and_the_sums_are_given_away(bias):
     gram, X = accumulator(bias=bias, corrections=True), activations(torch.float64)[:400]
@@ -184,3 +162,25 @@ def test_each_layer_counts_relative_to_what_it_puts_out():
         together = pose(grams, 4, "some", damp=0.1)
     for one, part in zip(alone, together.consumers, strict=True):
         torch.testing.assert_close(part.H, one.H / one.e)
+
+
+class Coarse(TorchDispatchMode):
+    """Multiplies float32 as TF32, in eleven digits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default and args[0].dtype == torch.float32:
+            args = [(x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_of_fewer_digits_are_not_summed():
+    X = activations(torch.float32)[:1000]
+    halves = X.bfloat16()
+    with pretended():
+        assert _type_of_sums(X.cuda()) == torch.float32
+        gram = accumulator(device="cuda")
+        gram.add(X.cuda())
+        assert worst_error(gram.fitted.gram.dense().cpu(), X) <= 5e-6
+    with pretended(), Coarse():
+        assert _type_of_sums(X.cuda()) == torch.float64
+        assert _type_of_sums(halves.cuda()) == torch.float32  # eleven digits hold them

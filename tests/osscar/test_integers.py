@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +18,9 @@ from osscar.base.errors import AdapterError
 from osscar.proof.equivalence import proof_outputs
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.follow import adapter
-from osscar.shrinking.integers import IntegerSearch
 from osscar.shrinking.shrink import shrink
 from tests.coverage.measure import half_of, shrink_by_half
-from tests.graph.topologies import network, randomized
+from tests.graph.topologies import randomized
 from tests.osscar.test_shrinking import assert_refused, shrunk
 
 
@@ -83,36 +81,6 @@ def test_numbers_under_unknown_names_are_found_by_trial() -> None:
     assert all(map(torch.equal, proof_outputs(dense, inputs), proof_outputs(model, inputs)))
 
 
-class FourNumbers(nn.Module):
-    """Gated heads whose code keeps four numbers that have to follow."""
-
-    def __init__(self, heads: int = 6, width: int = 5, rest: int = 7) -> None:
-        super().__init__()
-        self.sections, self.per, self.all = heads, width, heads * width
-        self.joint, self.doubled, self.rest = heads * width + rest, 2 * heads * width, rest
-        self.put_in = nn.Linear(9, 2 * self.all + rest)
-        self.scale = nn.Parameter(torch.rand(self.joint) + 0.5)
-        self.put_out = nn.Linear(self.all, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        both, extra = self.put_in(x).split([self.doubled, self.rest], dim=-1)
-        value, gate = both.split([self.all, self.all], dim=-1)
-        scaled = torch.cat((value, extra), -1) * self.scale
-        scaled = scaled.view(*x.shape[:-1], self.joint)
-        value, extra = scaled.split([self.all, self.rest], dim=-1)
-        value = value.view(*value.shape[:-1], self.sections, self.per).softmax(-1)
-        gate = gate.view(*gate.shape[:-1], self.sections, self.per).sigmoid()
-        mixed = (value * gate).view(*x.shape[:-1], self.all)
-        return self.put_out(torch.relu(mixed)) + extra.sum(-1, keepdim=True)
-
-
-def test_more_numbers_than_two_follow_all_together() -> None:
-    net = randomized(FourNumbers())
-    _, proof, _ = shrink_by_half(net, [(torch.randn(8, 9),)])
-    found = {n.attribute: n.value for n in proof.plan.integers}
-    assert found == {"sections": 3, "all": 15, "joint": 22, "doubled": 30}
-
-
 class OfConfig(nn.Module):
     """Reads the number of its neurons from a config that others read, too."""
 
@@ -127,57 +95,12 @@ class OfConfig(nn.Module):
         return x + self.down(gate.sigmoid() * up)
 
 
-@dataclass(frozen=True)
-class Frozen:
-    intermediate_size: int = 10
-
-
 def test_a_number_that_code_reads_from_a_shared_config_follows_in_one_of_its_own() -> None:
     config = SimpleNamespace(intermediate_size=10, name="shared")
     net, x = nn.Sequential(OfConfig(config), OfConfig(config)).eval(), torch.randn(8, 6)
     shrunk(net, x, **{"0_both": 4, "1_both": 7})
     assert [part.config.intermediate_size for part in net] == [4, 7]
     assert (config.intermediate_size, net[0].config.name) == (10, "shared")
-    for other in (Frozen(), type("Shared", (), {"intermediate_size": 10})):  # cannot be changed
-        net = nn.Sequential(OfConfig(other)).eval()
-        plan = half_of(graph.trace(net, (x,)).prunable)
-        assert_refused(net, plan, [(x,)], AdapterError, "fails with fewer units")
-        assert other.intermediate_size == 10
-
-
-@network(up=(6, 32), down=(32, 6), sizes=lambda: (32, 32))
-def Limited(net: Any, x: Tensor) -> Tensor:
-    """A net whose tuple has the longest sequence beside the number of neurons, as long."""
-    x = x[:, -net.sizes[0] :]
-    return net.down(torch.relu(net.up(x)).view(*x.shape[:2], net.sizes[1]))
-
-
-def test_only_the_entry_and_the_block_that_have_to_follow_do() -> None:
-    net, x = nn.Sequential(Limited(), Limited()).eval(), torch.randn(2, 6, 6)
-    shrunk(net, x, **{"1_up": 16})
-    assert [block.sizes for block in net] == [(32, 32), (32, 16)]
-
-
-def test_a_stride_never_follows_nor_the_padding_of_a_layer_nor_what_has_followed() -> None:
-    class Strided(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter = nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2)
-            self.middle, self.leave = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 3, 1)
-            self.stride, self.layer_idx, self.mine, self.padding = 2, 2, 4, 2
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.leave(self.middle(self.enter(x)))
-
-    model, x = Strided().eval(), torch.randn(1, 3, 9, 9)
-    plan = half_of(graph.trace(model, (x,)).prunable)
-    search = IntegerSearch(model, plan, lambda: 0.0)  # type: ignore[arg-type,return-value]
-    names = {name for name, _ in search._following("enter")}
-    assert not {"stride", "padding", "dilation", "kernel_size"} & names
-    assert search._following("") == {("mine", None): 2, ("padding", None): 1}  # of channels, here
-    search._follow(Strided, (("mine", None),))
-    assert model.mine == 2  # which is a size as well
-    assert search._following("") == {("padding", None): 1}
 
 
 class Remembering(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import sys
 from pathlib import Path
@@ -12,12 +11,12 @@ from matplotlib.figure import Figure
 
 import osscar
 from tests.osscar.families import CALIBRATION
-from tests.osscar.interrupted_cases import CASES
-from tests.osscar.interruptions import Ended, Plan, hidden
+from tests.osscar.interrupted_cases import CASES, case
+from tests.osscar.interruptions import Plan, hidden
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
 
-ALL = [name if name == "plan" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+ALL = [name if name == "prune" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,71 +36,33 @@ def drawn_by_nobody(_, file, **__):
     (file.write_bytes if isinstance(file, Path) else file.write)(b"a picture")
 
 
-@pytest.fixture(scope="module")
-def cases(tiny, tmp_path_factory):
-    """Return a case by its name; each is run as a whole once."""
-    made = {}
-
-    def made_once(name):
-        if name not in made:
-            made[name] = CASES[name](tiny, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return made_once
+@pytest.fixture(scope="module", params=ALL)
+def interrupted(request, tiny, tmp_path_factory):
+    return case(request.param, tiny, tmp_path_factory.mktemp(request.param))
 
 
-# ---- kills -------------------------------------------------------------------------------
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(interrupted, tmp_path):
+    """Somewhere in the middle."""
+    root = tmp_path / "root"
+    root.mkdir()
+    ended = interrupted.run(root, Plan(interrupted.events // 2))
+    assert ended.status == -signal.SIGKILL
+    assert interrupted.is_whole(root)
+    again = interrupted.run(root)
+    assert again.status == 0, again.err
+    assert interrupted.wrong(root) == []
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes(name, cases, tmp_path):
-    """Once or twice, somewhere."""
-    case, draw, root = cases(name), random.Random(0), tmp_path / "root"
-    case.begin(root)
-    for _ in range(draw.choice((1, 2))):
-        number = draw.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-        ended = case.run(root, Plan(draw.randrange(1, case.events + 1), number))
-        if ended.status == 0:
-            break
-        assert ended.status in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
-        assert case.is_whole(root)
-        if ended.status > 0 and not case.is_done(root):
-            line = last_word(ended)
-            kept = "out.run/*.safetensors", "out.recover/*.safetensors"
-            goes_on = any(any(root.glob(one)) for one in (kept if case.keeps_old else ("out",)))
-            assert ("same command again to continue" in line) == goes_on, line
-            assert ("no finished work was kept" in line) == (not goes_on), line
-            assert hidden(root, case.shown) == []
-    if ended.status:
-        again = case.run(root)
-        assert again.status == 0, again.err
-    assert case.wrong(root) == []
-
-
-def last_word(ended: Ended) -> str:
-    """Return the one line that is said of an end; a warning before it is of random weights."""
-    *before, line = ended.err.strip().splitlines()
-    expected = ("warning: the dense model does no better than chance", "progress: ")
-    assert [one for one in before if not one.startswith(expected)] == []
-    return line
-
-
-# ---- a full disk -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_full_disk_is_said_and_nothing_is_lost(name, cases, tmp_path):
-    case, root = cases(name), tmp_path / "root"
-    case.begin(root)
-    ended = case.run(root, Plan(case.writes // 2, "full"))
+def test_a_full_disk_is_said_and_nothing_is_lost(interrupted, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    ended = interrupted.run(root, Plan(interrupted.writes // 2, full=True))
     if ended.status:  # else what failed was not needed: the number of the process in a lock
-        assert ended.status == 2, ended.err
-        line = last_word(ended)
-        assert line.startswith("error: cannot write")
-        assert str(root) in line
+        line = ended.err.strip().splitlines()[-1]
+        assert (ended.status, line.startswith("error: cannot write")) == (2, True), ended.err
         assert "make room" in line or "ulimit" in line
-        assert case.is_whole(root)
-        assert hidden(root, case.shown) == []
-        again = case.run(root)
+        assert interrupted.is_whole(root)
+        assert hidden(root, ("out", "out.run", "out.recover", "said.json")) == []
+        again = interrupted.run(root)
         assert again.status == 0, again.err
-    assert case.wrong(root) == []
+    assert interrupted.wrong(root) == []

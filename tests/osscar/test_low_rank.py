@@ -18,19 +18,6 @@ X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 ASKED = {"neurons": 0.5, "round_to": 1, "device": "cpu"}
 
 
-class LowRankPair(nn.Module):
-    """Adds a product of two small matrices to what a layer returns, as adapters do."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-        self.down = nn.Linear(layer.in_features, 4, bias=False)
-        self.up = nn.Linear(4, layer.out_features, bias=False)
-
-    def forward(self, x):
-        return self.layer(x) + self.up(self.down(x))
-
-
 @needs_peft
 @pytest.mark.parametrize(("layers", "count"), [(["0"], "1 adapter"), (["0", "2"], "2 adapters")])
 def test_adapters_of_peft_are_refused_until_they_are_merged(layers, count):
@@ -40,11 +27,3 @@ def test_adapters_of_peft_are_refused_until_they_are_merged(layers, count):
         osscar.prune(adapted, X, **ASKED)
     result = osscar.prune(adapted.merge_and_unload(), X, **ASKED)
     assert [(layer.units, layer.kept) for layer in result.layers] == [(24, 12)]
-
-
-def test_ranks_of_low_rank_pairs_are_named():
-    model = net()
-    model[0] = LowRankPair(model[0])
-    with pytest.warns(UserWarning, match="ranks of low-rank pairs are pruned as neurons, of 0"):
-        result = osscar.prune(model, X, **ASKED)
-    assert sorted(layer.kept for layer in result.layers) == [2, 12]

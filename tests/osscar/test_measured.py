@@ -1,7 +1,6 @@
 """Curves that are measured: one group alone is pruned, and what models return is compared."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -22,10 +21,7 @@ from osscar.allocation.measured import (
     widths_to_measure,
 )
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import NonFiniteError
-from osscar.data.batches import ModelInputs
-from osscar.distance.distance import Compared, Distance, Reference
-from osscar.distance.scores import Scores
+from osscar.distance.distance import Distance, Reference
 from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest, Widths
@@ -33,45 +29,8 @@ from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate
 from solvers.closed_forms.refit import refit
 from tests.osscar.families import tiny, tokens
-from tests.osscar.mixtures import mixture
 
 # ---- what is compared --------------------------------------------------------------------
-
-
-def scored(batch):
-    return Distance(ModelInputs(batch), Compared("nats", "", ""), Scores("output", -1, ""))
-
-
-class Puts(nn.Module):
-    """Puts out what it was given."""
-
-    def __init__(self, out):
-        super().__init__()
-        self.out, self.weight = out, nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        return self.out
-
-
-def test_a_divergence_is_from_the_dense_predictions_and_from_nothing_finite_an_error():
-    logits = torch.randn(2, 4, 5)
-    logits[0, :, 0] = -torch.inf
-    dense, other = logits.log_softmax(-1)
-    batch = {"x": torch.zeros(4, 3, 2, 2)}
-    reference = Reference(scored(batch), [batch], [dense])
-    assert reference.divergence(Puts(dense)) == pytest.approx(0.0, abs=1e-6)
-    terms = (dense.exp() * (dense - other))[:, 1:]
-    assert reference.divergence(Puts(other)) == pytest.approx(float(terms.sum(-1).mean()))
-    with pytest.raises(NonFiniteError, match="logits are NaN"):
-        reference.divergence(Puts(dense * torch.nan))
-
-
-def test_an_output_of_another_shape_is_wholly_in_error():
-    batch = {"x": torch.ones(1)}
-    distance = Distance(ModelInputs(batch), Compared("relative", "", ""), powers=(3.0, 2.0))
-    reference = Reference(distance, [batch], [[torch.ones(3), torch.ones(2)]])
-    fewer = Puts((torch.ones(3), torch.ones(1)))
-    assert reference.divergence(fewer) == pytest.approx(0.5)
 
 
 def test_a_language_model_makes_one_prediction_in_two(monkeypatch):
@@ -116,11 +75,10 @@ class Both(Sum):
 DATA = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(None, [4, 4, 1]), (2, [2, 2, 2, 2, 1])])
-def test_as_many_windows_are_compared_at_once_as_have_the_predictions_of_one(batch_size, sizes):
-    with prepare(tiny("opt"), tokens(16), batch_size=batch_size) as prepared:
+def test_as_many_windows_are_compared_at_once_as_have_the_predictions_of_one():
+    with prepare(tiny("opt"), tokens(16)) as prepared:
         reference, _ = dense_references(prepared, 9)
-        assert [len(batch["input_ids"]) for batch in reference.batches] == sizes
+        assert [len(batch["input_ids"]) for batch in reference.batches] == [4, 4, 1]
         assert reference.divergence(prepared.model) == 0
 
 
@@ -197,19 +155,10 @@ def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
         curves, measure = measured(prepared, halves(prepared))
         assert measure == "relative"
         assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
-        reference, _ = dense_references(prepared, 20)
-        dense = prepared.model(DATA[60:])
-        prepared.model.one.weight.mul_(0.5)
-        found = prepared.model(DATA[60:])
-        errors = [
-            ((found[k] - y).square().sum() / y.square().sum()).item() for k, y in dense.items()
-        ]
-        assert reference.divergence(prepared.model) == pytest.approx(np.mean(errors))
 
 
-@pytest.mark.parametrize("data", ["tokens", "images"])
 @pytest.mark.parametrize("refuses", [False, True])
-def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, data, monkeypatch):
+def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, monkeypatch):
     """Unless the model's own code refuses; distances are nearly the same."""
 
     def refuse(module, args, out):
@@ -217,13 +166,7 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, d
 
     def nats():
         torch.manual_seed(0)
-        if data == "tokens":
-            model, given = tiny("llama-mha", layers=1), tokens(16, 24)
-        else:
-            layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()]
-            layers += [nn.Linear(128, 9), nn.LogSoftmax(-1)]
-            model, given = nn.Sequential(*layers), torch.randn(32, 3, 8, 8)
-        with prepare(model.eval(), given) as prepared:
+        with prepare(tiny("llama-mha", layers=1), tokens(16, 24)) as prepared:
             if refuses:
                 last = [one for one in prepared.model.modules() if isinstance(one, nn.Linear)][-1]
                 last.register_forward_hook(refuse)
@@ -240,19 +183,6 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, d
     assert (full, half) == (False, not refuses)
     assert rounded == pytest.approx(exact, rel=0.1, abs=1e-4)
     assert (rounded == exact) == refuses
-    monkeypatch.setattr(measured_module, "_CLOSE", np.inf)
-    half, again = nats()  # with refits to what was read in bfloat16
-    assert half == (not refuses)
-    assert again == pytest.approx(exact, rel=0.0 if refuses else 1e-2)
-    compared = Reference.compared
-
-    def overflowing(self, model, changed=None):
-        found = compared(self, model, changed)
-        return found._replace(distance=math.nan) if self.bfloat16 else found
-
-    monkeypatch.setattr(measured_module, "_CLOSE", 1e-9)
-    monkeypatch.setattr(Reference, "compared", overflowing)
-    assert nats() == (half, again)
 
 
 @pytest.mark.parametrize(("mean", "expected"), [(0.0, True), (500.0, False)])
@@ -270,28 +200,6 @@ def test_a_model_of_which_bfloat16_would_round_much_away_runs_in_float32(
     model = nn.Sequential(first, nn.ReLU(), second).eval()
     with prepare(model, torch.randn(16, 6)) as prepared:
         assert prepared.bfloat16 == expected
-
-
-def test_a_mixture_of_experts_is_not_compared_in_bfloat16(monkeypatch):
-    """Tokens near a tie would go to other experts."""
-    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
-    monkeypatch.setattr(prepare_module, "_LARGE_MODEL", 0)
-    for model, expected in ((mixture("mixtral"), False), (tiny("llama-mha", layers=1), True)):
-        with prepare(model, tokens(4, 8)) as prepared:
-            assert prepared.bfloat16 == expected
-
-
-def test_a_group_that_overflows_without_some_units_is_named():
-    model = Sum().eval()
-    for parameter in model.second.parameters():
-        parameter.data = 1e-3 * parameter.data[[0, 0, 1, 1, 2, 2, 3]]
-    model.other.weight.data = 6e4 * model.other.weight.data.sign()  # of twins, one does for both
-    words = r"'second\.neurons' pruned alone cannot be measured"
-    with (
-        prepare(model.half(), DATA.half()) as prepared,
-        pytest.raises(NonFiniteError, match=words),
-    ):
-        measured(prepared, halves(prepared), damp=0.01)
 
 
 # ---- curves ------------------------------------------------------------------------------
@@ -344,12 +252,6 @@ def test_a_curve_is_linear_in_units_that_do_nothing_on_what_was_fitted():
     assert both.through(2, 0.6).losses[2:] == pytest.approx([0.6, 0.6, 0.5, 0.0])
 
 
-def test_what_is_measured_of_next_to_nothing_is_not_believed():
-    shape = Curve("group", np.array([1.0, 1e-3, 0.0, 0.0]))
-    assert shape.through(1, 0.0).losses == pytest.approx(shape.shape * LEAST / 1e-3)
-    assert shape.through(2, LEAST).losses == pytest.approx(shape.shape)
-
-
 def test_groups_are_measured_where_they_matter_and_were_not_before():
     with prepare(tiny("opt"), tokens(4, 16)) as prepared:
         groups = [group for group in prepared.groups if group.prunable]
@@ -369,11 +271,6 @@ def test_groups_are_measured_where_they_matter_and_were_not_before():
     assert wanted(known, heads=5)[heads] == 5
     assert heads not in wanted(known, heads=6)
     assert wanted({}, heads=6)[heads] == 3
-    # That a shape is zero does not tell that nothing is lost; what fewer units lose may.
-    zero = Curve(heads, np.array([1.0, 0.5, 0.2, 0.1, 0.0, 0.0, 0.0]))
-    for lost, expected in ((0.5, True), (1e-6, False)):
-        assert (heads in wanted(curves | {heads: zero.through(3, lost)}, heads=5)) == expected
-    assert heads in wanted(curves | {heads: zero}, heads=5)
 
 
 class Quiet(nn.Module):
@@ -392,7 +289,7 @@ class Quiet(nn.Module):
         return SequenceClassifierOutput(logits=y)
 
 
-@pytest.mark.parametrize(("units", "quiet", "share"), [(14, 9, 0.3), (14, 9, 0.6), (20, 4, 0.8)])
+@pytest.mark.parametrize(("units", "quiet", "share"), [(14, 9, 0.6), (20, 4, 0.8)])
 def test_units_that_fire_on_other_samples_alone_are_missed_as_was_measured(units, quiet, share):
     """At widths above and below that from which on the fitted samples miss nothing."""
     model, x = Quiet(units, quiet).eval(), torch.randn(96, 7)
@@ -430,16 +327,3 @@ def test_a_group_that_predictions_hardly_need_gives_up_more():
     assert budget.measured.keys() == budget.widths.keys()
     for name, points in budget.measured.items():
         assert all(0 < p.kept < budget.widths[name].units for p in points)
-    (point, *_) = next(iter(budget.to_json()["measured"].values()))
-    assert point.keys() == {"kept", "distance"}
-
-
-def test_a_group_that_has_to_keep_all_its_units_shares_a_budget():
-    model = Sum().eval()
-    model.first, model.one = nn.Linear(6, 16), nn.Linear(16, 4)
-    with prepare(model, DATA) as prepared:
-        asked = PruningRequest(sparsity=0.1, round_to=4, at_least=0.6)
-        budget = allocate(PruningTask(prepared, asked)).budget
-    assert {width.units: width.kept for width in budget.widths.values()} == {16: 12, 7: 7}
-    (name,) = (name for name, width in budget.widths.items() if width.units == 16)
-    assert budget.curves.keys() == budget.measured.keys() == {name}

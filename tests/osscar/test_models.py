@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.ao.quantization import FakeQuantize
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -29,13 +25,11 @@ from osscar.base.errors import (
     ModelError,
     NonFiniteError,
 )
-from osscar.base.files import cache_directory
 from osscar.checkpoint.manifest import Manifest
 from osscar.models import packaged as packages
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_CALIBRATION, DEMO_DIRECTORY
 from osscar.models.packaged import PACKAGED_MODELS, PackagedModel, fetch
-from osscar.network.modules import check_finite_weights
 from osscar.proof.lineage import Lineage, Origin
 from tests.osscar import test_gguf
 
@@ -61,9 +55,6 @@ def test_the_demo_is_a_small_stock_checkpoint(checkpoint, monkeypatch):
     ids = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)(text)["input_ids"]
     assert loaded.tokenizer(text)["input_ids"] == ids
     assert loaded.tokenizer.decode(ids) == text
-    files = list(DEMO_DIRECTORY.iterdir())
-    assert sum(file.stat().st_size for file in files) < 4.2e6
-    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
     assert load_model("demo", device="cpu", dtype="bfloat16").model.dtype is torch.bfloat16
     monkeypatch.chdir(checkpoint.parent)
     checkpoint.rename("demo")  # which is meant by its path
@@ -91,29 +82,15 @@ def of_images(place):
 
 
 BIAS = "model.decoder.layers.1.fc2.bias"
-BERT = BertConfig(
-    vocab_size=2048, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-    intermediate_size=16,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (changed(BIAS, lambda _: None), ModelError, rf"lacks 1 of .*'{BIAS}'"),
+        (changed(BIAS, lambda _: None), ModelError, "lacks 1 of "),
+        (changed(BIAS, lambda bias: bias / 0), NonFiniteError, "160 of 160 values"),
         (of_images, ModelError, "no causal language model"),
-        (BertForMaskedLM(BERT).save_pretrained, ModelError, "bidirectional BertLMHeadModel"),
-        (
-            GPT2ForSequenceClassification(GPT2).save_pretrained,
-            ModelError,
-            "holds a GPT2ForSequenceClassification, and as a .* would lose",
-        ),
-        (changed(BIAS, lambda bias: bias / 0), NonFiniteError, rf"160 of 160 values of '{BIAS}'"),
-        (
-            lambda place: [file.unlink() for file in place.glob("tokenizer*")],
-            ModelError,
-            "no tokenizer",
-        ),
+        (GPT2ForSequenceClassification(GPT2).save_pretrained, ModelError, "would lose"),
     ],
 )
 def test_what_is_no_language_model_is_refused(damage, error, message, checkpoint):
@@ -174,18 +151,6 @@ def test_weights_and_tokens_that_are_left_out_are_named(checkpoint):
     assert load_model("demo").calibration(samples=1).seqlen == 512
 
 
-def test_infinity_is_a_value_of_buffers():
-    module = nn.Sequential(nn.BatchNorm1d(3), FakeQuantize())
-    module.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
-    check_finite_weights(module)
-    module[0].running_var[1] = -torch.inf
-    with pytest.raises(NonFiniteError, match=r"1 of 3 values of '0\.running_var'"):
-        check_finite_weights(module)
-    module[0].running_var[1], module.mask[0, 0] = 1, torch.nan
-    with pytest.raises(NonFiniteError, match="1 of 9 values of 'mask'"):
-        check_finite_weights(module)
-
-
 # ---- packaged models ---------------------------------------------------------------------
 
 
@@ -232,9 +197,6 @@ def test_a_packaged_model_is_fetched_once_with_pip_and_loaded_by_name(
     monkeypatch.setitem(PACKAGED_MODELS, "made-up", made_up)
     loaded = load_model("made-up")
     assert (loaded.path, "made-up==1.0" in loaded.source) == (tmp_path / "cache/made-up-1.0", True)
-    monkeypatch.delenv("OSSCAR_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "osscar"
 
 
 def test_what_goes_wrong_with_a_packaged_model_leaves_nothing(packaged, tmp_path, monkeypatch):
@@ -252,22 +214,12 @@ def test_what_goes_wrong_with_a_packaged_model_leaves_nothing(packaged, tmp_path
     full = OSError(28, "No space left on device")
     for model, download, expected, message in (
         (made_up, copied(-1), ModelError, f"not the pinned {made_up.sha256}"),
-        (made_up, copied(20, KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
         (made_up, copied(20, full), ModelError, "OSSCAR_CACHE.*No space left"),
     ):
         monkeypatch.setattr(packages, "_pip_download", download)
         with pytest.raises(expected, match=message):
             fetch(model)
         assert cached(tmp_path) == set()
-
-    def overtaken(gguf, destination):
-        (tmp_path / "cache" / "made-up-1.0").mkdir()
-        raise ValueError("another process was faster")
-
-    monkeypatch.setattr(packages, "_pip_download", copied())
-    monkeypatch.setattr(packages, "_convert", overtaken)
-    assert fetch(made_up).is_dir()
-    assert cached(tmp_path) == {"made-up-1.0"}
 
 
 def test_a_gguf_file_becomes_an_ordinary_checkpoint(tmp_path):

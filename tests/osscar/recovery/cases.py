@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import T5Config
-from transformers import T5ForConditionalGeneration as T5
 
 import graph
 import osscar
@@ -63,34 +61,6 @@ class Graphs(nn.Module):
         return self.leave(torch.zeros_like(y).index_add(0, edges[1], y[edges[0]]))
 
 
-class Sparse(nn.Module):
-    """Embeddings whose gradients are sparse, and a recurrent layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.leave = nn.Embedding(20, 6, sparse=True), nn.Linear(8, 2)
-        self.recurrent = nn.LSTM(6, 8, batch_first=True)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.leave(self.recurrent(self.table(ids))[0])
-
-
-class Normed(nn.Module):
-    """Weights that are made of others before each pass, in the old way and in the new one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
-        with torch.no_grad():
-            nn.utils.weight_norm(self.enter)
-        nn.utils.parametrizations.weight_norm(self.leave)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(torch.tanh(self.enter(x)))
-
-
 def graphs() -> osscar.SampleList:
     draw = torch.Generator().manual_seed(0)
     sizes = (4, 7, 3, 5, 6, 4, 8, 5)
@@ -98,12 +68,6 @@ def graphs() -> osscar.SampleList:
     edges = [torch.randint(size, (2, 9), generator=draw) for size in sizes]
     both = zip(nodes, edges, strict=True)
     return osscar.SampleList("graphs", [{"nodes": n, "edges": e} for n, e in both])
-
-
-def _t5() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4}
-    return T5(T5Config(vocab_size=97, decoder_start_token_id=0, **sizes)).eval()
 
 
 def windows() -> Tensor:
@@ -163,12 +127,6 @@ FORMS = {
     "experts one by one": Form(lambda: mixture("qwen2-moe", kernel="eager"), windows),
     "batch norm": Form(small_net, images, _pruned(channels=0.5, backend="magnitude")),
     ADAPTED: Form(lambda: tiny("llama-gqa", layers=1).bfloat16(), windows, asked={"lora": 2}),
-    "bf16 products": Form(small_net, images, asked={"mixed_precision": "bf16"}),
     "mixed": Form(lambda: _training(Mixed()), lambda: torch.randn(24, 4)),
     "graphs": Form(Graphs, graphs),
-    "normed weights": Form(Normed, lambda: torch.randn(24, 4)),
-    "sparse gradients": Form(Sparse, lambda: {"ids": torch.randint(20, (12, 5))}),
-    "an encoder and decoder": Form(
-        _t5, lambda: {"input_ids": tokens(8, 10), "decoder_input_ids": tokens(8, 6, seed=2)}
-    ),
 }

@@ -11,10 +11,8 @@ from torch import nn
 
 import osscar
 from osscar.recovery.recover import Recovery
-from osscar.recovery.weights import adaptable, add_adapters
-from tests.osscar.networks import images, small_net
+from osscar.recovery.weights import adaptable
 from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import perturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 
@@ -78,37 +76,3 @@ class Convolutions(nn.Module):
 
 def test_only_matrices_that_a_module_has_alone_and_multiplies_by_are_adapted():
     assert adaptable(Convolutions()) == ["plain", "head"]
-
-
-@needs_peft
-def test_adapters_begin_as_the_seed_has_it():
-    drawn = torch.get_rng_state()
-    first, second, third = (nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
-    torch.set_rng_state(drawn)
-    for model, seed in ((first, 1), (second, 1), (third, 2)):
-        add_adapters(model, adaptable(model), 2, seed)
-    assert torch.equal(torch.get_rng_state(), drawn)
-    one, two, three = (model[0].lora_A.default.weight for model in (first, second, third))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, three)
-
-
-@needs_peft
-def test_a_convolutional_network_recovers_with_adapters():
-    dense, data = small_net(), images(48)
-    smaller = perturbed(dense)
-    result = recovered(smaller, dense, data, lora=2, batch_size=16, learning_rate=1e-3)
-    assert result.after < result.before
-    assert list(result.model.state_dict()) == list(smaller.state_dict())
-
-
-def test_what_a_model_freezes_has_no_adapters_unless_it_freezes_everything(dense, smaller, windows):
-    everywhere = adaptable(smaller)
-    partly = copy.deepcopy(smaller)
-    partly.transformer.h[0].requires_grad_(False)
-    result = recovered(partly, dense, windows, lora=2)
-    assert result.after < result.before
-    found = result.model.state_dict()
-    changed = {n for n, one in partly.state_dict().items() if not torch.equal(one, found[n])}
-    assert changed == {f"{name}.weight" for name in everywhere if ".h.1." in name}
-    assert adaptable(partly.requires_grad_(False)) == everywhere

@@ -27,7 +27,7 @@ def told(recovery):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *(("graphs", 1), ("graphs", 6), ("a program in bfloat16", 4)),
+        ("graphs", 6),
         pytest.param(ADAPTED, 2, marks=needs_peft),
     ],
 )

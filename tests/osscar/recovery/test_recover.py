@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 from collections import defaultdict
 
 import numpy as np
@@ -13,19 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.testing import assert_close
 
 import osscar
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
-from osscar.data.text import CalibrationSet
 from osscar.distance.distance import Distance, Reference
 from osscar.proof.lineage import lineage_of, note_dense
-from osscar.proof.seen import Calibration
 from osscar.recovery import samples as drawing
 from osscar.recovery.training import Training, nearest
-from tests.osscar.families import framing_tokenizer, logits, tiny, tokens
+from tests.osscar.families import framing_tokenizer, tiny, tokens
 from tests.osscar.networks import plain, small_net
 from tests.osscar.recovery.cases import ADAPTED, FORMS
 from tests.osscar.recovery.packages import needs_peft
@@ -33,7 +28,6 @@ from tests.osscar.recovery.perturbed import bytes_of, net, numbers, perturbed, r
 
 HELD = 2
 OFTEN = {"steps": 3, "learning_rate": 1e-3, "held_out": HELD, "batch_size": 4, "device": "cpu"}
-EXACT = {**OFTEN, "mixed_precision": "no"}
 
 
 def recomputed(model, dense, data, at_once, seed=0):
@@ -55,15 +49,14 @@ def held(model):
     same = defaultdict(list)
     for name, tensor in tensors:
         same[id(tensor)].append(name)
-    return (
-        # torch makes a class for each program
+    return (  # torch makes a class for each program
         [(n, type(m).__name__, m.training) for n, m in model.named_modules()],
         [(name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in tensors],
         sorted(same.values()),
     )
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(one, marks=needs_peft) if one == ADAPTED else one for one in FORMS],
@@ -129,42 +122,13 @@ def test_all_that_is_held_out_decides_and_not_only_what_is_checked(monkeypatch):
     assert outvoted
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "program"])
-def test_most_of_what_was_lost_comes_back(kind):
+def test_most_of_what_was_lost_comes_back():
     """Also where a step is smaller than what the number format can tell."""
-    if kind == "program":
-        smaller, dense, data = FORMS["a program in bfloat16"].made()
-    else:
-        dense, data = net().bfloat16(), numbers(200)
-        smaller = perturbed(dense)
-    rate, share = (3e-4, 0.75) if kind == "program" else (3e-3, 0.3)
-    asked = {"steps": 100, "learning_rate": rate, "device": "cpu"}
-    recovery = osscar.recover(smaller, dense, data, **asked)
-    assert recovery.after < share * recovery.before
+    dense, data = net().bfloat16(), numbers(200)
+    asked = {"steps": 100, "learning_rate": 3e-3, "device": "cpu"}
+    recovery = osscar.recover(perturbed(dense), dense, data, **asked)
+    assert recovery.after < 0.3 * recovery.before
     assert recovery.kept > 10
-
-
-def test_what_a_model_keeps_of_its_weights_is_made_anew_in_each_pass():
-    """Whatever measures the distance: what it keeps would hang on a graph that is gone."""
-
-    class Keeping(nn.Linear):
-        kept = None
-
-        def forward(self, input):
-            if self.kept is None:
-                self.kept = 2 * self.weight
-            return nn.functional.linear(input, self.kept, self.bias)
-
-    dense = Keeping(6, 3).bfloat16()
-    smaller = perturbed(dense)
-
-    def squared(outputs, dense, batch):
-        return (outputs - dense).square().mean(1)
-
-    for asked in ({}, {"distance": squared}):
-        recovery = osscar.recover(smaller, dense, numbers(), **{**OFTEN, "steps": 30, **asked})
-        assert recovery.after < 0.99 * recovery.before
-        assert (dense.kept, smaller.kept, recovery.model.kept) == (None,) * 3
 
 
 @pytest.mark.parametrize(("kind", "rate"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-6)])
@@ -185,21 +149,6 @@ def test_a_model_that_does_what_the_dense_one_does_is_not_made_better(kind, rate
 
 
 # ---- which weights -----------------------------------------------------------------------
-
-
-def test_what_was_made_of_it_is_told():
-    dense, data = net(), numbers(200)
-    smaller = perturbed(dense)
-    recovery = osscar.recover(smaller, dense, data, **{**OFTEN, "steps": 8})
-    assert repr(recovery).startswith(f"Recovery({recovery.measure} from the dense model: ")
-    assert f"{recovery.trained:,} weights" in recovery.summary()
-    assert recovery._repr_html_().count("<figure") == 1
-    assert {"recovery: training", "recovery: held-out samples"} <= recovery.stages.keys()
-    assert sum(recovery.stages.values()) == pytest.approx(recovery.seconds)
-    assert recovery.kept > 0
-    assert recovery.trained == sum(weight.numel() for weight in smaller.parameters())
-    document = recovery.document()
-    assert (document["settings"]["steps"], document["kept"]) == (8, recovery.kept)
 
 
 def test_what_a_model_freezes_stays_unless_it_freezes_everything():
@@ -277,8 +226,6 @@ def test_images_are_changed_by_the_seed_and_only_where_they_are_images(tmp_path)
     assert torch.equal(first, seen(loaded))
     assert torch.equal(none, seen(dict(tensors)))
     assert not torch.equal(first, seen(loaded, seed=1))
-    told = osscar.recover(perturbed(dense), dense, loaded, **OFTEN).document()
-    assert (told["settings"]["augment"], told["chosen"]["augment"]) == (None, "flip-shift")
     with pytest.raises(OptionError, match="augment is 'flip-shift', and the data are no images"):
         seen(dict(tensors), augment="flip-shift")
     images = set(map(raw, next(iter(tensors.values()))))
@@ -326,21 +273,14 @@ def noted():
 
 def refused():
     """Yield smaller models, dense ones, and what is said of them."""
-    infinite, which = changed(lambda y: y / 0.0), changed(lambda y: y.argmax(-1))
+    infinite = changed(lambda y: y / 0.0)
     other = r"have the shapes \[\[2, {}\]\], and the dense one's "
     finite = "distance of the two models is not finite on the held-out"
     yield noted(), edited((1, 5), 1e-6), ModelError, "was not pruned from this Sequential"
     yield nn.Sequential(nn.Linear(6, 4)), net(), ModelError, other.format(4)
-    yield net(), changed(lambda y: (y, y)), ModelError, other.format(3)
-    yield nn.Sequential(nn.Linear(5, 3)), net(), DataError, "Sequential fails on the data"
-    yield edited((0, 0), torch.nan), net(), NonFiniteError, "'2.weight' are NaN"
     yield net(), edited((0, 0), torch.nan), NonFiniteError, "'2.weight' are NaN"
-    yield infinite, net(), NonFiniteError, finite
     yield net(), infinite, NonFiniteError, finite
     yield changed(torch.detach), net(), ModelError, "no gradients flow through Changed: .*no_grad"
-    yield which, which, ModelError, "no gradients flow through Changed: .*return scores or other"
-    yield "demo", net(), ModelError, "the model is a str; give a torch.nn.Module"
-    yield net(), osscar.load_model("demo"), ModelError, "is a LoadedModel"
 
 
 def test_what_cannot_be_trained_is_refused_and_stays_as_it_was():
@@ -350,46 +290,3 @@ def test_what_cannot_be_trained_is_refused_and_stays_as_it_was():
         with pytest.raises(error, match=message):
             osscar.recover(smaller, dense, numbers(), **OFTEN)
         assert [(held(one), bytes_of(one)) for one in models] == before
-
-
-def test_a_module_with_a_model_in_it_is_the_model_itself():
-    class Around(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.scale = model, nn.Parameter(torch.tensor(2.0))
-
-        def forward(self, input):
-            return self.scale * self.model(input)
-
-    dense = Around(net())
-    recovery = osscar.recover(perturbed(dense), dense, numbers(), **OFTEN)
-    assert isinstance(recovery.model, Around)
-    result = dataclasses.make_dataclass("Result", ["model"])(perturbed(dense))
-    again = osscar.recover(result, dense, numbers(), **OFTEN)
-    assert bytes_of(again.model) == bytes_of(recovery.model)
-
-
-@pytest.mark.parametrize(
-    ("name", "around"), [("tied embeddings", torch.inference_mode), ("graphs", torch.no_grad)]
-)
-def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around):
-    expected = osscar.recover(*FORMS[name].made(), **EXACT).model
-    with around():
-        found = osscar.recover(*FORMS[name].made(), **EXACT).model
-        assert not any(tensor.is_inference() for tensor in found.state_dict().values())
-    assert bytes_of(found) == bytes_of(expected)
-
-
-def test_a_recovered_model_is_written_and_read_like_any(tmp_path):
-    dense = tiny("opt", layers=1)
-    text, other = (CalibrationSet(tokens(9, seed=n), "a text", n) for n in (1, 2))
-    small = osscar.prune(dense, text, neurons=0.5, backend="magnitude", device="cpu").model
-    recovery = osscar.recover(perturbed(small), dense, other, **OFTEN)
-    assert recovery.kept > 0
-    json.dumps(recovery.document())
-    osscar.save(recovery.model, tmp_path / "out")
-    again = osscar.load(tmp_path / "out")
-    assert bytes_of(again) == bytes_of(recovery.model)
-    assert lineage_of(again).plans == lineage_of(small).plans
-    assert [*lineage_of(again).calibration] == [Calibration.of(x.describe()) for x in (text, other)]
-    assert_close(logits(again, text.tokens), logits(recovery.model, text.tokens))

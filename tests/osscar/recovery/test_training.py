@@ -26,7 +26,7 @@ def set_up(smaller, dense, data, **asked):
     return Training(Setup(smaller, dense, data, request), request)
 
 
-@pytest.mark.parametrize("steps", [1, 9, 64])
+@pytest.mark.parametrize("steps", [1, 64])
 def test_the_rate_rises_and_falls_and_checks_are_made(steps, monkeypatch):
     rates = []
     original = torch.optim.AdamW.step
@@ -69,7 +69,7 @@ def test_a_step_is_one_of_adamw_on_the_mean_loss_however_it_is_split():
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     asked = {"steps": 4, "batch_size": 5, "held_out": 2, "learning_rate": 1e-3, **CPU}
-    for micro in (1, 2, 5, 9):
+    for micro in (2, 9):
         kept = []
 
         class Log:
