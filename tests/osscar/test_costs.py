@@ -194,7 +194,7 @@ def stored(directory):
     return sum(tensor.nbytes for tensor in load_file(file).values())
 
 
-@pytest.mark.parametrize("name", ["convolutions", "opt", "llama", "mixture"])
+@pytest.mark.parametrize("name", ["convolutions", "opt", "mixture"])
 def test_the_tensors_of_a_file_have_the_bytes_that_are_counted(name, runs, tmp_path):
     """Tied, with buffers that lose units, and of experts that are written one by one."""
     found = runs[name]

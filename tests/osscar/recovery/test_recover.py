@@ -56,7 +56,7 @@ def held(model):
     )
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(one, marks=needs_peft) if one == ADAPTED else one for one in FORMS],
@@ -83,7 +83,7 @@ def test_only_weights_change_and_never_for_the_worse(name):
 # ---- never worse -------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([1e-5, 1e-3, 0.03, 0.3, 1.0]),
