@@ -11,6 +11,7 @@ refitted least-squares problem loses least.
 True
 """
 
+from solvers.certificate_files import load_certificate, save_certificate
 from solvers.closed_forms.refit import quadratic_loss, refit, refit_loss
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
 from solvers.experts.problem import ExpertProblem, RoutedTokens, expert_candidates
@@ -67,10 +68,12 @@ __all__ = [
     "backend_names",
     "backends",
     "expert_candidates",
+    "load_certificate",
     "make_backend",
     "quadratic_loss",
     "refit",
     "refit_loss",
+    "save_certificate",
     "solve",
     "solve_experts",
 ]

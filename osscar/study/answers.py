@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
 
 import solvers
-from osscar.base.errors import FileError
 from osscar.base.files import atomic_write
 from osscar.study.records import ProofBasis, Record
 from solvers import Solution
-from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
-from solvers.certificates.tree_certificate import Certificate, TreeCertificate
-from solvers.protocol import WindowCertificate
-from solvers.storage import read, write
+from solvers.certificates.certificate import MultiplierCertificate
 
 
 def answered(asked: Record, solution: Solution, directory: Path, certificate: str) -> Record:
@@ -25,7 +17,8 @@ def answered(asked: Record, solution: Solution, directory: Path, certificate: st
     said = solution.record(solution.verify())
     fields = {field.name for field in dataclasses.fields(Record)}
     rests_on = ProofBasis.WORD if said.recomputed_bound is None else ProofBasis.RECOMPUTED
-    proved = save_certificate(directory / certificate, solution)
+    with atomic_write(directory / certificate) as partial:
+        proved = solvers.save_certificate(partial, solution)
     return dataclasses.replace(
         asked,
         **{name: value for name, value in vars(said).items() if name in fields},
@@ -43,78 +36,3 @@ def _limit(solution: Solution) -> float | None:
         return solution.certificate.limit(solution.problem)
     except solvers.VerificationError:  # rounded, they are no moments
         return None
-
-
-# ---- certificates as files ---------------------------------------------------------------
-
-_KIND, _WINDOWS = "certificate", "windows"
-_KINDS: dict[type, str] = {
-    MultiplierCertificate: "multipliers",
-    TreeCertificate: "tree",
-    EnumerationCertificate: "enumeration",
-}
-_ROOT, _UNITS = "root", "units"
-"""The parts of a tree and of a window that are not the tree's own tensors."""
-
-_MARK = "marks"
-"""A tensor of no meaning: a file of tensors holds at least one."""
-
-
-def save_certificate(path: Path, solution: Solution) -> bool:
-    """Write what proves a solution; return whether anything does."""
-    kind = _KINDS.get(type(solution.certificate), "")
-    if not kind and not solution.windows:
-        return False
-    tensors = {_MARK: torch.zeros(1, dtype=torch.int8)}
-    if kind:
-        tensors |= _tensors(solution.certificate, "bound.")
-    for index, window in enumerate(solution.windows):
-        tensors[f"{index}.{_UNITS}"] = window.units
-        tensors |= _tensors(window.certificate, f"{index}.")
-    with atomic_write(path) as partial:
-        write(partial, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
-    return True
-
-
-def load_certificate(path: Path) -> tuple[Certificate | None, tuple[WindowCertificate, ...]]:
-    """Read what `save_certificate` wrote: that of the bound, and those of windows."""
-    header, tensors = read(path)
-    try:
-        kind = header[_KIND]
-        proof = _certificate(kind, _part(tensors, "bound.")) if kind else None
-        windows = [_part(tensors, f"{index}.") for index in range(header[_WINDOWS])]
-        return proof, tuple(map(_window, windows))
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise FileError(path, f"it is not a certificate: {error}") from error
-
-
-def _tensors(certificate: Any, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of a certificate, and of its root if it is a tree, by their names."""
-    found: dict[str, Tensor] = {}
-    for field in dataclasses.fields(certificate):
-        value = getattr(certificate, field.name)
-        if isinstance(value, Tensor):
-            found[prefix + field.name] = value
-        elif value is not None:
-            found |= _tensors(value, f"{prefix}{field.name}.")
-    return found
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _certificate(kind: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a certificate of a kind, of which a tree may have a root."""
-    made = next(of for of, name in _KINDS.items() if name == kind)
-    root = _part(tensors, f"{_ROOT}.")
-    own = {name: value for name, value in tensors.items() if not name.startswith(f"{_ROOT}.")}
-    more = (
-        {_ROOT: MultiplierCertificate(**root) if root else None} if made is TreeCertificate else {}
-    )
-    return made(**own, **more)
-
-
-def _window(tensors: dict[str, Tensor]) -> WindowCertificate:
-    units = tensors.pop(_UNITS)
-    return WindowCertificate(units, _certificate(_KINDS[TreeCertificate], tensors))

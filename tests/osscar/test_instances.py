@@ -7,11 +7,11 @@ import json
 
 import pytest
 
+import solvers
 from osscar.base.errors import OptionError, OutputError
 from osscar.base.files import file_digest
 from osscar.cli.commands import app
 from osscar.cli.instances import relative_loss
-from osscar.study.answers import load_certificate
 from osscar.study.library import CERTIFICATES, DIRECTORY, library
 from solvers.storage import read
 
@@ -36,7 +36,7 @@ def test_values_are_recomputed_from_problem_support_and_certificate_alone(name):
     assert 0 <= best.bound <= best.loss
     if best.certificate:
         path = DIRECTORY / CERTIFICATES / f"{name}.safetensors"
-        proof, _ = load_certificate(path)
+        proof, _ = solvers.load_certificate(path)
         assert proof is not None
         assert proof.bound(problem) / problem.scale >= best.bound - 1e-7 * best.loss
 

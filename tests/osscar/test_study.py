@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import solvers
-from osscar.base.errors import FileError, OutputError
+from osscar.base.errors import OutputError
 from osscar.cli import main
-from osscar.study.answers import load_certificate
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.page import scores_table, summarize, write_report
@@ -255,7 +254,7 @@ def test_what_proves_an_answer_is_a_file_from_which_it_is_verified_again(tmp_pat
     study = captured(tmp_path / "study", problem(16, name="a"))
     (record,) = study.run(dataclasses.replace(QUICK, backends=(backend,)))
     posed = solvers.SubsetProblem.load(study.directory / record.file).with_keep(record.keep)
-    proof, windows = load_certificate(study.directory / record.certificate)
+    proof, windows = solvers.load_certificate(study.directory / record.certificate)
     assert bool(windows) == (record.status == "WINDOW_OPTIMAL")
     again = solvers.solve(posed, backend, **record.options)
     found = dataclasses.replace(again, certificate=proof, windows=windows).verify()
@@ -263,8 +262,8 @@ def test_what_proves_an_answer_is_a_file_from_which_it_is_verified_again(tmp_pat
     if proof is not None:
         assert proof.bound(posed) == pytest.approx(record.recomputed_bound, rel=1e-9)
     (study.directory / record.certificate).write_bytes((study.directory / record.file).read_bytes())
-    with pytest.raises(FileError, match="it is not a certificate"):
-        load_certificate(study.directory / record.certificate)
+    with pytest.raises(solvers.ProblemError, match="is not a certificate"):
+        solvers.load_certificate(study.directory / record.certificate)
 
 
 # ---- what goes wrong ---------------------------------------------------------------------
@@ -285,7 +284,7 @@ def test_what_went_wrong_is_a_row_and_is_tried_again(study, monkeypatch):
 
     design = dataclasses.replace(QUICK, backends=("enumerate",))
     with monkeypatch.context() as patch:  # a full disk is no answer of a solver
-        patch.setattr("osscar.study.answers.write", full)
+        patch.setattr("solvers.storage.write", full)
         with pytest.raises(OutputError, match=r"cannot write .*: No space left on device; make"):
             study.run(design)
     assert [record.error for record in study.run(QUICK) if record.instance == "a"] == ["", ""]
