@@ -25,7 +25,7 @@ _PLACE = re.compile(r"[\w.]+\.shape\[\d+\]")
 _ALIKE = re.compile(r"[\w.]+\.shape\[0\] == [\w.]+\.shape\[0\]")
 _MULTIPLE = re.compile(r"([\w.]+\.shape\[\d+\]) % (\d+) == 0")
 _POLYNOMIAL = re.compile(r"(?:n|\d+|[ ()+*<>=!-])+")
-_MOST_TRIED = 2**17
+_MOST_TRIED = 2**19
 """Sizes that a condition is tried with, to say it in words."""
 
 _NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -114,7 +114,10 @@ def _limits(guard: str, place: str) -> list[tuple[str, int]] | None:
         return None
     # Beyond the product of its numbers no polynomial changes its sign.
     most = 2 * math.prod(max(2, int(number)) for number in _NUMBER.findall(code)) + 2
-    good = [n for n in range(1, most + 1) if most <= _MOST_TRIED and eval(code, {"n": n})]
+    if most > _MOST_TRIED:  # a limit of an index, such as 2**31
+        return None
+    holds = compile(code, "<guard>", "eval")
+    good = [n for n in range(1, most + 1) if eval(holds, {"n": n})]
     if not good:
         return None
     low, high = good[0], good[-1]

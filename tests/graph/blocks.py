@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.osscar.detector import Detector
-
 from .topologies import linear, network, parameter, registered
 
 _IMAGE, _ROWS, _TOKENS = torch.randn(2, 3, 4, 4), torch.randn(3, 4), torch.randn(2, 5, 6)
@@ -222,24 +220,6 @@ def conv3d(net, x):
     x = F.max_pool3d(torch.relu(net.norm(net.enter(x))), 2)
     return net.leave(torch.relu(net.up(x)))
 
-
-def _split(name, channels):
-    """Groups of a part of a detector in which half of the channels go through a bottleneck."""
-    inner = ("first", "bottleneck.0", "bottleneck.1")
-    halves = {f"{name}.{part}.conv.channels": channels // 2 for part in inner}
-    return {**halves, f"{name}.last.conv.channels": channels}
-
-
-BLOCKS["detector"] = (
-    Detector,
-    (torch.randn(2, 3, 16, 16),),
-    {
-        **{"stem.conv.channels": 8, "down.conv.channels": 16},
-        **{**_split("one", 8), **_split("two", 16), **_split("neck", 8)},
-        **{"pyramid.first.conv.channels": 8, "pyramid.last.conv.channels": 16},
-        **{f"heads.{scale}.{layer}.conv.channels": 16 for scale in (0, 1) for layer in (0, 1)},
-    },
-)
 
 # ---- messages, spectra, windows, products ----------------------------------------------------
 

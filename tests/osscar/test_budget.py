@@ -91,7 +91,7 @@ def test_budgets_are_kept_and_reports_are_right(either, asked, allocation):
     if "round_to" in asked:
         assert not any(w.kept % 2 for w in budget.widths.values() if w.kind == "neurons")
     if allocation == "measured":
-        assert budget.predicted > 0
+        assert budget.predicted >= 0
         assert budget.gap <= 5e-3
 
 

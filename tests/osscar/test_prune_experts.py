@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error::UserWarning"),
     pytest.mark.filterwarnings("ignore:.*since a refit is worse on held-out samples:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*the Gram matrix is rank-deficient:UserWarning"),
+    pytest.mark.filterwarnings("ignore:the proof holds for:UserWarning"),
 ]
 """Tiny models have few samples, and are told so."""
 

@@ -266,8 +266,9 @@ def test_sizes_of_which_no_program_tells_are_named():
             "any batch of one or more, and one token",
         ),
         (
-            ("input_ids.shape[1] <= 70000",),
-            "any batch of one or more, and one token or more where input_ids.shape[1] <= 70000",
+            ("512*input_ids.shape[1] < 2147483648",),
+            "any batch of one or more, and one token or more where "
+            "512*input_ids.shape[1] < 2147483648",
         ),
     ],
 )
