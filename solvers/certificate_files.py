@@ -60,7 +60,7 @@ def load_certificate(
     try:
         kind = header[_KIND]
         proof = _certificate(kind, _part(tensors, "bound.")) if kind else None
-        windows = [_part(tensors, f"{index}.") for index in range(header[_WINDOWS])]
+        windows = (_part(tensors, f"{index}.") for index in range(header[_WINDOWS]))
         return proof, tuple(map(_window, windows))
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise ProblemError(f"{path} is not a certificate: {error}") from error

@@ -185,8 +185,7 @@ def _shared_out(
                 f"{request.in_words([one.budget])} cannot be met: it allows {one.most:,.0f} "
                 f"{one.kind}, and at least {reached:,.0f}{program} of "
                 f"{one.dense:,.0f} stay ({reached / one.dense:.3f} of the dense model's); "
-                "remove less, or prune more kinds of units (residual, `--residual`; experts, "
-                "`--experts`)"
+                f"remove less{_more_to_prune(task, least, one.budget)}"
             )
     within_reach()
     wanted, models = request.speedup if task.times is None else None, WholeModels.shared(tasks[-1])
@@ -329,6 +328,16 @@ def _timed(
 
 
 # ---- why not -----------------------------------------------------------------------------
+
+
+def _more_to_prune(task: PruningTask, least: Mapping[str, int], budget: BudgetKind) -> str:
+    """Advise to prune the units that a budget cannot take by itself, if the model has some."""
+    streams = [g for g in task.groups if g.name in task.prepared.residual - least.keys()]
+    counted = budget not in (BudgetKind.FLOPS, BudgetKind.SPEEDUP)
+    experts = [one.group for one in task.prepared.experts if counted and not task.request.routed]
+    more = {"residual channels (`--residual`)": streams, "experts (`--experts`)": experts}
+    some = [kind for kind, groups in more.items() if any(g.prunable for g in groups)]
+    return f", or prune {' and '.join(some)}, too" if some else ""
 
 
 def _why_nothing(task: PruningTask) -> str:

@@ -229,7 +229,7 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
         )
     # Numbers in what a kernel says are sizes of this trial, of which the line says what they are.
     start += f", in `{line}` ({place})" if line else ""
-    start += "" if line and re.search(r"\d", reason) else f": {reason}"
+    start += "" if line and re.search(r"\b\d", reason) else f": {reason}"
     if _is_stock_layer(module):
         return AdapterError(start)
     return AdapterError(

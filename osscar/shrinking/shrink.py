@@ -314,7 +314,7 @@ class Feasibility:
 
         Other groups may be what a failure tells of whose numbers follow later.
         """
-        form = re.sub(r"\d+", "", plan.name), plan.kind, plan.units
+        form = re.sub(r"(?<![^.])\d+(?![^.])", "", plan.name), plan.kind, plan.units
         if form not in self.of_forms:
             alone = self.failure([plan]) if going and not self.spent else None
             self.of_forms[form] = self._in_words(alone or failure)

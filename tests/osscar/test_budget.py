@@ -91,7 +91,10 @@ def test_budgets_are_kept_and_reports_are_right(either, asked, allocation):
     if "round_to" in asked:
         assert not any(w.kept % 2 for w in budget.widths.values() if w.kind == "neurons")
     if allocation == "measured":
-        assert budget.predicted >= 0
+        # Streams alone may do: they have no curves, but are on trial.
+        shared = [width for width in budget.widths.values() if width.predicted is not None]
+        assert (budget.predicted > 0) == any(width.kept < width.units for width in shared)
+        assert budget.predicted > 0 or budget.on_trial > 0
         assert budget.gap <= 5e-3
 
 
@@ -121,7 +124,7 @@ def shortcut():
 
 
 def test_equal_shares_leave_residual_channels_whole(shortcut):
-    message = r"or prune more kinds of units \(residual, `--residual`; experts, "
+    message = r"remove less, or prune residual channels \(`--residual`\), too$"
     with pytest.raises(RequestError, match=message):
         allocated(shortcut, flops=0.5, allocation="uniform")
     found = allocated(shortcut, flops=0.5, residual=0.25, allocation="uniform")
@@ -136,7 +139,7 @@ def test_residual_channels_leave_where_others_cannot_meet_a_budget(shortcut):
     assert budget.tightest.reached <= budget.tightest.limit
     assert budget.on_trial > 0
     assert all(map(torch.equal, before, shortcut.model.state_dict().values()))
-    with pytest.raises(RequestError, match="cannot be met"):
+    with pytest.raises(RequestError, match=r"cannot be met.*; remove less$"):
         allocate(PruningTask(shortcut, Asked(flops=0.5, residual=1.0)))
     with pytest.raises(RequestError, match="cannot be met"):
         allocate(PruningTask(shortcut, Asked(flops=0.5, at_least=0.95)))

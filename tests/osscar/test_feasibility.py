@@ -198,6 +198,22 @@ def test_equal_layers_have_one_reason_without_numbers_of_the_trial():
     assert len({*reasons}) == 2
 
 
+def test_layers_whose_names_differ_by_a_digit_each_have_their_reason():
+    @network(fc1=(8, 16), fc2=(16, 16), fc3=(16, 16), head=(16, 3))
+    def Three(net, x):
+        x = torch.relu(net.fc1(x)).view(-1, 16)
+        y = torch.relu(net.fc2(x))
+        if y.shape[-1] != 16:
+            raise ValueError("float8 kernels take all rows")
+        return net.head(torch.relu(net.fc3(y)))
+
+    with pytest.warns(UserWarning, match="skipped"):
+        skipped = tried(Three, rows(), neurons="1/2").skipped
+    first, second = (group.reason for group in skipped)
+    assert "view(-1, 16)" in first
+    assert "float8 kernels take all rows" in second
+
+
 # ---- the search --------------------------------------------------------------------------
 
 
@@ -219,7 +235,7 @@ def test_modules_follow_streams_that_all_keep_one_share():
     blocks = nn.Conv2d(3, 8, 1), PaddedShortcut(8, 16), PaddedShortcut(16, 16)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
     net = nn.Sequential(*blocks, *head).eval()
-    result = osscar.prune(net, torch.randn(32, 3, 4, 4), flops=0.2, device="cpu")
+    result = osscar.prune(net, torch.randn(32, 3, 4, 4), flops=0.1, device="cpu")
     assert not result.skipped
     block = result.model[1]
     assert block.outer.out_channels == block.inner.in_channels + 2 * block.lacking < 16

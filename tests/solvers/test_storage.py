@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from solvers import ProblemError, SubsetProblem, storage
+from solvers import ProblemError, SubsetProblem, load_certificate, save_certificate, solve, storage
 from tests.solvers.instances import INSTANCES
 
 PROBLEM = INSTANCES["scalar"].problem
@@ -105,3 +106,50 @@ def test_random_damage_ends_in_problem_errors(path):
         path.write_bytes(content)
         with contextlib.suppress(ProblemError):
             SubsetProblem.load(path)
+
+
+# ---- certificates ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["perspective", "branch_and_bound", "enumerate"])
+def test_a_certificate_proves_the_same_from_its_file(path, backend):
+    solution = solve(PROBLEM, backend)
+    assert save_certificate(path, solution)
+    proof, windows = load_certificate(path)
+    assert type(proof) is type(solution.certificate)
+    assert proof.bound(PROBLEM) == solution.certificate.bound(PROBLEM)
+    assert not windows
+
+
+def test_windows_prove_the_same_from_their_file(path):
+    solution = solve(INSTANCES["correlated"].problem, "window_search")
+    assert save_certificate(path, solution)
+    windows = load_certificate(path)[1]
+    (own,), (window,) = solution.windows, windows
+    assert torch.equal(window.units, own.units)
+    assert replace(solution, windows=windows).verify().not_recomputed == ()
+
+
+def test_what_proves_nothing_is_not_written(path):
+    path.unlink()
+    assert not save_certificate(path, solve(PROBLEM, "local_search"))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h, t: h.update(certificate="word of mouth"),
+        lambda h, t: h.update(windows=10**12),
+        lambda h, t: h.pop("windows"),
+        lambda h, t: t.pop(next(key for key in t if key.startswith("bound."))),
+        lambda h, t: t.update({"bound.more": torch.zeros(1)}),
+    ],
+)
+def test_what_is_no_certificate_is_refused(path, change):
+    save_certificate(path, solve(PROBLEM, "perspective"))
+    header, tensors = storage.read(path)
+    change(header, tensors)
+    storage.write(path, header, tensors)
+    with pytest.raises(ProblemError, match="is not a certificate"):
+        load_certificate(path)
