@@ -251,3 +251,14 @@ def test_a_comparison_divides_by_the_dense_model(tokenizer, tmp_path):
     assert ratios["disk_bytes"] is None
     assert set(ratios) < set(mine.numbers())
     assert dense.training
+
+
+def test_dropout_is_off_the_mode_restored_and_bfloat16_close(tokenizer):
+    model = tiny_opt(dropout=0.5)
+    expected = measure_quality(model, tokenizer, TEXT)
+    model.train()
+    assert measure_quality(model, tokenizer, TEXT) == expected
+    assert model.training
+    rounded = measure_quality(model.bfloat16(), tokenizer, TEXT).perplexity
+    assert rounded != expected.perplexity
+    assert rounded == pytest.approx(expected.perplexity, rel=0.05)

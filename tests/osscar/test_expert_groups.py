@@ -279,3 +279,17 @@ def test_layers_may_keep_different_experts_and_neurons_leave_with_them(tmp_path)
     assert saved.with_code
     plain = hf.AutoModelForCausalLM.from_pretrained(saved.path, trust_remote_code=True)
     assert_close(logits(plain), logits(model))
+
+
+def test_the_loss_of_balance_counts_the_experts_that_stay():
+    model = mixture("mixtral", kernel="eager").double()
+    plan = PruningPlan(tuple(GroupPlan.of(one.group, (0, 2, 3)) for one in found(model)))
+    model.config.output_router_logits = True  # which is no output that a proof compares
+    shrink(model, plan, [example()])
+    with torch.no_grad():
+        out = model(**example(), labels=example()["input_ids"])
+    assert [logits.shape[-1] for logits in out.router_logits] == [3, 3]
+    probabilities = torch.cat(out.router_logits).softmax(1)
+    sent = nn.functional.one_hot(probabilities.topk(2).indices, 3).double().sum(1).mean(0)
+    expected = 3 * float(sent @ probabilities.double().mean(0))
+    assert float(out.aux_loss) == pytest.approx(expected, rel=1e-5)

@@ -14,6 +14,8 @@ import osscar
 from osscar.allocation.costs import Cost, weights
 from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.preparation.prepare import prepare
+from osscar.proof.equivalence import masked
+from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.routing.find import mixtures_in
 from osscar.routing.lists import called_as_mixtures
 from solvers import RouterScores, RoutingRule
@@ -192,3 +194,14 @@ def test_a_block_that_is_called_twice_is_refused(x):
     block = Masked()
     with pytest.raises(ModelError, match=r"does not fit 'blocks\.0': the block is called 2 times"):
         mixtures(Net(block, block).eval(), x)
+
+
+def test_a_block_whose_experts_were_masked_chooses_as_before(x):
+    """Its own bias, which decides with the scores, is put back."""
+    model = net(Masked)
+    (one,) = mixtures(model, x)
+    plan = PruningPlan((GroupPlan.of(one.group, range(4)),))
+    dense = model(x)
+    with masked(model, plan):
+        assert not torch.equal(model(x), dense)
+    assert torch.equal(model(x), dense)

@@ -177,3 +177,27 @@ def test_what_fixed_rows_explain_but_for_rounding_is_no_error():
             weights, loss = solvers.refit(problem, torch.arange(3))
             assert 0 <= loss < 1e-3 * problem.scale
             step.commit(step.all_rows(weights), range(3))
+
+
+def test_a_refit_that_does_worse_on_held_out_samples_leaves_fixed_rows_dense():
+    model, x = joined(), inputs()
+    with prepare(model, x) as prepared:
+        (step,) = Walk(prepared, [reading(prepared, "one")], held_out=20)
+        dense, kept = step.consumers[0].read_weight(), [0, 1, 2]
+        problem = step.problem(3, 0.01)
+        weights, _ = solvers.refit(problem, torch.tensor(kept))
+        refits = step.refits([1e3 * weights[0]], kept)
+        plain = dense.clone()
+        plain[14 + 3 :] = 0
+        assert refits.unrefitted == ("head",)
+        assert torch.equal(refits.weights[0], plain)
+
+
+def test_another_process_adopts_fixed_rows_too():
+    model, x = joined(bias=True), inputs()
+    with prepare(model, x) as one, prepare(model, x) as other:
+        (step,), (same,) = (Walk(each, [reading(each, "two")]) for each in (one, other))
+        weights, _ = solvers.refit(step.problem(4, 0.01), torch.arange(4))
+        step.commit(step.all_rows(weights), range(4))
+        same.adopt(tensor for consumer in step.consumers for tensor in consumer.read())
+        assert all(map(torch.equal, one.model.head.parameters(), other.model.head.parameters()))

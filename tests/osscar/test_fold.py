@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 
 import osscar
-from osscar.shrinking.fold import fold
+from osscar.shrinking.fold import fold, unfold
 from tests.osscar.programs import without_units
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
@@ -159,3 +159,24 @@ def test_shared_parts_and_other_tensors_stay() -> None:
     before = list(model.state_dict())
     assert fold(model) == {}
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+@torch.no_grad()
+def test_folding_is_undone_without_a_trace(name: str) -> None:
+    model, x = tcn(name), series()
+    kinds, before = [type(module) for module in model.modules()], copy.deepcopy(model.state_dict())
+    model.enter.requires_grad_(False)
+    gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+    dense = model(x)
+    folded = fold(model)
+    assert tuple(folded) == FOLDED
+    torch.testing.assert_close(model(x), dense)
+    assert {key.rpartition(".")[2] for key in model.state_dict()} == {"weight", "bias"}
+    assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 6
+    model.load_state_dict(plain(model).state_dict())  # no hook asks for the parts
+    unfold(folded)
+    assert [type(module) for module in model.modules()] == kinds
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == gradients
+    model.load_state_dict(before)
+    assert torch.equal(model(x), dense)

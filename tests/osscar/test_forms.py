@@ -34,12 +34,12 @@ def dense_of(case, seed=0):
     return kind().eval(), torch.randn(24, *shape)
 
 
-def smaller_program(net, data, *names):
-    """Return a program without half of the units of some groups."""
+def smaller_program(net, data, *names, units=None):
+    """Return a program without half of the units of some groups, or with those that are given."""
     example = {next(iter(inspect.signature(net.forward).parameters)): data[:2]}
     found = graph.trace(net, example)
     groups = [found.group(name) for name in names] or found.prunable
-    plan = PruningPlan(tuple(GroupPlan.of(g, tuple(range(0, g.units, 2))) for g in groups))
+    plan = PruningPlan(tuple(GroupPlan.of(g, units or tuple(range(0, g.units, 2))) for g in groups))
     return osscar.shrink_program(net, plan, [(data[:3],)], example)
 
 
@@ -97,6 +97,10 @@ def test_a_program_is_written_and_read_again_and_knows_its_dense_model(runs, tmp
     assert torch.equal(again(data), result.model(data))
     assert list(again.state_dict()) == list(result.model.state_dict())
     assert {p.device.type for p in structure_of(again).model.parameters()} == {"meta"}
+    second = smaller_program(again, data, "up.channels", units=(0, 2, 3))
+    twice = osscar.load(osscar.save(second.model, tmp_path / "twice").path, dense=other)
+    assert torch.equal(twice(data), second.model(data))
+    assert far_apart(without_units(again, second.proof.plan)(data), twice(data)) < 1e-5
     # Its weights are read by operators, not by modules that could be asked for their inputs.
     with pytest.raises(RequestError, match="no group of this model can be pruned"):
         osscar.prune(again, data, sparsity=0.3, **OFTEN)

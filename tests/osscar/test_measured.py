@@ -29,6 +29,7 @@ from solvers import SubsetProblem
 from solvers.closed_forms.elimination import eliminate
 from solvers.closed_forms.refit import refit
 from tests.osscar.families import tiny, tokens
+from tests.osscar.mixtures import mixture
 
 # ---- what is compared --------------------------------------------------------------------
 
@@ -327,3 +328,12 @@ def test_a_group_that_predictions_hardly_need_gives_up_more():
     assert budget.measured.keys() == budget.widths.keys()
     for name, points in budget.measured.items():
         assert all(0 < p.kept < budget.widths[name].units for p in points)
+
+
+def test_a_mixture_of_experts_is_not_compared_in_bfloat16(monkeypatch):
+    """Tokens near a tie would go to other experts."""
+    monkeypatch.setattr(prepare_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(prepare_module, "_LARGE_MODEL", 0)
+    for model, expected in ((mixture("mixtral"), False), (tiny("llama-mha", layers=1), True)):
+        with prepare(model, tokens(4, 8)) as prepared:
+            assert prepared.bfloat16 == expected

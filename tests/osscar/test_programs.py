@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 
 import graph
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError, OptionError
@@ -188,3 +189,27 @@ def test_tied_weights_stay_tied():
 
     _, result = shrunk(made(Tied), (8,))
     assert result.model.one.weight is result.model.two.weight
+
+
+def test_a_step_of_training_and_a_copy():
+    kind, shape = CASES["gated"]
+    _, result = shrunk(made(kind), shape)
+    model, x = copy.deepcopy(result.model), sample(shape, 4)
+    assert_close(model(x), result.model(x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss = model.train()(x).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    optimizer.step()
+    assert model(x).square().mean() < loss
+    assert not torch.equal(model(x), result.model(x))
+
+
+@pytest.mark.slow
+def test_it_is_compiled():
+    kind, shape = CASES["heads"]
+    _, result = shrunk(made(kind), shape)
+    compiled = torch.compile(result.model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (2, 5):
+        x = sample(shape, count)
+        assert far_apart(result.model(x), compiled(x)) < EXACT

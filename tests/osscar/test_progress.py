@@ -56,3 +56,11 @@ def test_stages_within_others_are_counted_once(monkeypatch):
         pass
     assert spent.seconds[Stage.WALK] == 4
     assert Profile().seconds == {}
+
+
+def test_one_rank_writes_for_all(capsys, clock, monkeypatch):
+    monkeypatch.setattr(progress, "launched", lambda: (1, 2))
+    with progress.progress_bar("outer") as bar:
+        clock.now += 100
+        bar.advance()
+    assert capsys.readouterr() == ("", "")

@@ -264,3 +264,27 @@ def test_results_do_not_tell_that_they_were_run():
     assert torch.equal(data, given)
     for one in (model, result.model, *(point.model for _, point in points)):
         assert [int(one.calls), one.seen, one.last] == before
+
+
+def test_certified_layers_have_a_bound_and_a_gap():
+    plain, result = (
+        osscar.prune(two_layers(), torch.ones(64, 6).cumsum(0).sin(), neurons=0.6, certify=certify)
+        for certify in (False, True)
+    )
+    (layer,) = result.layers
+    assert layer.bound_from
+    assert 0 <= layer.lower_bound <= layer.loss * (1 + 1e-9)
+    assert 0 <= layer.gap <= 1
+    assert plain.plan == result.plan
+    assert plain.layers[0].gap is None
+
+
+def test_the_proof_leaves_every_number_format_as_it_was():
+    model = tiny("llama-gqa", layers=1).bfloat16()
+    formats = {name: tensor.dtype for name, tensor in model.named_buffers()}
+    result = osscar.prune(model, tokens(), heads="2/3", neurons=0.5, device="cpu")
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    assert {name: tensor.dtype for name, tensor in result.model.named_buffers()} == formats
+    assert result.certificate.error < 1e-5
+    kept = result.model.model.embed_tokens.weight
+    assert torch.equal(kept, model.model.embed_tokens.weight)

@@ -27,6 +27,8 @@ from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
 from tests.osscar.families import tiny, tokens
 from tests.osscar.forked import PATIENCE, Forked, forked
+from tests.osscar.mixtures import mixture
+from tests.osscar.networks import images, small_net
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills processes, and uses gloo")
 
@@ -101,38 +103,53 @@ def one_thread() -> Iterator[None]:
 
 # ---- the same as one process -------------------------------------------------------------
 
+BUDGET = {"sparsity": 0.4, "batch_size": 3, "certify": True, "bound_rounds": 0}
+CASES = {
+    "a budget": (lambda: tiny("llama-gqa", layers=1).double(), lambda: tokens(16, 24), BUDGET),
+    "images": (small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
+    "experts": (
+        lambda: mixture("mixtral"),
+        lambda: tokens(16, 24),
+        {"neurons": 0.5, "batch_size": 3},
+    ),
+}
 
-def summary(ranks: Ranks = ALONE) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
-    """Prune to a budget; return what it comes to."""
-    request = PruningRequest(sparsity=0.4, batch_size=3, certify=True, bound_rounds=0, device="cpu")
-    model, data = tiny("llama-gqa", layers=1).double(), tokens(16, 24)
-    result = prune_as_asked(model, data, request, ranks=ranks)
+
+def summary(name: str, ranks: Ranks = ALONE) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """Prune in a case; return what it comes to."""
+    model, data, asked = CASES[name]
+    result = prune_as_asked(model(), data(), PruningRequest(device="cpu", **asked), ranks=ranks)
     found = {
         "loss": {layer.name: layer.loss for layer in result.layers},
         "divergence": result.distance.value,
-        "curves": result.budget.curves,
+        "curves": {} if result.budget is None else result.budget.curves,
         "support": {layer.name: list(layer.support) for layer in result.layers},
         "damp": [layer.damp for layer in result.layers],
+        "batch_norms": result.batch_norms,
         "skipped": [group.name for group in result.skipped],
     }
     weights = {name: x.detach().clone() for name, x in result.model.state_dict().items()}
     return json.loads(json.dumps(found)), weights
 
 
-def test_ranks_come_to_what_one_process_does(tmp_path):
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("images", 2), ("experts", 3))]
+
+
+@pytest.mark.parametrize(("name", "size"), [("a budget", 2), *SLOW])
+def test_ranks_come_to_what_one_process_does(name, size, tmp_path):
     def run() -> None:
         with together() as ranks:
-            found, weights = summary(ranks)
+            found, weights = summary(name, ranks)
             safetensors.torch.save_file(weights, tmp_path / f"{ranks.rank}.safetensors")
             (tmp_path / f"{ranks.rank}.json").write_text(json.dumps(found))
 
-    expected, weights = summary()
-    for process in ended([run] * 2, tmp_path):
+    expected, weights = summary(name)
+    for process in ended([run] * size, tmp_path):
         assert process.status == 0, process.stderr
-    assert len({(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(2)}) == 1
+    assert len({(tmp_path / f"{rank}.safetensors").read_bytes() for rank in range(size)}) == 1
     for key, x in safetensors.torch.load_file(tmp_path / "0.safetensors").items():
         torch.testing.assert_close(x, weights[key], rtol=1e-6, atol=1e-6)
-    for rank in range(2):
+    for rank in range(size):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         for key in ("loss", "divergence"):  # of sums that were added up in another order
             assert found.pop(key) == pytest.approx(expected[key], rel=1e-9, abs=1e-15)

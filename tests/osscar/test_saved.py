@@ -214,3 +214,12 @@ def test_a_trace_leaves_nothing_in_the_caches_of_the_users_code(name, monkeypatc
         found = net(torch.ones(1, 3, size, size))
         assert not isinstance(found, FakeTensor)
         assert torch.equal(GRIDS[name](size), torch.arange(1.0, size + 1))
+
+
+def test_models_that_are_swapped_are_not_recovered():
+    dense = Net()
+    once = osscar.prune(dense, X, **FEW).model
+    twice = osscar.prune(once, X, **FEW).model
+    for smaller, larger in ((once, dense), (twice, dense), (twice, once)):
+        with pytest.raises(ModelError, match="the models are swapped"):
+            osscar.recover(larger, smaller, X, steps=4)

@@ -1,5 +1,6 @@
 """Models whose weights stay on disk: pruned to the same bytes, refused where they cannot be."""
 
+import gc
 import json
 import os
 import re
@@ -8,14 +9,16 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import osscar
 from benchmarks.measuring import measured
 from benchmarks.random_models import SHAPES, write_model
+from osscar.allocation.task import PruningTask
 from osscar.base import memory as system_memory
 from osscar.base.errors import (
+    CheckpointError,
     EquivalenceError,
     FileError,
     OptionError,
@@ -33,9 +36,12 @@ from osscar.offload.on_disk import is_on_disk, weight_cache
 from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest
+from osscar.run.memory import MemoryNeeds
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
+from osscar.walk.targets import Target
+from osscar.walk.walk import Walk
 from tests.osscar.families import VOCABULARY, tiny
 from tests.osscar.mixtures import MIXTURES, ROUTERS, mixture
 
@@ -254,6 +260,16 @@ def test_what_does_not_fit_stays_on_disk_by_default(tmp_path, monkeypatch):
     assert fitting(5 * size) is None
     assert fitting(3 * size) == 3 * size * 9 // 10
     assert fitting(None) is None
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 4,
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    for processes, expected in (("1", None), ("2", 3 * size * 9 // 10)):  # on this machine
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert fitting(6 * size) == expected
     assert fitting(1, "demo") is None
     (dense / "model.safetensors").write_bytes(b"no weights")
     assert fitting(1) is None
@@ -269,3 +285,37 @@ def test_sizes_and_what_is_none():
             parse_size(size)
     with pytest.raises(OptionError, match="max_memory"):  # no directory of transformers
         opened("torchvision:resnet18")
+
+
+def test_a_tied_weight_that_is_stored_twice_has_to_be_the_same(tmp_path):
+    dense = written(tmp_path / "dense", "qwen2", layers=1)
+    file, metadata = dense / "model.safetensors", {"format": "pt"}
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, file, metadata)
+    tied = opened(dense)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    save_file({**tensors, "lm_head.weight": head + 1}, file, metadata)
+    with pytest.raises(CheckpointError, match="ties"):
+        opened(dense)
+
+
+def test_batches_hold_what_is_forecast():
+    def storages():
+        return {
+            x.untyped_storage().data_ptr(): x.untyped_storage()
+            for x in gc.get_objects()
+            if type(x) is torch.Tensor and x.is_floating_point() and not x.is_meta
+        }
+
+    request = osscar.PruningRequest(neurons=0.5, device="cpu")
+    model = tiny("llama-gqa", layers=1).bfloat16()
+    with prepare(model, windows(32, 64), device=CPU, seed=0) as prepared:
+        forecast = MemoryNeeds.from_task(PruningTask(prepared, request)).batches
+        groups = [group for group in prepared.groups if group.kind == "neurons"]
+        before = storages()  # held, so that no new tensor takes an address of them
+        found = [
+            sum(storage.nbytes() for at, storage in storages().items() if at not in before)
+            for _ in Walk(prepared, groups, target=Target.RESIDUAL)
+        ]
+    assert max(found) <= forecast <= 1.5 * max(found)

@@ -19,6 +19,7 @@ import osscar
 from graph.tracing.standalone import Sizes
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.network.modules import full_name
+from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.proof.program import traced_as_open
@@ -27,6 +28,7 @@ from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking import follow
 from osscar.shrinking.shrink import shrink
 from osscar.shrinking.slice import slice_units
+from tests.osscar.families import tiny
 from tests.osscar.programs import without_units
 
 UNITS = 20
@@ -440,3 +442,30 @@ def test_a_model_that_was_pruned_twice_is_proved_again_from_the_two_models():
         osscar.prove(net, dense, {"x": X})
     with pytest.raises(ModelError, match="no record of units removed"):
         osscar.prove(dense, dense, {"x": X})
+
+
+def test_an_empty_batch_is_not_claimed():
+    net = Net(lambda net, y, x, w: y * w if x.shape[0] == 0 else y).eval()
+    (found,) = shrink(net, plan_of(net), [(X,)]).certificate.structure.sizes
+    assert found == "any batch of one or more, and x (any, any, 6)"
+
+
+def test_generation_with_a_cache_is_that_of_the_masked_model(monkeypatch):
+    monkeypatch.setattr("osscar.proof.structural.other_sizes", lambda *given: ())
+    model = tiny("llama-gqa", layers=1).eval()
+    ids = torch.arange(10).view(2, 5) + 3
+    how = {"max_new_tokens": 4, "do_sample": False}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+
+    def generated():
+        return [
+            torch.stack(model.generate(ids, cache_implementation=cache, **how).logits)
+            for cache in ("dynamic", "static")
+        ]
+
+    plan = plan_of(model, inputs={"input_ids": ids})
+    with masked(model, plan):
+        expected = generated()
+    assert shrink(model, plan, [{"input_ids": ids}]).certificate.structure is not None
+    for found, due in zip(generated(), expected, strict=True):
+        torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-5)

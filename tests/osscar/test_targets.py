@@ -256,3 +256,22 @@ def test_a_stream_that_is_added_twice_counts_twice():
     keeper.see(("x", 0, "in", 0), stream)
     assert torch.equal(keeper.take("down"), 2 * stream)
     assert keeper.take("down") is None
+
+
+class SharedBias(nn.Module):
+    """Two layers add one and the same bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 6)
+        self.head.bias = self.down.bias
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.down(torch.relu(self.up(x)))))
+
+
+def test_a_bias_that_others_share_is_left_alone():
+    torch.manual_seed(0)
+    with prepare(SharedBias().eval(), torch.randn(64, 6)) as prepared:
+        maps = [one for g in prepared.groups for one in linear_maps(prepared.model, g)]
+        assert [one.bias for one in maps if one.name == "down"] == [None]

@@ -145,3 +145,19 @@ def test_vision_transformers_lose_only_neurons_where_heads_cannot_be_lost():
     assert type(result.model.encoder.layers[0].self_attention) is nn.MultiheadAttention
     with pytest.raises(RequestError, match="heads"):
         osscar.prune(model, x, heads=2, **PLAIN)
+
+
+def test_each_group_is_measured_on_the_stream_that_was_pruned_before_it():
+    model, x, name = small_net(), images(), "blocks.1.expand.channels"
+    options = {**KEEP, "target": "weights"}  # so that the dense stream plays no part
+    first = {"blocks.0.expand.channels": 8, "blocks.0.squeeze.channels": 2}
+    both = osscar.prune(model, x, groups={name: 8, **first}, **options)
+    assert [layer.name for layer in both.layers] == [*first, name]
+    early = osscar.prune(model, x, groups=first, **options).model
+    late, alone = (osscar.prune(m, x, groups={name: 8}, **options) for m in (early, model))
+    loss = both.layers[-1].loss
+    assert loss == pytest.approx(late.layers[0].loss, rel=1e-4)
+    assert loss != pytest.approx(alone.layers[0].loss, rel=1e-3)
+    # The batch size changes nothing but rounding.
+    other = osscar.prune(model, x, groups={name: 8}, **{**options, "batch_size": 7})
+    assert other.layers[0].loss == pytest.approx(alone.layers[0].loss, rel=1e-4)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import osscar
-from osscar.base.errors import DataError
+from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.preparation.prepare import prepare
 from osscar.study.problems import model_problems
 from osscar.walk.coroutines import Coroutine
@@ -312,3 +312,53 @@ def test_a_model_that_mixes_the_samples_of_a_batch_keeps_its_batches():
     data = torch.randn(9, 1, 1, 1).repeat(1, 1, 640, 640)
     with prepare(seeded(Centred)(), data) as prepared:
         assert [len(*batch.values()) for batch in prepared.batches()] == [9]
+
+
+class Plain(nn.Module):
+    """Gives its layer an argument by keyword, and goes on where that fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.ends = nn.Linear(6, 9), nn.Linear(9, 6), 0
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(x))
+        try:
+            return self.down(input=hidden)
+        except BaseException:
+            self.ends += 1
+            return self.down(input=hidden)
+
+
+def test_code_that_catches_the_end_of_its_pass_does_not_go_on():
+    with prepare(seeded(Plain)(), DATA, batch_size=BATCH) as prepared:
+        commit_all(Walk(prepared, [group for group in prepared.groups if group.prunable]))
+        assert prepared.model.ends == 3
+        assert not any(m._forward_pre_hooks for m in prepared.model.modules())
+
+
+def test_activations_that_are_not_finite_are_refused_with_their_consumer():
+    data = torch.randn(7, 6)
+    data[5] = 3e38
+    with prepare(seeded(Twice)(), data, batch_size=BATCH) as prepared:
+        prepared.model.up.weight.data.mul_(1e3)
+        with pytest.raises(NonFiniteError, match="'down'"):
+            list(Walk(prepared, [group for group in prepared.groups if group.prunable]))
+
+
+def test_a_consumer_that_is_never_called_is_refused():
+    with prepare(seeded(Plain)(), torch.randn(7, 6)) as prepared:
+        groups = [group for group in prepared.groups if group.prunable]
+        prepared.model.forward = lambda x: x
+        with pytest.raises(ModelError, match="'down' was never called"):
+            Walk(prepared, groups)
+
+
+def test_inputs_by_keyword_are_seen_and_the_last_samples_are_held_out():
+    data = torch.randn(7, 6)
+    with prepare(seeded(Plain)(), data, batch_size=BATCH) as prepared:
+        (step,) = Walk(prepared, [group for group in prepared.groups if group.prunable], held_out=2)
+        (gram,), X = step.grams, torch.relu(prepared.model.up(data)).double()
+    assert (gram.fitted.positions, gram.held_out_rows) == (5, 2)
+    torch.testing.assert_close(gram.fitted.gram.dense(), (X[:5].T @ X[:5]).detach())
+    torch.testing.assert_close(gram.held_out.gram.dense(), (X[5:].T @ X[5:]).detach())

@@ -191,3 +191,28 @@ def test_the_record_is_what_json_can_hold():
     assert record.recomputed_bound is None
     assert record.relative_bound == pytest.approx(record.relative_loss)
     assert solve(SILENT, "greedy").record().relative_loss == 0.0
+
+
+def test_supports_and_weights_that_are_none():
+    solution = solve(SCALAR, "enumerate")
+    for support, message in [
+        ([0, 1, 2], "support has 3 distinct units, keep is 4"),
+        ([0, 1, 2, 2], "support has 3 distinct units, keep is 4"),
+        ([0, 1, 2, 9], "outside 0 .. 8"),
+        ([-1, 0, 1, 2], "outside 0 .. 8"),
+        ([3, 2, 1, 0], "not sorted"),
+    ]:
+        refused(solution, message, support=torch.tensor(support))
+    (W,) = solution.weights
+    for weights, message in [
+        ((W[:-1],), "wrong shape or device, or are not finite"),
+        ((torch.full_like(W, torch.nan),), "wrong shape or device, or are not finite"),
+        ((W, W), "weights for 2 of 1 consumers"),
+    ]:
+        refused(solution, message, weights=weights)
+
+
+def test_an_ill_posed_problem_is_not_verified():
+    (consumer,) = SCALAR.consumers
+    low = SubsetProblem((replace(consumer, e=consumer.e / 2),), SCALAR.keep)
+    refused(solve(SCALAR, "greedy"), "the problem is ill posed: consumer 0: e is", problem=low)

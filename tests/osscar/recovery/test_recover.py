@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import defaultdict
 
 import numpy as np
@@ -11,16 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 
 import osscar
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
+from osscar.data.text import CalibrationSet
 from osscar.distance.distance import Distance, Reference
 from osscar.proof.lineage import lineage_of, note_dense
+from osscar.proof.seen import Calibration
 from osscar.recovery import samples as drawing
 from osscar.recovery.training import Training, nearest
-from tests.osscar.families import framing_tokenizer, tiny, tokens
+from tests.osscar.families import framing_tokenizer, logits, tiny, tokens
 from tests.osscar.networks import plain, small_net
 from tests.osscar.recovery.cases import ADAPTED, FORMS
 from tests.osscar.recovery.packages import needs_peft
@@ -290,3 +294,29 @@ def test_what_cannot_be_trained_is_refused_and_stays_as_it_was():
         with pytest.raises(error, match=message):
             osscar.recover(smaller, dense, numbers(), **OFTEN)
         assert [(held(one), bytes_of(one)) for one in models] == before
+
+
+@pytest.mark.parametrize(
+    ("name", "around"), [("tied embeddings", torch.inference_mode), ("graphs", torch.no_grad)]
+)
+def test_two_runs_end_with_the_same_bytes_wherever_they_are_called(name, around):
+    expected = osscar.recover(*FORMS[name].made(), **OFTEN, mixed_precision="no").model
+    with around():
+        found = osscar.recover(*FORMS[name].made(), **OFTEN, mixed_precision="no").model
+        assert not any(tensor.is_inference() for tensor in found.state_dict().values())
+    assert bytes_of(found) == bytes_of(expected)
+
+
+def test_a_recovered_model_is_written_and_read_like_any(tmp_path):
+    dense = tiny("opt", layers=1)
+    text, other = (CalibrationSet(tokens(9, seed=n), "a text", n) for n in (1, 2))
+    small = osscar.prune(dense, text, neurons=0.5, backend="magnitude", device="cpu").model
+    recovery = osscar.recover(perturbed(small), dense, other, **OFTEN)
+    assert recovery.kept > 0
+    json.dumps(recovery.document())
+    osscar.save(recovery.model, tmp_path / "out")
+    again = osscar.load(tmp_path / "out")
+    assert bytes_of(again) == bytes_of(recovery.model)
+    assert lineage_of(again).plans == lineage_of(small).plans
+    assert [*lineage_of(again).calibration] == [Calibration.of(x.describe()) for x in (text, other)]
+    assert_close(logits(again, text.tokens), logits(recovery.model, text.tokens))

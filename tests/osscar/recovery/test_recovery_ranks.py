@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
+from osscar.base.errors import OutputError
 from osscar.base.ranks import ALONE, Ranks, together
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
@@ -62,3 +63,38 @@ def test_ranks_come_to_what_one_process_does(tmp_path):
             # A gradient that is zero but for rounding makes a step of either sign.
             off = (tensors[key] - weight.detach()).abs()
             assert float((off > 1e-5).float().mean()) < 0.01, key
+
+
+def with_log(directory: Path, *, full: bool) -> None:
+    """Recover with a log, which can keep one standing alone if the disk is to be `full`."""
+    kept: list[int] = []
+
+    class Full(RecoveryLog):
+        def keep(self, *state):
+            if kept:
+                raise OutputError("no space left")
+            kept.append(1)
+            super().keep(*state)
+
+    with together() as ranks:
+        log = (Full if full else RecoveryLog)(directory / "log") if ranks.first else None
+        write(directory / f"log.{ranks.rank}", recovered("graphs", log, ranks))
+
+
+@pytest.mark.slow
+def test_ranks_go_on_where_they_stopped(tmp_path):
+    (tmp_path / "whole").mkdir()
+    for process in ended([lambda: with_log(tmp_path / "whole", full=False)] * 2, tmp_path):
+        assert process.status == 0, process.stderr
+    first, second = ended([lambda: with_log(tmp_path, full=True)] * 2, tmp_path)
+    assert "no space left" in first.stderr
+    assert "rank 0 stopped without an error message" in second.stderr
+    assert [path.name for path in (tmp_path / "log").glob("*.safetensors")] == [
+        "00000001.safetensors"
+    ]
+    for process in ended([lambda: with_log(tmp_path, full=False)] * 2, tmp_path):
+        assert process.status == 0, process.stderr
+    for rank in range(2):
+        expected, found = (place / f"log.{rank}" for place in (tmp_path / "whole", tmp_path))
+        for kind in ("safetensors", "json"):
+            assert Path(f"{found}.{kind}").read_bytes() == Path(f"{expected}.{kind}").read_bytes()
