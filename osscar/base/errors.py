@@ -34,6 +34,15 @@ class DataError(OsscarError):
     """Data for calibration or evaluation are missing, damaged, too few, or do not fit a model."""
 
 
+@contextmanager
+def of_part(part: str) -> Iterator[None]:
+    """Say in a DataError of the block of which part of the data it is."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{part}: {error}") from error
+
+
 class RequestError(OsscarError):
     """What to keep makes no sense, or names what cannot be pruned; the message says why."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import DataError, ModelError
+from osscar.base.errors import DataError, ModelError, of_part
 from osscar.base.inputs import safe_repr
 from osscar.data.alike import alike, joined, shapes_of
 from osscar.data.samples import SampleSet, check_tensors
@@ -296,14 +296,12 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
     """Return samples apart, in the order of the model's arguments."""
     named: list[Batch] = []
     for index, one in enumerate(samples):
-        try:
+        with of_part(f"sample {index}"):
             for name, tensor in one.items():
                 check_tensors({name: tensor})  # each by itself, since samples are no entries
             check_arguments(model, one)
             if "input_ids" in one and _reads_tokens(model):
                 _check_tokens(model, one["input_ids"])
-        except DataError as error:
-            raise DataError(f"sample {index}: {error}") from error
         named.append({name: one[name] for name in accepted_arguments(model) if name in one})
         forms = [{name: (t.dtype, t.ndim) for name, t in named[i].items()} for i in (0, index)]
         if forms[0] != forms[1]:
@@ -317,19 +315,14 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
 # ---- the arguments of a forward pass -----------------------------------------------------
 
 
-def check_arguments(model: nn.Module, names: Iterable[str]) -> None:
+def check_arguments(model: nn.Module, names: Collection[str]) -> None:
     """Refuse data under names that a model does not take, and data that lack what it needs."""
-    code, given = f"{type(model).__name__}.forward", list(names)
-    takes = inspect.signature(model.forward).parameters
-    for name in given:
-        if name not in takes:
-            raise DataError(f"{code} takes no {name!r}; it takes {', '.join(takes)}")
-    for name in needed_arguments(model):
-        if name not in given:
-            raise DataError(
-                f"{code} takes {', '.join(takes)}, and there is no {name!r} among the data "
-                f"({', '.join(given) or 'none'}); name them after the arguments that read them"
-            )
+    given, takes = set(names), inspect.signature(model.forward).parameters
+    if not set(needed_arguments(model)) <= given <= takes.keys():
+        raise DataError(
+            f"{type(model).__name__}.forward takes {', '.join(takes)}, and the data are called "
+            f"{', '.join(names) or 'nothing'}; name them after the arguments that read them"
+        )
 
 
 def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
@@ -346,13 +339,13 @@ def needed_arguments(model: nn.Module) -> list[str]:
 
 def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return positional arguments under the names that the model's forward pass gives them."""
-    try:
-        bound = inspect.signature(model.forward).bind(*args).arguments
-    except TypeError as error:
-        raise DataError(f"{type(model).__name__}.forward: {error}") from error
-    if not all(isinstance(value, Tensor) for value in bound.values()):
-        raise DataError(f"{type(model).__name__}.forward takes arguments without names; name them")
-    return dict(bound)
+    takes = accepted_arguments(model)
+    if not len(needed_arguments(model)) <= len(args) <= len(takes):
+        raise DataError(
+            f"{type(model).__name__}.forward names the arguments {', '.join(takes) or 'nothing'}, "
+            f"and there are {len(args)} tensors; give a mapping of names to tensors"
+        )
+    return dict(zip(takes, args, strict=False))
 
 
 def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:

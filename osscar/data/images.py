@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from osscar.base.errors import DataError, FileError, first_line
-from osscar.base.files import short_hash
-from osscar.base.inputs import whole_number
+from osscar.base.errors import DataError, first_line
+from osscar.base.files import file_digest, short_hash
+from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.memory import attempt
 from osscar.base.printable import listed, pluralize
 from osscar.data.preprocessing import (
@@ -31,8 +31,7 @@ from osscar.data.samples import (
     LABEL_NAMES,
     LABELS,
     SampleSet,
-    checked_groups,
-    checked_labels,
+    checked_numbers,
     columns_of,
     kind_of_numbers,
 )
@@ -75,7 +74,7 @@ class ImageSet(SampleSet):
     sample_groups: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, GROUPS, checked_groups(self.sample_groups, len(self)))
+        self.check_numbers(GROUPS)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -153,7 +152,12 @@ class ImageSet(SampleSet):
 
     def fingerprints(self) -> list[int]:
         """Return a hash of each image as it is stored, to recognize it by."""
-        return [short_hash(_stored(item)) for item in self.items]
+        return [
+            int(file_digest(item)[:16], 16)
+            if isinstance(item, Path)
+            else short_hash(item.tobytes())
+            for item in self.items
+        ]
 
     def decoded(self, index: int) -> Any:
         """Return an image as PIL has it, in color or not, as the model reads it.
@@ -187,15 +191,6 @@ def _check_form(item: str, image: Any) -> None:
         raise DataError(
             f"{item!r} has pixels of mode {image.mode!r}, 16 or 32 bits wide; rescale it to 8 bits"
         )
-
-
-def _stored(item: Any) -> bytes:
-    if not isinstance(item, Path):
-        return item.tobytes()  # type: ignore[no-any-return]
-    try:
-        return item.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {str(item)!r}: {error.strerror}") from error
 
 
 def load_images(spec: Any, preprocessing: Any, *, sample_groups: Any = None) -> ImageSet:
@@ -246,19 +241,9 @@ def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> Imag
 
 
 def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
-    try:
-        path = located(spec)
-        if path.is_dir():
-            return _from_directory(path, preprocessing)
-        if path.suffix == ".npz" and path.is_file():
-            return _from_archive(path, preprocessing)
-    except (OSError, FileError) as error:
-        reason = error.reason if isinstance(error, FileError) else error.strerror
-        raise DataError(f"cannot read images at {str(spec)!r}: {reason}; give another") from error
-    raise DataError(f"no images at {str(spec)!r}; give a directory of images or an .npz file")
-
-
-def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
+    path = located(spec)
+    if path.suffix == ".npz" and path.is_file():
+        return _from_archive(path, preprocessing)
     # Not `make_dataset` of torchvision, which walks in circles through links, and opens pipes.
     files = sorted(
         file
@@ -269,7 +254,8 @@ def _from_directory(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     )
     if not files:
         raise DataError(
-            f"{str(path)!r} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))}); give another"
+            f"there are no images at {str(spec)!r}; give a directory of them "
+            f"({', '.join(sorted(_IMAGE_SUFFIXES))}) or an .npz file"
         )
     beside = [file.name for file in files if file.parent == path]
     if len(beside) == len(files):
@@ -300,7 +286,7 @@ def _from_archive(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     if isinstance(preprocessing, Preprocessing):
         height, width = pixels.shape[1:3]
         preprocessing = preprocessing.of_size(height, width, 1 if pixels.ndim == 3 else 3)
-    labels = checked_labels(arrays.get(LABELS), len(pixels))
+    labels = checked_numbers(LABELS, arrays.get(LABELS), len(pixels))
     return ImageSet(str(path), pixels.numpy(), preprocessing, labels, (), arrays.get(GROUPS))
 
 
@@ -336,8 +322,17 @@ class _Rows(Sequence[Any]):
         return row if self.column == _ROW else row[self.column]
 
 
-def image_column(row: Any) -> str | int | None:
-    """Return where in a row there is an image of PIL; None if there is none."""
+def has_images(data: Any) -> bool:
+    """Tell whether rows can be looked up in data, the first of which has an image of PIL."""
+    return _column_of(data) is not None
+
+
+def _column_of(data: Any) -> str | int | None:
+    """Return where rows have an image of PIL; None if they have none, or cannot be looked up."""
+    lookable = hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
+    if not lookable or isinstance(data, Mapping | IterableDataset) or not len(data):
+        return None
+    row = data[0]
     if is_image(row):
         return _ROW
     several = row if isinstance(row, tuple | list) else ()
@@ -345,40 +340,16 @@ def image_column(row: Any) -> str | int | None:
     return next((name for name, value in entries if is_image(value)), None)
 
 
-def has_images(data: Any) -> bool:
-    """Tell whether rows can be looked up in data, the first of which has an image of PIL."""
-    return _is_lookable(data) and len(data) > 0 and image_column(data[0]) is not None
-
-
-def _is_lookable(data: Any) -> bool:
-    known = hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
-    return known and not isinstance(data, Mapping | IterableDataset)
-
-
 def _from_rows(data: Any, preprocessing: AnyPreprocessing) -> ImageSet:
-    what = type(data).__name__
-    if not _is_lookable(data):
-        raise DataError(
-            f"{what} has no length or no indices, so that images cannot be read from it; give a "
-            "directory, an .npz file, a data set with both, or a list of images"
-        )
-    if len(data) == 0:
-        raise DataError(f"{what} is empty; give images")
-    column = image_column(data[0])
+    what, column = type(data).__name__, _column_of(data)
     if column is None:
-        there = ", ".join(data[0]) if isinstance(data[0], Mapping) else type(data[0]).__name__
         raise DataError(
-            f"the rows of {what} hold no image of PIL ({there}); tensors are calibrated and scored "
-            "as they are, by osscar.load_batches"
+            f"no images of PIL can be looked up in {safe_repr(data)} ({what}); give a directory, "
+            "an .npz file, or a list or data set of them, and tensors to osscar.load_batches"
         )
     labels, classes = _labels_of(data)
-    return ImageSet(
-        f"{what}, {pluralize(len(data), 'image')}",
-        _Rows(data, column),
-        preprocessing,
-        labels,
-        classes,
-    )
+    source = f"{what}, {pluralize(len(data), 'image')}"
+    return ImageSet(source, _Rows(data, column), preprocessing, labels, classes)
 
 
 def _labels_of(data: Any) -> tuple[Tensor | None, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from osscar.base.errors import DataError, warn
+from osscar.base.errors import DataError, of_part, warn
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.printable import listed, pluralize
 from osscar.data.batches import accepted_arguments, check_arguments, named_inputs, needed_arguments
@@ -211,24 +211,18 @@ def _read(
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
     found, notes = _joined(model, batches, left_out, hidden, title, notes)
-    if groups is None:
-        return found, notes
-    if isinstance(found, CalibrationSet):
-        raise DataError(
-            "windows of text take no sample_groups, since copies are found by comparison; omit them"
-        )
-    some = torch.as_tensor(groups)[:count]
-    return replace(found, sample_groups=some), notes  # type: ignore[type-var]
+    if groups is not None:
+        some = torch.as_tensor(groups)[:count]
+        found = replace(found, sample_groups=some)  # type: ignore[type-var]
+    return found, notes
 
 
 def _first(source: Iterator[Any], model: nn.Module, samples: int | None) -> Iterator[_Read]:
     """Yield batches by argument, until there are enough samples."""
     read = 0
     for number, given in enumerate(source):
-        try:
+        with of_part(f"batch {number} of the data"):
             batch = _named(model, given)
-        except DataError as error:
-            raise DataError(f"batch {number} of the data: {error}") from error
         yield batch
         read += len(batch.samples)
         if samples is not None and read >= samples:

@@ -33,11 +33,12 @@ def _size(value: Any) -> Any:
 
 def _mean(value: Any, least: float = -math.inf) -> tuple[float, ...]:
     numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if len(numbers) not in (1, 3) or not all(isinstance(n, int | float) for n in numbers):
-        raise ValueError("give one number for all channels, or one for each of three")
-    if not all(math.isfinite(n) and least < n <= 1 for n in numbers):
+    fits = [isinstance(n, int | float) and least < n <= 1 for n in numbers]
+    if len(numbers) not in (1, 3) or not all(fits):
         scale = "at most 1" if least else "in (0, 1]"
-        raise ValueError(f"give numbers {scale}, for pixels scaled to 0..1")
+        raise ValueError(
+            f"give one number {scale} for all channels, or three, for pixels scaled to 0..1"
+        )
     return tuple(map(float, numbers))
 
 
@@ -222,17 +223,13 @@ class Transform:
     def _checked(self, image: Any) -> Tensor:
         with attempt() as tried:  # it is anyone's code
             found = self.function(image)
-        if tried.failed:
-            raise DataError(
-                f"the transform of {self.source} fails on an image: "
-                f"{type(tried.error).__name__}: {first_line(tried.error)}"
-            ) from tried.error
-        if not isinstance(found, Tensor):
-            raise DataError(
-                f"the transform of {self.source} returns a {type(found).__name__}; return a tensor "
-                "(channels, height, width)"
-            )
-        return found
+            if isinstance(found, Tensor):
+                return found
+            raise TypeError(f"it returns a {type(found).__name__}, not a tensor")
+        raise DataError(
+            f"the transform of {self.source} fails on an image: {type(tried.error).__name__}: "
+            f"{first_line(tried.error)}; give one that returns a tensor (channels, height, width)"
+        ) from tried.error
 
 
 AnyPreprocessing: TypeAlias = Preprocessing | Transform

@@ -77,6 +77,11 @@ class SampleSet(ABC):
     def rows(self, rows: Tensor) -> Self:
         """Return the samples at these positions, (n,) int64."""
 
+    def check_numbers(self, *names: str) -> None:
+        """Make labels and groups int64, each a number a sample (DataError)."""
+        for name in names:
+            object.__setattr__(self, name, checked_numbers(name, getattr(self, name), len(self)))
+
     def known_of(self, rows: Tensor) -> dict[str, Any]:
         """Return the labels and groups of the samples at these positions, by name."""
         known = {LABELS: self.labels, GROUPS: self.sample_groups}
@@ -141,8 +146,7 @@ class TensorSet(SampleSet):
 
     def __post_init__(self) -> None:
         check_tensors(self.tensors)
-        object.__setattr__(self, "labels", checked_labels(self.labels, len(self)))
-        object.__setattr__(self, GROUPS, checked_groups(self.sample_groups, len(self)))
+        self.check_numbers(LABELS, GROUPS)
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -202,8 +206,7 @@ class SampleList(SampleSet):
     sample_groups: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", checked_labels(self.labels, len(self)))
-        object.__setattr__(self, GROUPS, checked_groups(self.sample_groups, len(self)))
+        self.check_numbers(LABELS, GROUPS)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -222,30 +225,18 @@ class SampleList(SampleSet):
         yield from map(dict, self.samples)
 
 
-def checked_labels(labels: Any, count: int) -> Tensor | None:
-    """Return labels as int64, or refuse what are not as many whole numbers as there are samples."""
-    if labels is None:
+def checked_numbers(name: str, given: Any, count: int) -> Tensor | None:
+    """Return the labels or groups of so many samples as int64, or refuse what are no such."""
+    found = None if given is None else torch.as_tensor(given)
+    if found is None:
         return None
-    if not isinstance(labels, Tensor):
-        given = safe_repr(labels)
-    elif kind_of_numbers(labels) == "whole" and labels.shape[:1] == (count,):
-        return labels.to(torch.int64)
-    else:
-        given = f"{labels.dtype} of {tuple(labels.shape)}"
-    raise DataError(f"the labels must be {count} whole numbers, one a sample, not {given}")
-
-
-def checked_groups(groups: Any, count: int) -> Tensor | None:
-    """Return the groups of samples as int64, or refuse what is not a whole number a sample."""
-    if groups is None:
-        return None
-    found = torch.as_tensor(groups)
-    if kind_of_numbers(found) != "whole" or found.shape != (count,):
+    places = 1 if name == GROUPS else found.ndim
+    if kind_of_numbers(found) != "whole" or found.shape[:1] != (count,) or found.ndim != places:
         raise DataError(
-            f"the sample_groups must be {count} whole numbers, one a sample, not {found.dtype} of "
+            f"the {name} must be {count} whole numbers, one a sample, not {found.dtype} of "
             f"{tuple(found.shape)}"
         )
-    return found.to("cpu", torch.int64)
+    return found.to("cpu" if name == GROUPS else found.device, torch.int64)
 
 
 def bytes_of(name: str, tensor: Tensor) -> bytes:
@@ -258,15 +249,13 @@ def bytes_of(name: str, tensor: Tensor) -> bytes:
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Refuse samples that no model can read."""
-    if not isinstance(tensors, Mapping) or not tensors:
+    entries = tensors.items() if isinstance(tensors, Mapping) else ()
+    if not entries or not all(isinstance(tensor, Tensor) for _, tensor in entries):
         raise DataError(
-            f"the data are {'an empty' if isinstance(tensors, Mapping) else 'a'} "
-            f"{type(tensors).__name__}; give a mapping of tensors by the names of the arguments "
-            "that read them"
+            f"the data are {safe_repr(tensors)}; give a mapping of tensors by the names of the "
+            "arguments that read them"
         )
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise DataError(f"the data {name!r} are a {type(tensor).__name__}; give a tensor")
+    for name, tensor in entries:
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise DataError(
                 f"the data {name!r} have the shape {tuple(tensor.shape)}, which holds no samples; "

@@ -95,8 +95,6 @@ def _joined(rows: Iterable[Any], name: str, characters: int | None) -> str:
         length += len(text)
         if characters is not None and length >= characters:
             break
-    if not length:
-        raise DataError(f"{name} has no text; give another, or a text file")
     return "\n\n".join(parts)
 
 
@@ -258,16 +256,12 @@ def load_calibration(
     text, source = _text_of(spec, samples * seqlen * _CHARACTERS_PER_TOKEN)
     tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
     length = seqlen - len(before) - len(after)
-    if length < 1:
+    if not 1 <= length <= len(tokens):
+        special = f", of which the tokenizer adds {seqlen - length}," if length < seqlen else ""
         raise DataError(
-            f"a window of {pluralize(seqlen, 'token')} has room for none of the text, since the "
-            f"tokenizer puts {len(before) + len(after)} around it; give longer ones (seqlen, "
-            f"`--seqlen`)"
-        )
-    if len(tokens) < length:
-        raise DataError(
-            f"the calibration text ({source}) has {pluralize(len(tokens), 'token')}, fewer than "
-            f"one window of {length}; give a longer text or shorter windows (seqlen, `--seqlen`)"
+            f"a window of {pluralize(seqlen, 'token')}{special} cannot be cut from the "
+            f"{pluralize(len(tokens), 'token')} of {source}; give a longer text, or windows of "
+            "another length (seqlen, `--seqlen`)"
         )
     room = len(tokens) // length
     if samples > room and not overlapping:
@@ -408,12 +402,8 @@ def load_text(
     OptionError
         If a number is out of range.
     """
-    for number, what in (
-        (windows, "the number of windows to score (windows, `--windows`)"),
-        (seqlen, "the number of tokens in a window (seqlen, `--seqlen`)"),
-    ):
-        if number is not None:
-            whole_number(number, what, 1)
+    if windows is not None:
+        whole_number(windows, "the number of windows to score (windows, `--windows`)", 1)
     text, source = _text_of(spec, None)
     tokens, (before, after) = encode(tokenizer, text), special_tokens(tokenizer)
     if len(tokens) < 2:

@@ -110,13 +110,16 @@ def test_data_of_other_forms_are_refused_with_those_that_are_not():
     x = torch.zeros(2, 6)
     for data, message in (
         (set(), "cannot calibrate on a set; give token windows"),
-        (alone({"input": x}, {}), "sample 1: .* there is no 'input' among"),
+        (alone({"input": x}, {}), "sample 1: .* takes input, and the data are called nothing"),
         (alone({"input": x * torch.nan}), "sample 0: .* 'input' have NaN"),
         (
             alone({"input": x}, {"input": x.double()}),
             "sample 1 is .*float64.* and sample 0 is .*float32",
         ),
-        ({"input": x, "edges": torch.zeros(2, 3)}, "takes no 'edges'"),
+        (
+            {"input": x, "edges": torch.zeros(2, 3)},
+            "takes input, and the data are called input, edges",
+        ),
     ):
         with pytest.raises(OsscarError, match=message), prepare(two_layers(), data):
             pass

@@ -60,7 +60,7 @@ def test_windows_begin_and_end_as_the_tokenizer_says(tokenizer):
     assert found.describe().items() >= {"begins_with": "<s>", "ends_with": "</s>"}.items()
     assert "seed 1, each begins with <s> and ends with </s>" in found.sentence()
     assert "4 windows of 30 tokens of a list, seed 1, without special" in bare.sentence()
-    with pytest.raises(DataError, match="room for none of the text"):
+    with pytest.raises(DataError, match="2 tokens, of which the tokenizer adds 2, cannot"):
         load_calibration([words(900)], framing, seqlen=2, **asked)
     begins = TemplateProcessing("<s> $A", special_tokens=[("<s>", framing.bos_token_id)])
     framing.backend_tokenizer.post_processor = begins
@@ -76,7 +76,7 @@ def test_a_short_text_gives_overlapping_windows_and_says_so(tokenizer):
     whole = load_calibration([words(60)], tokenizer, samples=1, seqlen=len(tokens), seed=0)
     assert torch.equal(whole.tokens[0], tokens)
     longer = len(tokens) + 1
-    message = rf"{len(tokens)} tokens, fewer than one window of {longer}.*--seqlen"
+    message = rf"a window of {longer} tokens cannot be cut from the {len(tokens)} tokens.*--seqlen"
     with pytest.raises(DataError, match=message):
         load_calibration([words(60)], tokenizer, samples=1, seqlen=longer, seed=0)
 
