@@ -110,6 +110,14 @@ def resolved(path: str | os.PathLike[str]) -> Path:
         raise OutputError(f"cannot write {name[:300]!r}: {reason_of(error)}") from error
 
 
+def file_target(path: str | os.PathLike[str]) -> Path:
+    """Return a path as `resolved` does if a file may go there (OutputError), before any work."""
+    target = resolved(path)
+    if os.path.isdir(target) or not os.path.isdir(target.parent):
+        raise OutputError(f"cannot write {target}: give a file in a directory that exists")
+    return target
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, which appears whole or not at all (OutputError)."""
     with atomic_write(path) as partial:

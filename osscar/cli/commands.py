@@ -269,7 +269,9 @@ def list_instances(*, json: Json = None) -> None:
 
 @instances.command
 def make(
-    *names: Annotated[str, Parameter(help="Names, or patterns such as 'resnet20-*'.")],
+    *names: Annotated[
+        str, Parameter(help="Names, or patterns such as 'resnet20-*'.  [default: all]")
+    ],
     out: Annotated[Path, Parameter(help="Directory for the files.")] = Path("instances"),
     json: Json = None,
 ) -> None:

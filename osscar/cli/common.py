@@ -19,7 +19,7 @@ from rich.text import Text
 from osscar import __version__
 from osscar.base import files
 from osscar.base.errors import BusyError, OptionError, OsscarError, OutputError, RanksError
-from osscar.base.files import resolved
+from osscar.base.files import file_target, resolved
 from osscar.base.printable import capitalized, printable
 from osscar.report.sections import Section
 from osscar.report.terminal import print_section
@@ -124,17 +124,13 @@ def check_json_path(
     """Refuse a file that cannot be written, or is or lies in what is `used`, before any work."""
     if path is None:
         return
-    try:
-        for one in used:
-            if _covers(one, resolved(path)):
-                raise OutputError(
-                    f"{option} {path} would write to {one}, which the command reads or writes; "
-                    "give another file"
-                )
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise OutputError(f"cannot write {path}: give a file in a directory that exists")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    for one in used:
+        if _covers(one, resolved(path)):
+            raise OutputError(
+                f"{option} {path} would write to {one}, which the command reads or writes; "
+                "give another file"
+            )
+    file_target(path)
 
 
 def _covers(used: str | Path, place: Path) -> bool:

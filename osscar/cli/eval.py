@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from osscar.base.errors import DataError, ModelError, OptionError, warn
+from osscar.base.errors import DataError, ModelError, warn
 from osscar.base.printable import pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import chat_template_unused, held_out, quiet, stated_preprocessing
-from osscar.cli.options import EvalOptions
+from osscar.cli.options import EvalOptions, refuse
 from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
@@ -29,8 +29,8 @@ def run(model: str, options: EvalOptions) -> None:
     """Measure quality, speed, size and memory."""
     dense, weights = options.dense, options.weights
     check_files(options, model)
-    if options.prove and dense is None:
-        raise OptionError("--prove needs the dense model; give --dense MODEL")
+    if dense is None:
+        refuse(options, ("prove",), "give --dense MODEL, too, or omit it")
     load = {name: getattr(options, name) for name in ("device", "dtype", "trust_remote_code")}
     sort = kind_of(model)
     elsewhere = dense is not None and kind_of(dense).takes_weights and not sort.takes_weights
@@ -50,9 +50,9 @@ def run(model: str, options: EvalOptions) -> None:
             )
         if isinstance(data, ImageSet):
             say(f"images: {data.sentence()}")
-        if options.samples is not None:
-            if isinstance(data, TextSet):
-                raise OptionError(f"{model} reads text, not images: omit --samples")
+        if isinstance(data, TextSet):
+            refuse(options, ("samples",), f"{model} reads text, not images: omit it")
+        elif options.samples is not None:
             data = data.sample(options.samples, seed=0)
         refuse_overlap(data, lineage_of(loaded.model).calibration)
         how: dict[str, Any] = {

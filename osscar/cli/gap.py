@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import file_digest
-from osscar.base.inputs import checked, from_percent, whole_number
+from osscar.base.inputs import whole_number
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import check_files, document, say, show, way_back, write_json
@@ -24,7 +24,6 @@ from osscar.cli.options import DataOptions, GapOptions, refuse, request_of
 from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.report.sections import facts
-from osscar.request import SHARE
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
 from osscar.study.directory import Study
@@ -45,14 +44,12 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
     check_files(options, *sources)
     if options.jobs is not None:
         whole_number(options.jobs, "the number of processes (--jobs)", 1)
-    if options.ray is not None and options.jobs is not None:
-        raise OptionError(
-            "--jobs counts processes of this machine, and --ray solves on a cluster; give one"
-        )
+    if options.ray is not None:
+        refuse(options, ("jobs",), "omit it, or --ray: it counts processes of this machine")
     design = request_of(
         options,
         StudyDesign,
-        sparsities=None if options.sparsity is None else _numbers(options.sparsity),
+        sparsities=None if options.sparsity is None else _names(options.sparsity),
         backends=DEFAULT_BACKENDS if options.backends is None else _names(options.backends),
     )
     problems = _problems(sources)
@@ -142,8 +139,6 @@ class _Problem:
 
 def _problems(sources: Sequence[str]) -> list[_Problem]:
     """Return the problems that are meant: files, and patterns of instances; none means a model."""
-    if not sources:
-        raise OptionError("give a model, problem files, or names of instances")
     known, found = library(), dict[str, _Problem]()
     models = []
     for source in sources:
@@ -159,29 +154,18 @@ def _problems(sources: Sequence[str]) -> list[_Problem]:
                 found[name] = _Problem(posed, partial(known.problem, name))
         else:
             models.append(source)
-    if models and found:
+    if len(models) + bool(found) != 1:
+        named = f", and not {' and '.join(map(repr, sources))}" if sources else ""
         raise OptionError(
-            f"give either one model or problems: {models[0]!r} is neither a problem file nor an "
-            "instance (`osscar instances list`)"
+            "give one model, or problem files (.safetensors) and instances (`osscar instances "
+            f"list`){named}"
         )
-    if len(models) > 1:
-        raise OptionError(f"give one model, not {len(models)}: {', '.join(models)}")
     return list(found.values())
 
 
 def _load(file: Path) -> SubsetProblem:
     problem = SubsetProblem.load(file)
     return dataclasses.replace(problem, name=problem.name or file.stem)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        numbers = [float(from_percent(part)) for part in _names(text)]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        raise OptionError(f"--sparsity {text!r} is not a list such as 0.25,0.5,0.75")
-    return tuple(dict.fromkeys(checked("--sparsity", Annotated[float, SHARE], x) for x in numbers))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -103,10 +103,8 @@ def _data(loaded: LoadedModel, options: InspectOptions) -> Any:
             f"the inputs of {loaded.source} are not known: let the code return (model, example "
             "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
         )
-    if options.seqlen is not None and loaded.tokenizer is None:
-        raise OptionError(
-            f"--seqlen is {options.seqlen}, and {loaded.source} reads no text; omit it"
-        )
+    if loaded.tokenizer is None:
+        refuse(options, ("seqlen",), f"{loaded.source} reads no text; omit it")
     if not options.times:
         return loaded.example
     if loaded.tokenizer is not None:

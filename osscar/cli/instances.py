@@ -67,10 +67,8 @@ def list_instances(json: Path | None) -> None:
 def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
     """Write instances as problem files."""
     check_json_path(json, (directory,))
-    if not names:
-        raise OptionError("name instances, or give '*' for all")
     known = library()
-    chosen = known.chosen(names)
+    chosen = known.chosen(names or ("*",))
     make_directory(directory)
     for name in chosen:
         path = directory / f"{name}.safetensors"

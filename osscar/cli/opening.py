@@ -20,6 +20,7 @@ from osscar.cli.options import (
     OpenOptions,
     RunOptions,
     SweepOptions,
+    refuse,
 )
 from osscar.data.batches import CalibrationData
 from osscar.data.images import ImageSet
@@ -65,22 +66,14 @@ def stated_preprocessing(options: OpenOptions | InspectOptions) -> Preprocessing
             if text is not None:
                 known[name] = _numbers(text, f"--{name}", float, ",", "0.5 or 0.49,0.48,0.45")
         if options.no_normalize:
-            if known:
-                raise OptionError(
-                    "--no-normalize is given with --mean or --std; give one or the other"
-                )
+            refuse(options, ("mean", "std"), "omit it, or --no-normalize")
             known = {"mean": 0.0, "std": 1.0}
     if options.image_size is not None:
-        text = options.image_size
-        found = _numbers(text, "--image-size", int, "x", "32, 24x32 or 1x28x28")
-        if len(found) > 3 or min(found) < 1:
-            raise OptionError(
-                f"--image-size is {text!r:.60}; give pixels, such as 32, 24x32 or 1x28x28"
-            )
+        found = _numbers(options.image_size, "--image-size", int, "x", "32, 24x32 or 1x28x28")
         *channels, height, width = found * 2 if len(found) == 1 else found
         known["crop"] = height, width
         if channels:
-            known["channels"] = channels[0]
+            known["channels"] = channels[0] if len(channels) == 1 else channels
     return Preprocessing(**known) if known else None
 
 

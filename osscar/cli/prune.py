@@ -16,7 +16,7 @@ from osscar.checkpoint.directory import SavedCheckpoint, renew_report
 from osscar.checkpoint.manifest import PAGE_FILE
 from osscar.cli.common import check_files, out, say, say_verdict, show
 from osscar.cli.opening import limit_of, opened, tell_data
-from osscar.cli.options import PruneOptions, recovery_of, request_of
+from osscar.cli.options import PruneOptions, recovery_of, refuse, request_of
 from osscar.cli.recover import LOG, tell_recovery
 from osscar.cli.saving import SavingJob, saved_line, write_copy
 from osscar.data.batches import CalibrationData
@@ -43,13 +43,12 @@ def run(model: str, options: PruneOptions) -> None:
     with together() as ranks:
         check_files(options, model)
         request = request_of(options, PruningRequest)
-        if request.quality is not None and options.recover_text is not None:
-            raise OptionError(
-                f"--recover-text may contain samples that test {request.quality}; omit it: "
-                "models are recovered on the calibration samples that they are pruned on"
-            )
-        if request.quality is not None and options.samples is not None:
-            check_samples(request.quality, options.samples, options.samples)
+        if request.quality is not None:
+            tests = f"it may contain samples that test {request.quality}; omit it: models are "
+            tests += "recovered on the calibration samples that they are pruned on"
+            refuse(options, ("recover_text",), tests)
+            if options.samples is not None:
+                check_samples(request.quality, options.samples, options.samples)
         recovery = recovery_of(options, request)
         _Job(options, options.out, [model], request, ranks, model, recovery).run()
 
@@ -146,12 +145,12 @@ class _Job(SavingJob):
         if self.recovery is None:
             return data
         text = self.options.recover_text
-        if text is not None:
-            if not isinstance(data, CalibrationSet):
-                raise OptionError(
-                    f"{loaded.source} reads no text, which --recover-text is for; omit it, "
-                    "or recover what was pruned with `osscar recover`, on images or inputs"
-                )
+        if not isinstance(data, CalibrationSet):
+            advice = (
+                "omit it, or recover what was pruned with `osscar recover`, on images or inputs"
+            )
+            refuse(self.options, ("recover_text",), f"{loaded.source} reads no text: {advice}")
+        elif text is not None:
             windows, seed = samples_for(self.recovery, windows=True), self.recovery.seed
             data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
             if self.ranks.first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
 from osscar.base.errors import OptionError, first_line
-from osscar.base.json_files import read_json
 
 _REPORT = "osscar.prune/"
 
@@ -28,18 +28,17 @@ def _options(path: Path) -> dict[str, Any]:
     """Read options by their names on the command line."""
     import yaml  # here, since help needs none
 
-    readers = {".toml": tomllib.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    readers: dict[str, Callable[[str], Any]] = {
+        **{".toml": tomllib.loads, ".json": json.loads},
+        **{".yaml": yaml.safe_load, ".yml": yaml.safe_load},
+    }
+    if path.suffix not in readers:
+        raise OptionError(f"--config is {str(path)!r}; give a .toml, .yaml or .json file")
     try:
-        if path.suffix == ".json":
-            found: Any = read_json(path, dict[str, Any])
-        elif path.suffix in readers:
-            found = readers[path.suffix](path.read_text(encoding="utf-8"))
-        else:
-            raise OptionError(f"--config is {str(path)!r}; give a .toml, .yaml or .json file")
-    except OSError as error:
-        raise OptionError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise OptionError(f"{path} cannot be read: {first_line(error)}") from error
+        found = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OptionError(f"{path} cannot be read: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise OptionError(f"{path} holds no options by name; write lines such as sparsity = 0.3")
     if str(found.get("schema", "")).startswith(_REPORT):

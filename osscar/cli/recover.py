@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from osscar.base.errors import DataError, ModelError
+from osscar.base.errors import ModelError
 from osscar.base.files import resolved
 from osscar.base.json_files import read_json
 from osscar.base.printable import published
 from osscar.base.ranks import together
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import save
-from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory, read_manifest
+from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory
 from osscar.cli.common import check_files, document, out, say, show
 from osscar.cli.opening import stated_preprocessing, tell_data
 from osscar.cli.options import RecoverOptions, request_of
@@ -24,7 +24,7 @@ from osscar.cli.saving import SavingJob, saved_line, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import DEMO_SOURCE, ModelKind, kind_of
+from osscar.models.names import ModelKind, kind_of
 from osscar.network.modules import count_parameters
 from osscar.proof.lineage import Computed, weights_digest
 from osscar.recovery.page import recover_page, recovery_facts, recovery_table
@@ -43,13 +43,6 @@ def run(directory: Path, options: RecoverOptions) -> None:
     with together() as ranks:
         request = request_of(options, RecoveryRequest)
         place = checkpoint_directory(directory)
-        manifest = read_manifest(place)
-        of_demo = manifest is not None and manifest.lineage.source == DEMO_SOURCE
-        if not (options.text or options.images or options.inputs or of_demo):
-            raise DataError(
-                f"nothing to train on: give --text, --images or --inputs, data like what "
-                f"{directory} will read"
-            )
         where = options.out
         if where is None:
             named = directory if directory.name not in ("", "..") else place
@@ -124,19 +117,6 @@ class _Job(SavingJob):
             preprocessing=stated_preprocessing(options),
             **how,
         )
-        dense = load_model(options.dense, weights=options.weights, **how)
-        if (smaller.tokenizer is None) != (dense.tokenizer is None):
-            raise ModelError(
-                f"one of {self.name} and {options.dense} reads text, and the other does not; give "
-                "the dense model that the first was pruned from"
-            )
-        one, other = smaller.model, dense.model
-        as_large = count_parameters(one) == count_parameters(other)
-        if as_large and weights_digest(one) == weights_digest(other) != "":
-            raise ModelError(
-                f"{self.name} holds the same weights as {options.dense}, so that there is nothing "
-                "to recover; give a directory that `osscar prune` wrote"
-            )
         data = smaller.training(
             text=options.text,
             images=options.images,
@@ -146,6 +126,14 @@ class _Job(SavingJob):
             seqlen=options.seqlen,
             seed=request.seed,
         )
+        dense = load_model(options.dense, weights=options.weights, **how)
+        one, other = smaller.model, dense.model
+        as_large = count_parameters(one) == count_parameters(other)
+        if as_large and weights_digest(one) == weights_digest(other) != "":
+            raise ModelError(
+                f"{self.name} holds the same weights as {options.dense}, so that there is nothing "
+                "to recover; give a directory that `osscar prune` wrote"
+            )
         return smaller, dense, data
 
     def _document(

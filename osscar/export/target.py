@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from osscar.base.errors import OutputError
-from osscar.base.files import reason_of, resolved
+from osscar.base.files import file_target
 from osscar.checkpoint.manifest import checkpoint_directory
 
 
@@ -67,21 +67,10 @@ def traced_target(
 
 def checked_target(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
     """Return the file to write, before any work; only files of the format are replaced."""
-    target = resolved(out)
-    try:
-        if target.is_dir():
-            raise OutputError(f"{target} is a directory; give a file")
-        if not target.parent.is_dir():
-            raise OutputError(f"cannot write {target}: {target.parent} is no directory")
-        if target.exists() and not overwrite:
-            raise OutputError(
-                f"{target} is there already; give another, or replace it "
-                "(`--overwrite`, or overwrite=True in Python)"
-            )
-        if target.exists() and target.suffix != suffix:
-            raise OutputError(
-                f"{target} exists and is no {suffix} file; give another file (`--out`)"
-            )
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {reason_of(error)}") from error
+    target = file_target(out)
+    if os.path.exists(target) and not (overwrite and target.suffix == suffix):
+        raise OutputError(
+            f"{target} is there already; give another, or replace it, which is for {suffix} files "
+            "alone (`--overwrite`, or overwrite=True in Python)"
+        )
     return target
