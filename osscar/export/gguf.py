@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from osscar.base.devices import default_torch
-from osscar.base.errors import EquivalenceError, ModelError, OptionError, optional
+from osscar.base.errors import EquivalenceError, ModelError, optional
 from osscar.base.files import atomic_write
+from osscar.base.inputs import checked
 from osscar.checkpoint.manifest import checkpoint_directory
 from osscar.checkpoint.reading import load
 from osscar.export.gguf_experts import (
@@ -41,7 +42,7 @@ from osscar.export.gguf_experts import (
 from osscar.export.gguf_tokens import add_value, vocabulary_fields
 from osscar.export.target import Exported, checked_target
 
-FORMATS = ("f32", "f16", "bf16")
+Format: TypeAlias = Literal["f32", "f16", "bf16"]
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
 
 
@@ -127,8 +128,7 @@ def export_gguf(
     MissingDependency
         If the package ``gguf`` is not installed.
     """
-    if dtype not in FORMATS:
-        raise OptionError(f"the number format is {dtype!r:.60}; give one of {', '.join(FORMATS)}")
+    checked("dtype", Format, dtype)
     library = optional("gguf", "gguf", "writing GGUF")
     source = checkpoint_directory(directory)
     given = source.with_name(f"{source.name}-{dtype}.gguf") if out is None else out
@@ -169,17 +169,14 @@ class Graph:
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
         self.kind, self.alike = _FAMILIES[type(model).__name__], alike
         self.architecture = self.kind.alike if alike else self.kind.each
+        lacks = "no output matrix beside the embedding, as this model has"
         if not self.architecture:
+            lacks = "one number of heads and one width for all"
+        if not self.architecture or (self.packed and not self._tied):
             raise ModelError(
-                f"llama.cpp cannot run the model: its layers differ, and {self.kind.alike!r} has "
-                "one number of heads and one width for all; prune all layers alike "
+                "llama.cpp cannot run the model: its layers differ, and "
+                f"{self.architecture or self.kind.alike!r} has {lacks}; prune all layers alike "
                 "(allocation uniform, `--allocation uniform`)"
-            )
-        if self.packed and not self._tied:
-            raise ModelError(
-                "llama.cpp cannot run the model: its layers differ, and the architecture "
-                f"{self.architecture!r} has no output matrix beside the embedding, as this model "
-                "has; prune all layers alike (allocation uniform, `--allocation uniform`)"
             )
 
     @property
@@ -221,10 +218,6 @@ class Graph:
         names = self.library.get_tensor_name_map(architecture, len(self.layers))
         for name, tensor in self._stored():
             found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if found is None:
-                raise ModelError(
-                    f"llama.cpp cannot run the model: its format has no tensor like {name!r}"
-                )
             rotated = self.kind.neighbours and (".q_proj." in name or ".k_proj." in name)
             yield found, tensor, tensor.shape[0] // self.head_width if rotated else 0
         factors = _rotary_factors(self.model)
@@ -374,18 +367,18 @@ def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
 def _check_written(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
     """Read a file as any reader of GGUF does, and compare it with the model."""
     reader = graph.library.GGUFReader(path)
+    same: dict[str, bool] = {}
     for key, value in fields.items():
         field = reader.get_field(key)
-        found = None if field is None else field.contents()
-        if found != (float(np.float32(value)) if isinstance(value, float) else value):
-            raise EquivalenceError(f"{key!r} was not read back as it was written")
+        due = float(np.float32(value)) if isinstance(value, float) else value
+        same[key] = field is not None and field.contents() == due
     read = {tensor.name: tensor for tensor in reader.tensors}
     for key, tensor, heads in graph.tensors():
-        found = read.pop(key)
+        found = read[key]
         values = torch.from_numpy(graph.library.dequantize(found.data, found.tensor_type).copy())
         rows = _halves(values, heads) if heads else values
         kind = _TORCH[_type_of(tensor, graph.dtype)]
-        if not torch.equal(rows, tensor.to(kind).float().cpu()):
-            raise EquivalenceError(f"{key!r} was not read back as it was written")
-    if read:
-        raise EquivalenceError(f"{next(iter(read))!r} is in the file, and not in the model")
+        same[key] = torch.equal(rows, tensor.to(kind).float().cpu())
+    other = next((key for key, equal in same.items() if not equal), None)
+    if other is not None:
+        raise EquivalenceError(f"{other!r} was not read back as it was written")

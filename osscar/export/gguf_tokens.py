@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +59,16 @@ def vocabulary_fields(directory: Path, size: int, library: Any) -> dict[str, Any
             f"{directory} has no tokenizer that can be read ({first_line(tried.error)}), which a "
             "GGUF file has to hold; copy that of the original model there"
         ) from tried.error
-    pre = _pre_tokenizer(content)
-    _check_added(content["added_tokens"])
     known = tokenizer.get_vocab()
-    if not known or max(known.values()) >= size:
+    most = max(known.values(), default=size)
+    why = _why_not(content)
+    if most >= size:
+        why = f"has ids up to {most}, and the model {size} embeddings"
+    if why is not None:
         raise ModelError(
-            f"the tokenizer in {directory} has ids up to {max(known.values(), default=0)}, and the "
-            f"model has {size} embeddings; copy the original model's tokenizer there"
+            f"llama.cpp does not read text as the tokenizer in {directory}, which {why}"
         )
+    steps = tuple(_steps(content["pre_tokenizer"]))
     named = {of: token for token, of in known.items()}
     types = dict.fromkeys(named, _NORMAL)
     for token in content["added_tokens"]:
@@ -77,7 +78,7 @@ def vocabulary_fields(directory: Path, size: int, library: Any) -> dict[str, Any
     _check_ends(tokenizer, [ids.get("bos")] * added["bos"], [ids.get("eos")] * added["eos"])
     return {
         keys.MODEL: "gpt2",
-        keys.PRE: pre,
+        keys.PRE: _WAYS[steps],
         keys.LIST: [named.get(of, f"[PAD{of}]") for of in range(size)],
         keys.TOKEN_TYPE: [types.get(of, _UNUSED) for of in range(size)],
         keys.MERGES: special.merges,
@@ -109,32 +110,28 @@ _MODEL: dict[str, tuple[Any, ...]] = {
 """What llama.cpp takes for granted about how pieces are merged."""
 
 
-def _pre_tokenizer(content: dict[str, Any]) -> str:
-    """Return what llama.cpp calls the way in which a tokenizer splits text, or refuse it."""
+def _why_not(content: dict[str, Any]) -> str | None:
+    """Say what about a tokenizer llama.cpp does in another way; None if nothing."""
     model, normalizer = content["model"], content["normalizer"]
-    if model["type"] != "BPE":
-        raise ModelError(
-            f"the tokenizer is {model['type']}, and only byte-level BPE is written as GGUF"
-        )
+    if model["type"] != "BPE" or not model["merges"]:
+        return f"is {model['type']}, where GGUF takes byte-level BPE with merges alone"
     for key, known in _MODEL.items():
         if model[key] not in known:
-            raise ModelError(
-                f"the tokenizer has {key} = {model[key]!r:.60}, which llama.cpp does not support"
-            )
-    if not model["merges"]:
-        raise ModelError("the tokenizer has no merges, and GGUF needs at least one")
+            return f"has {key} = {model[key]!r:.60}"
     if normalizer is not None and normalizer["type"] != "NFC":  # which llama.cpp leaves to us
-        raise ModelError(
-            f"the tokenizer normalizes text ({normalizer['type']}); llama.cpp does not"
-        )
+        return f"normalizes text ({normalizer['type']})"
     steps = tuple(_steps(content["pre_tokenizer"]))
     name = _WAYS.get(steps)
     if name is None or bool(model["ignore_merges"]) != (name == "llama-bpe"):
-        raise ModelError(
-            "llama.cpp has no name for how the tokenizer splits text: "
-            f"{', '.join(map(repr, steps)) or 'not at all'}"
-        )
-    return name
+        return f"splits text in a way without a name there: {', '.join(map(repr, steps)) or 'none'}"
+    for token in content["added_tokens"]:
+        marks = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        text = token["content"]
+        if token["normalized"] and unicodedata.normalize("NFC", text) != text:
+            marks = ["normalized"]
+        if marks:
+            return f"finds the added token {text!r:.60} not only as it is written ({marks[0]})"
+    return None
 
 
 def _steps(pre: Any) -> list[str]:
@@ -150,17 +147,3 @@ def _steps(pre: Any) -> list[str]:
     if pre["type"] == "Split" and pre["behavior"] == "Isolated" and not pre["invert"]:
         return [str(pre["pattern"].get("Regex", pre["pattern"]))]
     return [json.dumps(pre)]
-
-
-def _check_added(added: Sequence[dict[str, Any]]) -> None:
-    """Refuse added tokens that llama.cpp would find elsewhere in a text, by name."""
-    for token in added:
-        marks = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
-        content = token["content"]
-        if token["normalized"] and unicodedata.normalize("NFC", content) != content:
-            marks = ["normalized"]
-        if marks:
-            raise ModelError(
-                f"the added token {content!r:.60} is {', '.join(marks)}, and llama.cpp finds "
-                "tokens only as they are written"
-            )

@@ -76,10 +76,10 @@ class OpenProgram:
             for left_open in self._choices():
                 traced = Traced(self._program(left_open), self.example)
                 run = write(traced)
-                _prove(expected, run(self.example), names)
+                prove_equal(expected, run(self.example), names=names)
                 if all(self._holds(traced, axis, run, names) for axis in traced.axes):
-                    return traced
-        raise AssertionError("where no size is left open, none is tried")
+                    break  # as at last, where no size is left open
+        return traced
 
     @cached_property
     def output_names(self) -> list[str]:
@@ -88,12 +88,12 @@ class OpenProgram:
             result = call(self.model, self.example)
         names = [name for name, _ in named_outputs(result)]
         leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor):
-                raise ModelError(
-                    f"the model returns {safe_repr(leaf)} ({type(leaf).__name__}), which no such "
-                    "file can hold; let its forward return tensors alone"
-                )
+        other = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        if other:
+            raise ModelError(
+                f"the model returns {safe_repr(other[0])} ({type(other[0]).__name__}), which no "
+                "such file can hold; let its forward return tensors alone"
+            )
         if len(names) != len(leaves):  # what torch knows as a container, and we do not
             names = list(map(str, range(len(leaves))))
         found = list[str]()
@@ -154,7 +154,7 @@ class OpenProgram:
             if tried.failed:
                 continue
             try:
-                _prove(expected, run(inputs), names)
+                prove_equal(expected, run(inputs), names=names)
             except AssertionError:  # of a guard, which the file holds: it refuses such inputs
                 continue
             except (EquivalenceError, ModelError):
@@ -168,14 +168,6 @@ def outputs(model: nn.Module, inputs: Batch) -> list[Tensor]:
     with torch.no_grad():
         found = pytree.tree_leaves(call(model, inputs))
     return [leaf.cpu() for leaf in found if isinstance(leaf, Tensor)]
-
-
-def _prove(expected: Sequence[Tensor], found: Sequence[Tensor], names: tuple[str, str]) -> None:
-    if len(expected) != len(found):
-        raise EquivalenceError(
-            f"{names[1]} has {len(found)} outputs, and {names[0]} {len(expected)}"
-        )
-    prove_equal(expected, found, names=names)
 
 
 @dataclass(frozen=True)
