@@ -117,17 +117,24 @@ def watched(
 # ---- the rules ---------------------------------------------------------------------------
 
 
+def labelled_scores(
+    outputs: Mapping[str, Tensor], labels: Sequence[int], *, sequences: bool
+) -> Scores | None:
+    """Return the only output with a dimension that labels, of this shape, lack: the classes'."""
+    fits = [
+        Scores(name, 1 if place == 1 < x.ndim - 1 else -1, "calibration data have its labels")
+        for name, x in outputs.items()
+        if (place := place_of_classes(x.shape, labels, sequences=sequences)) is not None
+    ]
+    return fits[0] if len(fits) == 1 else None
+
+
 def _labelled(one: Pass) -> Scores | None:
-    """Take the only output with a dimension that its labels lack: that of the classes."""
+    """Take what labels of calibration data tell."""
     if one.inputs.predictions is None:
         return None
     labels = one.inputs.count(one.batch), *one.inputs.predictions
-    fits = [
-        Scores(name, 1 if place == 1 < x.ndim - 1 else -1, "calibration data have its labels")
-        for name, x in one.outputs.items()
-        if (place := place_of_classes(x.shape, labels, sequences=one.sequences)) is not None
-    ]
-    return fits[0] if len(fits) == 1 else None
+    return labelled_scores(one.outputs, labels, sequences=one.sequences)
 
 
 def _named(one: Pass) -> Scores | None:

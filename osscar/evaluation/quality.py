@@ -22,6 +22,7 @@ from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
 from osscar.data.text import CalibrationSet, TextSet
 from osscar.distance.distance import summed_divergence
+from osscar.distance.scores import labelled_scores, outputs_by_name
 from osscar.network.modules import check_usable, evaluating, token_embeddings
 from osscar.network.predictions import (
     LOGITS,
@@ -29,9 +30,7 @@ from osscar.network.predictions import (
     known_output,
     named_logits,
     named_outputs,
-    place_of_classes,
     reads_sequences,
-    scored_output,
 )
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import check_repeatable, failures_named
@@ -84,10 +83,9 @@ class SampleQuality:
         Number of samples scored.
     classes_in
         The output that is taken as scores of classes, which the next six are of: `logits`, or the
-        only one beside single numbers such as a loss; of several the first of a tuple, and of a
-        mapping the only matrix with a row for each sample, with a warning.  The classes are the
-        dimension that the labels lack (see `osscar.network.predictions.place_of_classes`).  Tensors
-        without labels need no such output: None if there is none.
+        only one with a dimension that the labels lack, which is that of the classes (see
+        `osscar.network.predictions.place_of_classes`).  Without labels it is the only one beside
+        single numbers such as a loss; None if there is none.
     predictions
         How many predictions have a label.
     top1, top5
@@ -316,34 +314,31 @@ def _outputs(
             f"{kind} returned a {type(result).__name__} without a floating-point tensor; let "
             "its forward return one, or a dictionary or tuple of them"
         )
-    if labels is not None and isinstance(data, ImageSet):
-        sizes = [one.shape for one in exact.values() if one.is_floating_point()]
-        if not any(len(size) == 2 and size[0] == len(labels) for size in sizes):
+    sequences = reads_sequences(named.values())
+    name, known = known_output(result)
+    place = -1
+    if labels is not None:
+        scores = labelled_scores(outputs_by_name(result), labels.shape, sequences=sequences)
+        if scores is not None:
+            name, place = scores.output, scores.place
+        elif isinstance(data, ImageSet) and not any(one.ndim == 2 for one in exact.values()):
             warn(f"{kind} returns no scores of classes, so that the labels of images are ignored")
             labels = None
-    sequences = reads_sequences(named.values())
-    if labels is None:
-        name, known = known_output(result)
-        dimensions = (2, 3) if sequences and name == LOGITS else (2,)
-        if known is None or known.ndim not in dimensions or known.shape[-1] < 2:
-            return _Outputs(kind, exact)
-        place: int | None = -1
-    else:
-        name, scored = scored_output(result, len(labels), kind)
-        place = place_of_classes(scored.shape, labels.shape, sequences=sequences)
-    if place is None:
-        assert labels is not None
-        there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
-        wanted: list[Any] = [*labels.shape]
-        wanted.insert(len(wanted) if sequences else 1, "classes")
-        advice = "let the model return these, or score it on samples without labels"
-        if labels.shape == exact[name].shape:
-            advice = "if the labels are one-hot, give the classes themselves, labels.argmax(1)"
-        raise ModelError(
-            f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
-            f"classes would be {tuple(wanted)}, named {LOGITS!r} where there are other "
-            f"outputs; {advice}"
-        )
+        else:
+            there = ", ".join(f"{key!r} {tuple(one.shape)}" for key, one in exact.items())
+            wanted: list[Any] = [*labels.shape]
+            wanted.insert(len(wanted) if sequences else 1, "classes")
+            advice = "let the model return these, or score it on samples without labels"
+            if any(labels.shape == one.shape for one in exact.values()):
+                advice = "if the labels are one-hot, give the classes themselves, labels.argmax(1)"
+            raise ModelError(
+                f"{kind} returned {there}, and the labels are {tuple(labels.shape)}: scores of "
+                f"classes would be {tuple(wanted)}, named {LOGITS!r} where there are other "
+                f"outputs; {advice}"
+            )
+    dimensions = (2, 3) if sequences and name == LOGITS else (2,)
+    if labels is None and (known is None or known.ndim not in dimensions or known.shape[-1] < 2):
+        return _Outputs(kind, exact)
     return _Outputs(kind, exact, name, exact[name].movedim(place, -1).flatten(0, -2))
 
 

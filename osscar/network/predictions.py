@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osscar.base.errors import ModelError, warn
-
 ALONE = "output"
 """How an output is called that has no name, since there is no other."""
 
@@ -31,40 +29,6 @@ def known_output(result: Any) -> tuple[str, Tensor | None]:
         return LOGITS, named
     fractions = named_fractions(result)
     return next(iter(fractions.items())) if len(fractions) == 1 else ("", None)
-
-
-def scored_output(result: Any, samples: int, model: str) -> tuple[str, Tensor]:
-    """Return the output that is scored, with its name, and warn where it had to be chosen.
-
-    It is the one called `logits`, or the only floating-point one; the first of a tuple; of a
-    mapping the only one that is a matrix with a row for each of its samples.  A ModelError is
-    raised where there is none; messages call the model by the name that is given.
-    """
-    name, known = known_output(result)
-    if known is not None:
-        return name, known
-    fractions = named_fractions(result)
-    there = ", ".join(f"{name!r} {tuple(one.shape)}" for name, one in fractions.items())
-    if not there:
-        raise ModelError(
-            f"{model} returned a {type(result).__name__} without a floating-point tensor; let its "
-            "forward return logits"
-        )
-    rows = [name for name, one in fractions.items() if one.ndim == 2 and len(one) == samples]
-    if isinstance(result, Mapping):
-        chosen, why = rows[0] if len(rows) == 1 else None, "the only matrix with a row a sample"
-    else:
-        chosen, why = next(iter(fractions)), "the first"
-    if chosen is None:
-        raise ModelError(
-            f"{model} returned {there}, and it is not known which of them is to be scored; call "
-            f"that one {LOGITS!r}, or wrap the model in one that returns it alone"
-        )
-    warn(
-        f"{model} returned {there}; scored is {chosen!r}, {why}; to score another, call it "
-        f"{LOGITS!r}"
-    )
-    return chosen, fractions[chosen]
 
 
 def reads_sequences(inputs: Iterable[Tensor]) -> bool:

@@ -11,8 +11,8 @@ import osscar
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
+from osscar.distance.scores import labelled_scores, outputs_by_name
 from osscar.evaluation.quality import score
-from osscar.network.predictions import known_output, scored_output
 from osscar.preparation.failures import check_repeatable
 from tests.osscar.networks import images
 
@@ -90,20 +90,18 @@ def test_whoever_measures_refuses_chance_and_what_puts_out_no_tensor(use):
 ROWS, MAPS = torch.randn(4, 5), torch.randn(4, 2, 3)
 
 
-def test_the_output_that_is_scored(recwarn):
-    for result, certain in (
-        (ROWS, True),
-        ({"other": torch.randn(4, 5), "logits": ROWS}, True),
-        ({"y": ROWS}, True),
-        ((torch.arange(4), ROWS), True),
-        ((ROWS, MAPS), False),
-        ([[MAPS.long(), ROWS], torch.randn(4, 5)], False),
-        ({"maps": MAPS, "y": ROWS, "labels": torch.arange(4)}, False),
+def test_the_output_that_is_scored_is_the_only_one_that_labels_fit():
+    for result, name in (
+        (ROWS, "output"),
+        ({"other": torch.randn(4, 5), "logits": ROWS}, "logits"),
+        ((torch.arange(4), ROWS), "1"),
+        ((MAPS, ROWS), "1"),
+        ({"maps": MAPS, "y": ROWS, "labels": torch.arange(4)}, "y"),
+        ((ROWS, torch.randn(4, 7)), None),
+        (MAPS, None),
     ):
-        recwarn.clear()
-        assert (known_output(result)[1] is ROWS) == certain
-        assert scored_output(result, 4, "Net")[1] is ROWS
-        assert [("scored is" in str(w.message)) for w in recwarn] == ([] if certain else [True])
+        found = labelled_scores(outputs_by_name(result), (4,), sequences=False)
+        assert (found and found.output) == name
 
 
 def test_agreement_is_that_of_the_logits_and_not_of_what_pruning_never_touched():
