@@ -37,12 +37,10 @@ from osscar.study.records import (
     Record,
     window_name,
     without_refuted,
-    write_csv,
 )
 from osscar.study.store import Store
 from solvers.closed_forms.windows import borderline_window, random_window, window_problem
 
-_RESULTS_FILE = "results.csv"
 _PROBLEMS = "problems"
 _STORE = "study.sqlite"
 _PROBLEM, _RECORD = "problem", "record"
@@ -160,13 +158,9 @@ class Study:
                 if problem.name in instances:
                     raise JournalError(f"two problems are called {problem.name!r}; rename one")
                 instances[problem.name] = self._write_problem(kind, problem)
-            if not instances:
-                raise JournalError(
-                    "there is no problem to study; give one, or a model with a group to prune"
-                )
             if all(instance.units == 1 for instance in instances.values()):
                 raise JournalError(
-                    f"{', '.join(instances)}: there is only one unit, so nothing to choose; give "
+                    f"there is nothing to choose in {', '.join(instances) or 'no problem'}; give "
                     "problems of at least 2 units"
                 )
             self._store.write(_PROBLEM, instances)
@@ -230,9 +224,7 @@ class Study:
                 large = [layer for layer in layers if layer.units > design.window_units]
                 drawn = (self._window_tasks(design, layer, solved) for layer in large)
                 records += solved([task for tasks in drawn for task in tasks])
-            records = without_refuted(records)
-            write_csv(self.directory / _RESULTS_FILE, records)
-        return records
+        return without_refuted(records)
 
     def _tasks(
         self, design: StudyDesign, instance: Instance, keeps: Mapping[int, tuple[float, ...]]

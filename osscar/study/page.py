@@ -161,8 +161,7 @@ def write_report(
             "Every solve",
             {**columns(Record), "command": lambda row: row["command"]},
             ({**vars(record), "command": record.command} for record in records),
-            note="The command solves it again in the directory of the study; results.csv has the "
-            "same records with the units that stay.",
+            note="The command solves it again in the directory of the study.",
             folded=True,
         ),
         settings_table(

@@ -1,20 +1,18 @@
-"""The records of an optimality-gap study: one solve each, as a file, a CSV line, and a command."""
+"""The records of an optimality-gap study: one solve each, with the command that makes it again."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import with_config
 
-from osscar.base.files import atomic_write, digest
+from osscar.base.files import digest
 from osscar.base.json_files import STRICT
 from osscar.base.printable import command_line, decimals, percent
 from osscar.preparation.fingerprint import own_code
@@ -196,19 +194,3 @@ def window_layer(name: str) -> tuple[str, int]:
     """Return the layer that a window belongs to, and how many units that layer keeps."""
     layer, _, more = name.rpartition("[keep ")
     return layer, int(more.partition(",")[0])
-
-
-def write_csv(path: Path, records: Sequence[Record]) -> None:
-    """Write one line a record, with the command that solves it again; whole or not at all."""
-    names = [f.name for f in dataclasses.fields(Record)]
-    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*names, "command"])
-        for record in records:
-            values = vars(record) | {
-                "support": " ".join(map(str, record.support)),
-                "sparsities": " ".join(map(str, record.sparsities)),
-                "options": json.dumps(record.options),
-            }
-            cells = (*(values[name] for name in names), record.command)
-            writer.writerow(cells)

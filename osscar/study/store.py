@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from osscar.base.errors import JournalError, OutputError
+from osscar.base.errors import OutputError
 from osscar.base.json_files import parse_json
 
 T = TypeVar("T")
@@ -47,10 +47,8 @@ class Store:
             with closing(sqlite3.connect(self._path)) as database, database:
                 database.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
                 yield database
-        except sqlite3.OperationalError as error:
-            raise OutputError(f"cannot write {self._path}: {error}; make room there") from error
         except sqlite3.DatabaseError as error:
-            raise JournalError(
-                f"{self._path} is not the table of a study: {error}; give another directory "
+            raise OutputError(
+                f"cannot use {self._path}: {error}; make room there, or give another directory "
                 "(`--out`)"
             ) from error

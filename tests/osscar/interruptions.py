@@ -8,7 +8,6 @@ or by a system call is counted by the name of its caller.
 
 from __future__ import annotations
 
-import csv
 import errno
 import json
 import os
@@ -146,9 +145,6 @@ def _timeless(path: Path) -> Any:
             data, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in TIMES}
         )
         return data if parsed == json.loads(data) else parsed
-    if path.name == "results.csv":
-        lines = csv.DictReader(data.decode().splitlines())
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
     if path.name == "report.html":
         return "a page of what lies beside it, which shows its times"
     if path.suffix == ".sqlite":

@@ -121,6 +121,6 @@ def test_a_backend_of_ones_own_is_named_as_models_are(tmp_path, monkeypatch, run
     assert "own/mine.py:First keeps 3 of 6" in run("solve", *own)[1]
     both = ("p.safetensors", "--backends", "own/mine.py:First,greedy", "--jobs", 2)
     assert run("gap", *both, "--out", "study")[0] == 0  # in processes that import it anew
-    assert "own/mine.py:First" in (tmp_path / "study" / "results.csv").read_text()
+    assert "own/mine.py:First" in (tmp_path / "study" / "report.html").read_text()
     with pytest.raises(solvers.BackendError, match=r"ZeroDivisionError.*line 1 of .*broken\.py"):
         solvers.make_backend("broken.py:First")
