@@ -121,9 +121,19 @@ def check_output(
                 raise OutputError(f"{path} would replace {need}, which is in use; give another")
         finish_killed(path)
         _check_replaceable(path, overwrite)
-        _check_writable(path, needed_bytes)
+        # A directory beside it shows whether it can be written.
+        parent = next(above for above in path.parents if above.exists())
+        with uninterrupted():
+            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=parent))
+        free = shutil.disk_usage(parent).free
     except OSError as error:
-        raise OutputError(f"cannot write to {str(directory)!r}: {reason_of(error)}") from error
+        reason = f"{reason_of(error)}{remedy(error)}"
+        raise OutputError(f"cannot write to {str(directory)!r}: {reason}") from error
+    if needed_bytes > free:
+        raise OutputError(
+            f"cannot write {path}: it may take {needed_bytes / 1e6:,.0f} MB, and {parent} has "
+            f"{free / 1e6:,.0f} MB left; make room, or give another directory"
+        )
     return path
 
 
@@ -163,20 +173,3 @@ def _is_known(entry: Path, written: frozenset[str]) -> bool:
     if entry.is_dir():  # tokenizers write no other
         return entry.name in written and entry.name == "additional_chat_templates"
     return entry.name in written or any(fnmatchcase(entry.name, kind) for kind in _CHECKPOINT_FILES)
-
-
-def _check_writable(path: Path, needed_bytes: int) -> None:
-    """Make a directory beside the output, and compare free bytes with needed ones."""
-    parent = next(above for above in path.parents if above.exists())
-    try:
-        with uninterrupted():
-            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=parent))
-    except OSError as error:
-        reason = f"{reason_of(error)}{remedy(error)}"
-        raise OutputError(f"cannot write to {parent}: {reason}") from error
-    free = shutil.disk_usage(parent).free
-    if needed_bytes > free:
-        raise OutputError(
-            f"cannot write {path}: it may take {needed_bytes / 1e6:,.0f} MB, and {parent} has "
-            f"{free / 1e6:,.0f} MB left; make room, or give another directory"
-        )

@@ -262,26 +262,23 @@ _PLAIN = (bool, int, float, str, type(None))
 def _numbers(dense: nn.Module, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """Return the plain values that differ, by module (ValueError if anything else does)."""
     found: dict[str, dict[str, Any]] = {}
-    modules = dict(model.named_modules())
-    for name, old in dense.named_modules():
-        new = modules.pop(name, None)
-        if _kind(new) is not _kind(old) or _constants(new) != _constants(old):
+    pairs = zip(dense.named_modules(), model.named_modules(), strict=True)
+    for (name, old), (other, new) in pairs:
+        like = name == other and _kind(new) is _kind(old) and _constants(new) == _constants(old)
+        if not like:
             raise ValueError(name)
         found[name] = dict(_differences(vars(old), vars(new)))
         config = vars(new).get("config") or model.config
         if config is not model.config:  # of its own
             changed = dict(_differences(vars(old.config), vars(config)))
             found[name] |= {"config": changed} if changed else {}
-    if modules:
-        raise ValueError(next(iter(modules)))
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
-def _kind(module: nn.Module | None) -> type:
+def _kind(module: nn.Module) -> type:
     """Return a module's class; torch makes one for each module with a parametrization."""
     kind = type(module)
-    parametrized = isinstance(module, nn.Module) and is_parametrized(module)
-    own: type = architecture(kind.__bases__[0] if parametrized else kind)
+    own: type = architecture(kind.__bases__[0] if is_parametrized(module) else kind)
     return own
 
 

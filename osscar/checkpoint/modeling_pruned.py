@@ -12,7 +12,7 @@ import copy
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 SIZES = {nn.Linear: ("out_features", "in_features"), Conv1D: ("nx", "nf"), nn.Module: ()}
@@ -67,18 +67,18 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
 
     Raises
     ------
+    KeyError, AttributeError, IndexError
+        If there is no such module or tensor, or it has fewer dimensions.
     ValueError
-        If there is no such module or tensor, it has no such number, or a shape does not fit.
+        If a module has no such number.
     """
-    modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
+    own = dict(model.named_modules())
+    modules: dict[str, Any] = {f"{model.base_model_prefix}.{name}": own[name] for name in own} | own
     resized: dict[int, nn.Parameter] = {}  # tied tensors stay tied
     for name, shape in shapes["tensors"].items():
         path, _, attribute = name.rpartition(".")
-        module = _find(modules, path, prefix)
-        old = getattr(module, attribute, None)
-        if not isinstance(old, Tensor) or old.dim() != len(shape):
-            raise ValueError(f"osscar_shapes gives {name!r} a shape that it cannot have: {shape}")
+        module = modules[path]
+        old = getattr(module, attribute)
         new = old.detach()[tuple(map(slice, shape))].clone()
         if isinstance(old, nn.Parameter):
             new = resized.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
@@ -88,7 +88,7 @@ def resize(model: Any, shapes: dict[str, Any]) -> None:
             for dim, size in enumerate(sizes):
                 setattr(module, size, new.shape[dim])
     for path, numbers in shapes["numbers"].items():
-        module = _find(modules, path, prefix)
+        module = modules[path]
         for attribute, value in numbers.items():
             if attribute == "config" and isinstance(value, dict) and attribute in vars(module):
                 # of its own, which differs from the model's
@@ -111,12 +111,6 @@ def refuse_one_count(model: Any, config: Any) -> None:
                 f"{name!r} has lost heads, and vLLM gives all layers as many as config.json names; "
                 "run the model by transformers, or prune neurons alone"
             )
-
-
-def _find(modules: dict[str, nn.Module], path: str, prefix: str) -> Any:
-    if not {path, path.removeprefix(prefix)} & modules.keys():
-        raise ValueError(f"osscar_shapes names {path!r}, which is no module of this model")
-    return modules.get(path, modules.get(path.removeprefix(prefix)))
 
 
 def _number(owner: Any, path: str, name: str, value: Any) -> Any:

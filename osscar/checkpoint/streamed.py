@@ -32,15 +32,12 @@ _ELSEWHERE = "omit max_memory (`--max-memory`) to load it into memory"
 def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a model of transformers whose parameters lie in a directory's files, all read once."""
     manifest, stored = read_manifest(path), read_headers(path)
-    if stored is None:
-        raise CheckpointError(
-            f"{path} has no safetensors files, which max_memory needs; {_ELSEWHERE}"
-        )
     with readable(path):
         builder, plans = read_builder(path, manifest)
-        if not isinstance(builder, TransformersOrigin):
+        if stored is None or not isinstance(builder, TransformersOrigin):
             raise CheckpointError(
-                f"{path} holds no model of transformers, which max_memory needs; {_ELSEWHERE}"
+                f"{path} holds no model of transformers in safetensors files, which max_memory "
+                f"needs; {_ELSEWHERE}"
             )
         build = partial(builder.build, dtype or number_format_of(builder.config, stored))
         model = structure(build, computed=True)

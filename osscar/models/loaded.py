@@ -244,16 +244,14 @@ class LoadedModel:
             wrong = "text, not images: omit images (`--images`) and inputs (`--inputs`)"
         elif self.tokenizer is None and text is not None:
             wrong = "no text: omit text (`--text`) and seqlen (`--seqlen`)"
+        elif images is not None and inputs is not None:
+            wrong = "one kind of samples: give images (`--images`) or inputs (`--inputs`)"
         else:
             return
         raise OptionError(f"{self.source} reads {wrong}")
 
     def _samples(self, images: Any, inputs: str | Path | None) -> SampleSet | None:
         """Read samples of one kind or the other; None if none are given."""
-        if images is not None and inputs is not None:
-            raise OptionError(
-                "images (`--images`) and inputs (`--inputs`) are both given; give one of them"
-            )
         if images is not None:
             return self.images(images)
         return None if inputs is None else self.tensors(inputs)

@@ -124,15 +124,14 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     close = difflib.get_close_matches(name.lower(), _REGISTERED, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     advice = f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(_REGISTERED)}"
-    if not _HUB_ID.fullmatch(name):
-        raise ModelError(f"there is no directory {name!r}. {advice}")
+    nor = ""
     try:
-        return _fetched(name, weights), f"Hugging Face {name}"
+        if _HUB_ID.fullmatch(name):
+            return _fetched(name, weights), f"Hugging Face {name}"
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"there is no directory {name!r}, and the Hugging Face hub does not give a model of "
-            f"that name: {first_line(error):.300}. {advice}"
-        ) from error
+        nor = ", and the Hugging Face hub does not give a model of that name: "
+        nor += f"{first_line(error):.300}"
+    raise ModelError(f"there is no directory {name!r}{nor}. {advice}")
 
 
 @functools.cache

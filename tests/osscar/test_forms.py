@@ -113,7 +113,9 @@ def test_a_program_that_cannot_be_made_again_is_not_kept(tmp_path, monkeypatch):
         raise graph.TraceError("no program", "", "")
 
     monkeypatch.setattr(program, "export_standalone", fail)
-    with pytest.raises(CheckpointError, match=r"cannot be read, and was not kept: .*no program"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read and run, and was not kept: .*no program"
+    ):
         osscar.save(made, tmp_path / "small")
     assert not list(tmp_path.iterdir())
 
