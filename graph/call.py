@@ -108,11 +108,9 @@ class Call:
 
     def value(self, name: str) -> Value:
         """Return a tensor argument."""
-        if name not in self.arguments:
-            raise TypeError(f"{self.operator} has no argument {name!r}, but {[*self.arguments]}")
-        argument = self.arguments[name]
+        argument = self.arguments.get(name)
         if not isinstance(argument, Value):
-            raise TypeError(f"argument {name!r} of {self.operator} is not a tensor: {argument!r}")
+            raise TypeError(f"{self.operator} has no tensor {name!r}, but {[*self.arguments]}")
         return argument
 
     def optional(self, name: str) -> Value | None:

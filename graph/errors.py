@@ -38,9 +38,5 @@ class RuleError(GraphError):
     """A propagation rule failed or returned layouts that do not fit its operator's outputs."""
 
 
-class UnknownGroupError(GraphError, KeyError):
+class UnknownGroupError(GraphError):
     """No coupling group has the name that was asked for."""
-
-    def __str__(self) -> str:
-        # KeyError shows the repr of its argument, which hides line breaks and adds quotes.
-        return str(self.args[0])

@@ -416,7 +416,7 @@ class SubsetProblem:
         Raises
         ------
         ProblemError
-            If the path has another suffix, or the file cannot be written.
+            If the file cannot be written.
         """
         header = {
             "format": FORMAT,

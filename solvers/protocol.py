@@ -114,8 +114,6 @@ class Capabilities:
 
     Parameters
     ----------
-    wide_units
-        Units of more than one row (attention heads, convolution channels).
     several_consumers
         Units that several linear maps read.
     max_units
@@ -124,15 +122,12 @@ class Capabilities:
         Where it computes.
     """
 
-    wide_units: bool = True
     several_consumers: bool = True
     max_units: int | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def refusal(self, problem: SubsetProblem) -> str | None:
         """Return why `problem` cannot be taken, or None."""
-        if problem.width > 1 and not self.wide_units:
-            return f"takes units of one row only, and these have {problem.width}"
         if len(problem.consumers) > 1 and not self.several_consumers:
             return f"takes one consumer only, and this problem has {len(problem.consumers)}"
         if self.max_units is not None and problem.units > self.max_units:

@@ -20,9 +20,8 @@ _HEADER = "header"
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write tensors and a JSON-able header to a ``.safetensors`` file, whole or not at all.
 
-    Raises ProblemError if it has another suffix, or cannot be written.
+    Raises ProblemError if it cannot be written.
     """
-    _check_suffix(path)
     # Another process may be writing the same file.
     partial = Path(f"{os.fspath(path)}.{os.getpid()}.partial")
     on_cpu = {key: value.cpu().contiguous() for key, value in tensors.items()}
@@ -42,17 +41,11 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the header and the tensors of a file that `write` wrote.
 
-    Raises ProblemError if the file is missing, has another suffix, or is not in that format.
+    Raises ProblemError if the file is missing, or is not in that format.
     """
-    _check_suffix(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, LookupError, ValueError, safetensors.SafetensorError) as error:
         raise ProblemError(f"{path} is not a problem file: {error}") from error
-
-
-def _check_suffix(path: str | os.PathLike[str]) -> None:
-    if Path(path).suffix != ".safetensors":
-        raise ProblemError(f"{path}: a problem file ends in .safetensors")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable
 from typing import TypeVar
 
 from graph.call import Rule
@@ -10,28 +11,18 @@ from graph.call import Rule
 _Function = TypeVar("_Function", bound=Rule)
 
 
-class RuleTable(Mapping[str, Rule]):
+class RuleTable(ChainMap[str, Rule]):
     """Rules by operator name, such as ``aten.add``.
 
     A name without overload covers every overload and the in-place variant (``aten.add_``); a
     name with overload (``aten.add.Tensor``) is more specific and wins.
-
-    Parameters
-    ----------
-    parent
-        Where to look for what this table does not have, so that a table can be extended without
-        changing the one it extends.
     """
-
-    def __init__(self, parent: RuleTable | None = None) -> None:
-        self._rules: dict[str, Rule] = {}
-        self._parent = parent
 
     def rule(self, *operators: str) -> Callable[[_Function], _Function]:
         """Register the decorated function as the rule of some operators."""
 
         def register(function: _Function) -> _Function:
-            self._rules.update(dict.fromkeys(operators, function))
+            self.update(dict.fromkeys(operators, function))
             return function
 
         return register
@@ -45,21 +36,8 @@ class RuleTable(Mapping[str, Rule]):
         return None
 
     def extended(self) -> RuleTable:
-        """Return an empty table on top of this one."""
-        return RuleTable(parent=self)
-
-    def __getitem__(self, operator: str) -> Rule:
-        if operator in self._rules:
-            return self._rules[operator]
-        if self._parent is None:
-            raise KeyError(operator)
-        return self._parent[operator]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from dict.fromkeys((*self._rules, *(self._parent or ())))
-
-    def __len__(self) -> int:
-        return len(set(self))
+        """Return an empty table on top of this one, which stays as it is."""
+        return self.new_child()
 
 
 def aten(words: str) -> tuple[str, ...]:

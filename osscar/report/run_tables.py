@@ -73,7 +73,6 @@ def backends_table(infos: Sequence[BackendInfo], title: str = "") -> Table:
 
 def _takes(capabilities: Capabilities) -> str:
     limits = [
-        "" if capabilities.wide_units else "units of one row",
         "" if capabilities.several_consumers else "one consumer",
         f"up to {capabilities.max_units} units" if capabilities.max_units is not None else "",
         "" if "cuda" in capabilities.devices else "CPU only",

@@ -70,13 +70,6 @@ class Conic(Backend):
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Relax, certify, and round; keep the best support of all rounds."""
-        import cvxpy
-
-        if self.solver not in cvxpy.installed_solvers():
-            raise BackendError(
-                f"cvxpy: solver {self.solver!r} is not installed; "
-                f"choose from {', '.join(cvxpy.installed_solvers())}"
-            )
         terms = RemovalTerms.of(problem)
         if terms.removals == 0:
             support = torch.arange(problem.units, device=problem.device)

@@ -13,6 +13,7 @@ a constant: e', with one row that nothing correlates with.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import replace
 
 import torch
@@ -53,8 +54,13 @@ def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> Su
     As many stay as `support` keeps of them; unit i is ``units[i]``.  Raises ProblemError if the
     window is empty, names a unit twice or out of range, or keeps none of its units.
     """
-    inside = _mask(problem, units, "units")
-    kept = _mask(problem, support, "support")
+    named = set(units.tolist())
+    if not 0 < len(named) == len(units) or not named <= set(range(problem.units)):
+        raise ProblemError(
+            f"a window names units from 0 to {problem.units - 1}, each once; this one has "
+            f"{reprlib.repr(units.tolist())}"
+        )
+    inside, kept = _mask(problem, units), _mask(problem, support)
     keep = int((inside & kept).sum())
     if keep == 0:
         raise ProblemError("the window holds no kept unit: there is nothing to choose")
@@ -69,14 +75,9 @@ def apply_window(support: Tensor, units: Tensor, chosen: Tensor) -> Tensor:
     return torch.cat([outside, units[chosen]]).sort().values
 
 
-def _mask(problem: SubsetProblem, units: Tensor, name: str) -> Tensor:
+def _mask(problem: SubsetProblem, units: Tensor) -> Tensor:
     mask = torch.zeros(problem.units, dtype=torch.bool, device=problem.device)
-    in_range = bool(((units >= 0) & (units < problem.units)).all())
-    if not units.numel() or not in_range:
-        raise ProblemError(f"{name} must name units from 0 to {problem.units - 1}")
     mask[units] = True
-    if int(mask.sum()) != len(units):
-        raise ProblemError(f"{name} names a unit twice")
     return mask
 
 

@@ -15,6 +15,7 @@ Mathematical Programming 36, 1986).  Consumers are summed up inside a and Q: one
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -100,9 +101,9 @@ class MixedInteger(Backend):
             )
         return self.solve(Search(problem, self))
 
+    @abstractmethod
     def solve(self, search: Search) -> Selection:
         """Close the gap of a search."""
-        raise NotImplementedError
 
 
 class Search(Incumbent):

@@ -13,6 +13,7 @@ subtracted from: it can hold nearly all of the weight.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,29 +63,29 @@ def _value(p: Tensor, q: Tensor, z: Tensor | float, scale: float) -> Tensor:
     return (inverse * q - 2 * p) * inverse
 
 
-class Losses:
+class Losses(ABC):
     """Losses of sets of experts, given as masks, (experts,) bool, some tokens at a time."""
 
     def __init__(self, problem: ExpertProblem, size: int) -> None:
         self.problem, self.rule = problem, problem.rule
         self.chunks = _chunks_of(problem, size)
 
+    @abstractmethod
     def values(self, chunk: Chunk, kept: Tensor) -> Tensor:
         """Return what of each token's loss depends on the choice, (t,)."""
-        raise NotImplementedError
 
     def loss(self, kept: Tensor) -> float:
         """Return the loss of a set of at least `keep` experts, in groups of any size."""
         parts = (float(self.values(chunk, kept).sum()) for chunk in self.chunks)
         return max(sum(parts, self.problem.scale), 0.0)
 
+    @abstractmethod
     def removals(self, kept: Tensor) -> Tensor:
         """Return the losses of a set less each of its experts, (experts,); inf for the others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exchanges(self, kept: Tensor) -> Tensor:
         """Return the losses with a in place of r, (experts r, experts a); else infinity."""
-        raise NotImplementedError
 
 
 def losses_of(problem: ExpertProblem) -> Losses:

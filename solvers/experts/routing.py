@@ -148,16 +148,13 @@ class RoutingRule:
         staying = sorted(range(experts) if kept is None else (int(one) for one in kept))
         if len(set(staying)) != len(staying) or not set(staying) <= set(range(experts)):
             raise ProblemError(f"{staying} stay; name each of 0 .. {experts - 1} once at most")
-        if experts % self.groups:
-            raise ProblemError(
-                f"{experts} experts cannot be divided into {self.groups} groups of one size"
-            )
-        size = experts // self.groups
+        size = -(-experts // self.groups)
         counts = [sum(one // size == group for one in staying) for group in range(self.groups)]
-        if len(set(counts)) != 1:
-            raise ProblemError(f"{counts} experts stay in the groups; keep the same number in each")
-        if len(staying) < (least := self.fewest):
-            raise ProblemError(f"{len(staying)} experts stay; the router needs {least} at least")
+        if experts % self.groups or len(set(counts)) != 1 or len(staying) < self.fewest:
+            raise ProblemError(
+                f"{counts} of {experts} experts stay in {self.groups} groups of one size; the "
+                f"router needs {self.fewest} at least, as many in each group"
+            )
         return torch.tensor(staying, dtype=torch.int64)
 
     @property

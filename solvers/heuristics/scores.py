@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,9 +18,9 @@ class Scored(Backend):
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
 
+    @abstractmethod
     def scores(self, problem: Any) -> Tensor:
         """Return one score a unit, (n,) float64."""
-        raise NotImplementedError
 
     def select(self, problem: Any) -> Selection:
         """Rank the units and keep the best."""

@@ -209,18 +209,11 @@ def _matrices(
     """Return the matrices in float64, copies unless they may be overwritten, and `consistency`."""
     H = H if isinstance(H, Symmetric) else as_tensor(H)
     W0 = as_tensor(W0)
-    if len(H.shape) != 2 or W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0:
-        raise ProblemError(
-            f"H must be (p, p) and W0 (p, m), neither empty, not {tuple(H.shape)} and "
-            f"{tuple(W0.shape)}"
-        )
-    matrices = {"W0": W0}
-    if G is not None:
-        matrices["G"] = as_tensor(G)
-        if matrices["G"].shape != W0.shape:
-            raise ProblemError(
-                f"G must have the shape of W0, {tuple(W0.shape)}, not {tuple(matrices['G'].shape)}"
-            )
+    matrices = {"W0": W0} if G is None else {"W0": W0, "G": as_tensor(G)}
+    alike = all(matrix.shape == W0.shape for matrix in matrices.values())
+    if W0.ndim != 2 or H.shape != (len(W0), len(W0)) or W0.numel() == 0 or not alike:
+        found = {"H": tuple(H.shape), **{n: tuple(one.shape) for n, one in matrices.items()}}
+        raise ProblemError(f"the shapes are {found}; H must be (p, p), W0 and G (p, m), not empty")
     digits = max(consistency(H.dtype), consistency(matrices.get("G", W0).dtype))
     for name, value in matrices.items():
         matrices[name] = value.to(torch.float64, copy=not overwrite).contiguous()
@@ -239,9 +232,6 @@ def _averaged(H: Tensor | Symmetric, overwrite: bool) -> Symmetric:
             square.copy_((square + square.T).div_(2))
     for panel in made.panels:
         check_entries("H", panel)
-    least = float(made.diagonal().min())
-    if least < 0:
-        raise ProblemError(f"H has {least:.3g} on its diagonal; a Gram matrix has nothing negative")
     if not difference <= _ASYMMETRY:
         raise ProblemError(f"{asymmetry(difference)}; check that it is X'X/N")
     return made

@@ -137,7 +137,7 @@ def test_a_user_rule_unfreezes_an_operator():
     ("rule", "message"),
     [
         (lambda call: call.value("input"), r"aten\.linear.*'0' returned .* shapes"),
-        (lambda call: call.value("self"), r"aten\.linear.*'0'.*no argument 'self', but \['bias',"),
+        (lambda call: call.value("self"), r"aten\.linear.*'0'.*no tensor 'self', but \['bias',"),
         (lambda call: call.value("input").dims, r"failed on aten\.linear.* in module '0'"),
     ],
 )

@@ -58,7 +58,7 @@ BAD_FIELDS = [
     (poked(0.0, (2, 2)), r"H has 0 on its diagonal \(row 2\)"),
 ]
 BAD_GRAMS = [
-    ({"H": torch.ones(4)}, r"H must be \(p, p\) and W0 \(p, m\)"),
+    ({"H": torch.ones(4)}, r"H must be \(p, p\), W0 and G \(p, m\)"),
     ({"H": torch.tensor([[1.0, 2], [2, 1]]), "W0": torch.ones(2, 1)}, "not positive semidefinite"),
     ({"damp": math.inf}, r"damp is inf"),
     ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),

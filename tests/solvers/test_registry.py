@@ -37,7 +37,7 @@ from solvers import Capabilities, BackendKind, Selection, Status
 class First:
     kind: ClassVar = BackendKind.HEURISTIC
     summary: ClassVar = "the first units"
-    capabilities: ClassVar = Capabilities(wide_units=False, several_consumers=False, max_units=9)
+    capabilities: ClassVar = Capabilities(several_consumers=False, max_units=9)
     offset: int = 0
 
     @classmethod
@@ -89,7 +89,7 @@ def test_a_users_backend(installed):
     assert solution.support.tolist() == [2, 3, 4, 5]
     solution.verify()
     for name, reason in [
-        ("blocks", "takes units of one row only, and these have 3"),
+        ("two_consumers", "takes one consumer only, and this problem has 2"),
         ("correlated", "takes at most 9 units, and this problem has 10"),
     ]:
         with pytest.raises(BackendError, match=f"'theirs' {reason}; choose another"):
@@ -109,7 +109,7 @@ BAD_OPTIONS = [
     ("random", {"sed": 1}, r"'random' has no option sed; it has seed"),
     ("random", {"seed": -1}, "'random': seed is -1; it should be greater than or equal to 0"),
     ("local_search", {"start": (0, 1)}, "start must name 4 distinct units below 9"),
-    ("cvxpy", {"solver": "NONE_SUCH"}, "'NONE_SUCH' is not installed; choose from .*CLARABEL"),
+    ("cvxpy", {"solver": "NONE_SUCH"}, "'cvxpy' failed with .*NONE_SUCH"),
 ]
 
 

@@ -159,8 +159,8 @@ def test_window_optima_need_their_windows():
         (replace(window, units=window.units[:-1]), "must be 9 positive numbers"),
         (replace(window, units=window.units.double()), "an int64 tensor"),
         (replace(window, units=window.units.to_sparse()), "an int64 tensor"),
-        (replace(window, units=window.units * 0), "names a unit twice"),
-        (replace(window, units=window.units + 1), "must name units from 0"),
+        (replace(window, units=window.units * 0), "from 0 to 9, each once"),
+        (replace(window, units=window.units + 1), "from 0 to 9, each once"),
         (replace(window, certificate=perspective), "by a TreeCertificate"),
         (WindowCertificate(torch.arange(10), loose), "is proved to .* only"),
     ]:

@@ -140,7 +140,7 @@ def test_problems_and_rules_that_are_none_are_refused():
 
     for make, message in [
         (route("softmax", (0, 1)), "needs 3 at least"),
-        (route("groups", (0, 1, 4, 5, 8)), "keep the same number in each"),
+        (route("groups", (0, 1, 4, 5, 8)), "as many in each group"),
         (
             lambda: dataclasses.replace(block, cross=block.cross * math.nan),
             "cross has entries of nan",
