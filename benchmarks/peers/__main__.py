@@ -25,7 +25,7 @@ from benchmarks.peers import backends, depgraph
 from benchmarks.peers.decoders import flap, short_gpt, slice_gpt
 from benchmarks.quality import Bench, Method, prune
 
-SPEEDS = tasks.speeds(1.25, 1.5, 2)
+SPEEDS = tasks.speeds(1.25, 1.5, 1.6, 1.9, 2)
 SETTINGS = {
     "resnet20": (*tasks.flops(0.7, 0.5, 0.3), *SPEEDS),
     "mobilenet": (*tasks.flops(0.66), *SPEEDS),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from osscar.allocation.task import PruningTask
@@ -15,12 +15,14 @@ from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
 from osscar.data.batches import Batch
 from osscar.preparation.prepare import Prepared
-from osscar.proof.plan import Form, PruningPlan, Structure
-from osscar.proof.structural import DensePrograms
+from osscar.proof.plan import Form, PruningPlan
 from osscar.run.feasibility import tell_lost
 from osscar.shrinking.shrink import Proof, rehearse, shrink
 from osscar.shrinking.shrink_program import shrink_program
 from osscar.walk.batch_norm import DenseStatistics, renew_statistics
+
+_COMPARED = 3
+"""So many sizes of samples of which no program tells are named, and their outputs compared."""
 
 
 def shrunk(
@@ -46,31 +48,31 @@ def shrunk(
         tell_lost(work, request)
         return made.model, made.proof, batch_norms
     with timed(Stage.PROOF):
-        programs = prepared.programs
-        proof = shrink(work, plan, inputs, programs=programs)
-        if proof.certificate.structure is not None:
-            _tell_unproved_sizes(prepared, programs, proof.certificate.structure)
+        others = _unproved_sizes(prepared)
+        some = list(others.values())[:_COMPARED]
+        proof = shrink(work, plan, [*inputs, *some], programs=prepared.programs)
+        structure = proof.certificate.structure
+        if structure is not None and others:
+            warn(
+                f"the proof holds for {'; or '.join(structure.sizes)}, and samples of the data "
+                f"have {listed([*others], _COMPARED, '; ')}, for which nothing is proved; give two "
+                "of these to osscar.prove(result.model, model, inputs)"
+            )
     batch_norms = renew(proof.plan)
     if isinstance(work, PreTrainedModel):
         adopt_config(work)
     return work, proof, batch_norms
 
 
-def _tell_unproved_sizes(prepared: Prepared, programs: DensePrograms, structure: Structure) -> None:
-    """Say of which sizes the data are that the proof does not hold for, if some are."""
+def _unproved_sizes(prepared: Prepared) -> dict[str, Mapping[str, Tensor]]:
+    """Return samples of the data whose sizes no dense program takes, by these sizes in words."""
     given = prepared.inputs
-    others: dict[str, None] = {}
-    for sample in given.apart or (given.tensors,):
-        if not given.alone:
-            sample = {name: x[: 2 if len(x) > 1 else 1][[0, -1]] for name, x in sample.items()}
-        if not any(one.traced.standalone.takes(sample) for one in programs.programs):
-            others[", ".join(f"{n} {tuple(x.shape[1:])}" for n, x in sample.items())] = None
-    if others:
-        warn(
-            f"the proof holds for {'; or '.join(structure.sizes)}, and samples of the data have "
-            f"{listed([*others], 3, '; ')}, for which nothing is proved; give two "
-            "of these to osscar.prove(result.model, model, inputs)"
-        )
+    others = dict[str, Mapping[str, Tensor]]()
+    for one in given.apart or (given.tensors,):
+        sample = one if given.alone else {name: x[:2][[0, -1]] for name, x in one.items()}
+        if not any(it.traced.standalone.takes(sample) for it in prepared.programs.programs):
+            others[", ".join(f"{n} {tuple(x.shape[1:])}" for n, x in sample.items())] = sample
+    return others
 
 
 def _goes_in_modules(prepared: Prepared, plan: PruningPlan, inputs: Sequence[Batch]) -> bool:

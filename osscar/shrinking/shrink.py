@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graph.tracing.preserve import forget_cached, forget_derived, preserved
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError, first_line, warn
@@ -121,11 +121,10 @@ def shrink(
             found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
             found.grown([], plan.groups, error)
             names = list(found.reasons)
-            them = "them" if len(names) > 1 else "it"
+            blamed = f"{'one of ' if found.spent else ''}{listed([*map(repr, names)], 8)}"
             raise type(error)(
-                f"{error}; nothing was written. The failure comes from pruning "
-                f"{'one of ' if found.spent else ''}{listed([*map(repr, names)], 8)}: leave {them} "
-                f"out (skip, `--skip {names[0]!r}`), or a plan without {them})"
+                f"{error}; nothing was written. The failure comes from pruning {blamed}: prune "
+                f"without {'them' if len(names) > 1 else 'it'} (skip, `--skip {names[0]!r}`)"
             ) from error
 
 
@@ -137,7 +136,7 @@ def rehearse(
         _proved(model, plan, _Masked.from_run(model, plan, inputs), programs)
 
 
-def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
+def prove(model: nn.Module, dense: nn.Module, example: Inputs | Tensor) -> Structure:
     """Prove again that the code of a pruned model equals that of the dense one without units.
 
     Programs of both are compared; weights are not, which may have been refitted or trained since.
@@ -149,7 +148,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
     dense
         The model that it was pruned from; it is not changed.
     example
-        Inputs that both take, two samples or more.
+        Inputs that both take, two samples or more: a tensor, a tuple, or a mapping by argument.
 
     Returns
     -------
@@ -169,7 +168,7 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs) -> Structure:
             "there is no record of units removed from the modules of this model; give one that "
             "osscar.prune or osscar.load returned (an exported program needs no proof)"
         )
-    work = copied(dense)
+    work, example = copied(dense), (example,) if isinstance(example, Tensor) else example
     with torch.random.fork_rng(graphics_cards(model)), evaluating(model, work), torch.no_grad():
         for number, plan in enumerate(plans, 1):
             fold(work, plan.tensors)

@@ -17,7 +17,7 @@ from torch import nn
 import graph
 import osscar
 from graph.tracing.standalone import Sizes
-from osscar.base.errors import EquivalenceError, ModelError
+from osscar.base.errors import AdapterError, EquivalenceError, ModelError
 from osscar.network.modules import full_name
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
@@ -243,6 +243,47 @@ def test_sizes_of_which_no_program_tells_are_named():
     assert found.sentence().endswith(f"; nothing is proved for {found.untried[0]}")
 
 
+class ByLength(nn.Module):
+    """Code of its own for short, for middling and for long samples."""
+
+    def __init__(self, long):
+        super().__init__()
+        self.one, self.head, self.long = nn.Linear(8, 32), nn.Linear(32, 4), long
+
+    def forward(self, x):
+        y = torch.relu(self.one(x))
+        if x.shape[1] > 16:
+            y = self.long(y)
+        elif x.shape[1] > 8:
+            y = y * 2
+        return self.head(y)
+
+
+LENGTHS = osscar.SampleList(
+    "sequences",
+    [{"x": torch.randn(1, length, 8)} for length in [6] * 40 + [12] * 8 + [20] * 8],
+)
+
+
+@pytest.mark.filterwarnings("ignore:nothing is proved for")
+def test_sizes_of_the_data_that_no_program_takes_are_named_and_compared():
+    model = ByLength(nn.Tanh()).eval()
+    with pytest.warns(UserWarning, match=r"have x \(20, 8\), for which nothing is proved; give"):
+        result = osscar.prune(model, LENGTHS, neurons=0.5, device="cpu")
+    long = torch.randn(2, 20, 8)
+    assert "x (any, 17 or more, 8)" in osscar.prove(result.model, model, long).sentence()
+
+
+@pytest.mark.filterwarnings("ignore:nothing is proved for")
+def test_code_that_only_some_data_reach_follows_or_is_named():
+    class Reshaped(nn.Module):
+        def forward(self, x):
+            return x.view(1, -1, 32)
+
+    with pytest.raises(AdapterError, match=r"ByLength fails with fewer units, in `return "):
+        osscar.prune(ByLength(Reshaped()).eval(), LENGTHS, neurons=0.5, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("guards", "said"),
     [
@@ -416,7 +457,7 @@ def test_groups_are_named_for_what_their_own_modules_do(culprits):
         shrink(net, plan_of(net), [(X,)])
     _, _, advice = str(caught.value).partition("The failure comes from pruning ")
     named = {f"'{index}.mid.neurons'" for index in culprits}
-    assert set(advice.partition(": leave")[0].split(", ")) == named
+    assert set(advice.partition(": prune")[0].split(", ")) == named
 
 
 def test_what_cannot_be_exported_any_more_is_compared_and_says_so():
