@@ -16,6 +16,7 @@ from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import quiet, stated_preprocessing
 from osscar.cli.options import InspectOptions, refuse
 from osscar.data.batches import SAMPLES_AT_ONCE, WINDOWS_AT_ONCE
+from osscar.data.samples import SampleList, TensorSet
 from osscar.evaluation.size import count_owned
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
@@ -105,8 +106,18 @@ def _data(loaded: LoadedModel, options: InspectOptions) -> Any:
         )
     if loaded.tokenizer is None:
         refuse(options, ("seqlen",), f"{loaded.source} reads no text; omit it")
+    source = f"the example inputs of {loaded.source}"
+    lengths = {name: len(tensor) for name, tensor in loaded.example.items() if tensor.ndim}
+    differ = len(set(lengths.values())) > 1 or len(lengths) < len(loaded.example)
+    if differ and options.times:
+        raise OptionError(
+            f"--times takes batches, and {source} differ along the first dimension, as those of a "
+            f"graph do ({lengths}); omit it"
+        )
+    if differ:
+        return SampleList(source, [loaded.example])
     if not options.times:
-        return loaded.example
+        return TensorSet(source, loaded.example)
     if loaded.tokenizer is not None:
         windows = options.batch_size or WINDOWS_AT_ONCE
         return torch.zeros(windows, options.seqlen or loaded.window_length, dtype=torch.int64)

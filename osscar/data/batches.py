@@ -27,6 +27,9 @@ CalibrationData: TypeAlias = CalibrationSet | SampleSet
 WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 8, 64
 """Windows of tokens in a batch, or samples of anything else, unless the caller says otherwise."""
 
+INDICES = (torch.int32, torch.int64)
+"""Number formats of indices, such as tokens."""
+
 _PROOF_TOKENS = 64
 """Units do not depend on the length, so that a short window proves as much as a long one."""
 
@@ -38,7 +41,8 @@ class ModelInputs:
     They are `tensors` by argument, the first dimension being the sample, windows of a language
     model (`tokens`), or samples `apart` of sizes of their own, which run alone or, of equal shapes,
     `together`.  `predictions` says how many of a sample have known classes, by dimension.  `order`
-    are positions, (n,) int64; samples of one number in `sample_groups` belong together.
+    are positions, (n,) int64; samples of one number in `sample_groups` belong together.  `source`
+    says in words where they come from.
     """
 
     tensors: Mapping[str, Tensor]
@@ -48,6 +52,12 @@ class ModelInputs:
     together: bool = False
     order: Tensor | None = None
     sample_groups: Tensor | None = None
+    source: str = "the data"
+
+    @property
+    def given(self) -> Mapping[str, Tensor]:
+        """All samples, or the first of those apart, as they were given."""
+        return self.apart[0] if self.apart else self.tensors
 
     @property
     def batch_size(self) -> int:
@@ -113,6 +123,17 @@ class ModelInputs:
         """Return batches of equal shapes, of at most so many samples, on the model's device."""
         some = self._alike(1 if self.alone else batch_size)
         return [self._at(model, torch.tensor(rows)) for rows in some]
+
+    def extremes(self) -> ModelInputs:
+        """Return the samples with the least and the largest of the numbers that may be indices."""
+        found = set[int]()
+        for name, tensor in self.given.items():
+            if tensor.dtype in INDICES and not self.tokens:
+                every = [one[name] for one in self.apart] or self.tensors[name]
+                for pick in (torch.Tensor.min, torch.Tensor.max):
+                    of_each = torch.tensor([int(pick(one)) for one in every])
+                    found.add(int(pick(of_each, 0).indices))
+        return dataclasses.replace(self, order=torch.tensor(sorted(found), dtype=torch.int64))
 
     def part(self, start: int, stop: int | None = None) -> ModelInputs:
         """Return some of the samples alone, as a slice does."""
@@ -216,17 +237,20 @@ _FORMS = (
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     """Return calibration data, of any kind that `osscar.prune` takes, as the model reads them."""
     check_signature(model)
+    told: dict[str, Any] = {}
     if isinstance(calibration, CalibrationSet):
+        told = {"source": calibration.source}
         calibration = calibration.tokens
     alone = isinstance(calibration, Tensor)
     fractions = alone and calibration.is_floating_point() and calibration.ndim > 2
     if alone and not fractions and _reads_tokens(model):
-        return _windows(model, calibration)
+        _check_windows(model, calibration)
+        return ModelInputs({"input_ids": calibration}, tokens=True, **told)
     of_set = isinstance(calibration, SampleSet)
     given = calibration.arguments() if of_set else calibration
-    told: dict[str, Any] = {}
     if of_set:
-        told = {"predictions": calibration.predictions, "sample_groups": calibration.sample_groups}
+        names = "source", "predictions", "sample_groups"
+        told = {name: getattr(calibration, name) for name in names}
     if of_set and isinstance(given, list):
         return ModelInputs({}, apart=_samples_apart(model, given), **told)
     tensors = _by_name(model, given)
@@ -265,7 +289,7 @@ def _reads_tokens(model: nn.Module) -> bool:
     return token_embeddings(model) is not None and (not takes or "input_ids" in takes)
 
 
-def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
     """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
         raise DataError(
@@ -273,7 +297,6 @@ def _windows(model: nn.Module, windows: Tensor) -> ModelInputs:
             f"{windows.dtype} of {tuple(windows.shape)}"
         )
     _check_tokens(model, windows)
-    return ModelInputs({"input_ids": windows}, tokens=True)
 
 
 def _check_tokens(model: nn.Module, windows: Tensor) -> None:

@@ -41,6 +41,23 @@ def hides(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(n for n, t in masks.items() if isinstance(t, Tensor) and not bool(t.all()))
 
 
+_RUN = 3
+"""Padding tokens at an end of a sample that are no chance: a text may end with one of them."""
+
+
+def padded_without_mask(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+    """Return how many samples of tokens have padding that no mask hides, as it may."""
+    mask, tokens = _MASKS[TOKENS], tensors.get(TOKENS)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if pad is None or tokens is None or tokens.ndim != 2 or tokens.shape[1] <= _RUN:
+        return 0
+    if mask in tensors or mask not in accepted_arguments(model):
+        return 0
+    ends = tokens[:, :_RUN], tokens[:, -_RUN:]
+    padded = torch.stack([(end == pad).all(1) for end in ends]).any(0)
+    return int(padded.sum())
+
+
 def makes_decoder_inputs(model: nn.Module, names: Mapping[str, Any]) -> bool:
     """Whether a model makes what its decoder reads of labels, since there is nothing else."""
     return (

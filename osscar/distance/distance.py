@@ -92,10 +92,10 @@ _CACHED = 1 << 18
 """Numbers of float32 of which several tensors fit into a cache."""
 
 
-def _run(model: nn.Module, batch: Batch, bfloat16: bool = False) -> Any:
+def _run(model: nn.Module, batch: Batch, bfloat16: bool = False, source: str = "the data") -> Any:
     """Run a model, with products of bfloat16 if `bfloat16`."""
     batch, run = to_model(batch, model), forward_in_bfloat16 if bfloat16 else forward
-    with failures_named(model, batch), without_cache(model):
+    with failures_named(model, batch, source), without_cache(model):
         return run(model, batch)
 
 
@@ -129,7 +129,7 @@ class Distance:
         """
         if isinstance(asked, OwnDistance):
             own = cls(inputs, Compared("own", asked.source, _GIVEN), function=asked)
-            result = _run(dense, batch)
+            result = _run(dense, batch, source=inputs.source)
             zero = own.each(result, fresh(result), batch).abs().max()
             if not zero <= _ZERO:
                 raise OptionError(
@@ -138,7 +138,7 @@ class Distance:
                 )
             return own
         with watched(dense, inputs, batch) as seen:
-            result = _run(dense, batch)
+            result = _run(dense, batch, source=inputs.source)
         one = seen(result)
         found = asked_scores(one) if asked == NATS else scores_of(one)
         if asked == RELATIVE or (asked is None and found is None):

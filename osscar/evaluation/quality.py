@@ -298,7 +298,7 @@ def _outputs(
 ) -> _Outputs:
     """Run a model on a batch, the `first` one twice, and find the scores of classes."""
     kind, named = type(model).__name__, arguments(model, batch)
-    with failures_named(model, named):
+    with failures_named(model, named, data.source):
         if first:
             few = slice(None if data.alone else _FEW_SAMPLES)
             check_repeatable(model, {name: one[few] for name, one in named.items()})

@@ -46,7 +46,7 @@ class DenseOutputs:
         sample = inputs.first(model)
         with (
             model_state(model),
-            failures_named(model, sample),
+            failures_named(model, sample, inputs.source),
             room_for_pass(model, max(x.numel() for x in sample.values())),
         ):
             found = proof_outputs(model, [sample, inputs.example(model)])

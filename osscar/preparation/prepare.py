@@ -16,7 +16,7 @@ import graph
 from graph import CouplingGroup
 from graph.tracing.preserve import forget_cached, without_cache
 from osscar.base.devices import default_torch, multiplies_bfloat16
-from osscar.base.errors import EquivalenceError
+from osscar.base.errors import EquivalenceError, warn
 from osscar.base.memory import attempt
 from osscar.base.printable import listed
 from osscar.base.ranks import ALONE, Ranks
@@ -26,6 +26,7 @@ from osscar.consumers.linear_maps import last_matrices, linear_maps, refittable,
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.parts import shuffled
+from osscar.data.sequences import padded_without_mask
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks, record_layers
 from osscar.network.model_state import ModelState
@@ -209,6 +210,12 @@ def prepare(
         inputs = as_inputs(model, calibration)
         if seed is not None:
             inputs = shuffled(inputs, seed)
+        padded = padded_without_mask(model, inputs.tensors)
+        if padded:
+            warn(
+                f"{padded} of {inputs.samples} samples have padding at an end, which counts, since "
+                "no mask hides it; give attention_mask, too"
+            )
         work = copied(model) if copy else model
         forget_cached(work)
         if device is not None:
@@ -241,6 +248,7 @@ def _prepared(
     remember_structure(model, inputs.sample(model))
     with untouched.watching():
         expected = outputs_or_none(model, example)
+        _try_data(model, inputs, example, bool(expected))
     folded = _followable(model, example, expected, heads=heads)
     # What passes keep for the next would be traced as numbers of the code.
     untouched.put_back()
@@ -248,7 +256,10 @@ def _prepared(
         traced, in_programs, untraced = _traced(model, example, small, programs)
     with untouched.watching():
         # Once more: tracing looks at shapes, and lets through what kernels refuse.
-        with weights_read_elsewhere(model) as elsewhere, failures_named(model, example):
+        with (
+            weights_read_elsewhere(model) as elsewhere,
+            failures_named(model, inputs.given, inputs.source),
+        ):
             found = comparable(call(model, example))
         if expected:
             refuse_chance(model, example, expected, found)
@@ -277,6 +288,18 @@ def _prepared(
         return dense_programs(model, example)
 
     return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough, export=export)
+
+
+def _try_data(model: nn.Module, inputs: ModelInputs, example: Batch, runs: bool) -> None:
+    """Refuse data on which a model fails (DataError), before minutes of work."""
+    edges = inputs.extremes()
+    with failures_named(model, inputs.given, inputs.source):
+        if not runs:
+            call(model, example)
+        if not inputs.tokens:  # one sample is no batch: images without one are not so many samples
+            call(model, inputs.first(model))
+        for batch in edges.batches(model, inputs.batch_size) if edges.samples else ():
+            call(model, batch)
 
 
 def _in_bfloat16(prepared: Prepared) -> bool:
