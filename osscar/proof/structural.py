@@ -208,8 +208,8 @@ class _Comparison:
         self.fixed: dict[sympy.Basic, sympy.Basic] = {}
         """Open sizes of the dense program that the other one has a number for."""
         self.operators = self.numbers = 0
-        self.see_through = False
-        """Whether a copy is the value that it is one of."""
+        self.minded = set[Node]()
+        """Values of which a copy is another one."""
         self.tensors: set[str] = set()
         self.differences: list[tuple[Node, str]] = []
 
@@ -228,7 +228,7 @@ class _Comparison:
         for node, _ in self.differences:
             place = _line_of(node).strip()
             by_module.setdefault(
-                module_of(node), f"makes a number of a width that is pruned, in {place}"
+                module_of(node), f"does something else with fewer units, in {place}"
             )
         if by_module:
             name, said = next(iter(by_module.items()))
@@ -246,7 +246,8 @@ class _Comparison:
         """Compare two graphs, which lose what nobody reads."""
         for one in (due, made):
             one.eliminate_dead_code(_has_effect)
-        self.see_through = not any(_minds_copies(node) for one in (due, made) for node in one.nodes)
+        for some in (_minding_copies(due), _minding_copies(made)):
+            self.minded |= {*due.nodes, *made.nodes} if some is None else some
         inputs = (one.find_nodes(op="placeholder") for one in (made, due))
         self.pairs.update(zip(*inputs, strict=True))
         steps, others = (
@@ -291,8 +292,8 @@ class _Comparison:
             self._differ(node, due, made)
 
     def _seen(self, node: Node) -> Node:
-        """Return the value that a node is a copy of, if copies can be seen through."""
-        while self.see_through and str(node.target) in _COPIES:
+        """Return the value that a node is a copy of, where it cannot be told from that."""
+        while str(node.target) in _COPIES and node not in self.minded:
             node = node.all_input_nodes[0]
         return node
 
@@ -317,9 +318,7 @@ class _Comparison:
         held = self.due.written(due)
         other = attrgetter(str(made.target))(made.graph.owning_module)
         if isinstance(held, GraphModule) and isinstance(other, GraphModule):
-            outside = self.see_through
             self._graphs(held.graph, other.graph)
-            self.see_through = outside
             return
         self.numbers += 1
         if not _same_tensors(held, other):
@@ -400,13 +399,56 @@ def _steps(graph: Graph) -> list[Node]:
     return [n for n in calls if (n.users or _has_effect(n)) and not is_of_sizes(n)]
 
 
-def _minds_copies(node: Node) -> bool:
-    """Whether an operator can tell a copy from the value: it writes, or reads the order in memory.
+_READ = ("as_strided", "_reshape_alias", "view.dtype")
+"""Operators that read the order in memory."""
 
-    Whether code makes a copy depends on sizes; elsewhere it is the value.
+_ORDERED = ("reshape", "contiguous", ".to.")
+"""Operators whose result shares memory with what they are given, or not, by its order there."""
+
+
+def _minding_copies(graph: Graph) -> set[Node] | None:
+    """Return the values of which a copy is another one; elsewhere it depends on sizes alone.
+
+    These share memory with what an operator writes to.  All values do (None) where one reads the
+    order in memory, and where that decides, or nothing tells, what a write changes.
     """
-    reads = any(name in str(node.target) for name in ("as_strided", "_reshape_alias", "view.dtype"))
-    return reads or (_has_effect(node) and node.op.startswith("call_"))
+    targets = [str(node.target) for node in graph.nodes]
+    if any(name in target for target in targets for name in _READ):
+        return None
+    near = [one for node in graph.nodes for one in _written_by(node)]
+    found = set[Node]()
+    while near:
+        node = near.pop()
+        if node in found:
+            continue
+        if node.op in ("placeholder", "get_attr") or any(x in str(node.target) for x in _ORDERED):
+            return None
+        found.add(node)
+        near += [user for user in node.users if _shares_memory(user)]
+        near += node.all_input_nodes if _shares_memory(node) else ()
+    return found
+
+
+def _written_by(node: Node) -> list[Node]:
+    """Return what an operator writes to."""
+    if not node.op.startswith("call_") or not _has_effect(node):
+        return []
+    known = [one.name for one in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(known, node.args, strict=False)), **node.kwargs}
+    writes = [
+        given.get(one.name)
+        for one in node.target._schema.arguments  # type: ignore[union-attr]
+        if one.alias_info is not None and one.alias_info.is_write
+    ]
+    return [one for one in pytree.tree_leaves(writes) if isinstance(one, Node)]
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether what an operator returns may share memory with what it is given."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    views = any(one.alias_info is not None for one in node.target._schema.returns)
+    return views or str(node.target) in _COPIES
 
 
 def _same_tensors(one: Any, other: Any) -> bool:

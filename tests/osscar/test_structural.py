@@ -350,6 +350,22 @@ def test_copies_count_where_the_order_in_memory_is_read():
         shrink(net, plan_of(net), [(X,)])
 
 
+@pytest.mark.parametrize("written", ["another value", "the copy", "a view of the copy"])
+def test_copies_count_where_what_they_share_memory_with_is_written_to(written):
+    def after(net, y, x, w):
+        copied = y.clone() if w < UNITS else y
+        other = {"another value": y * 2, "the copy": copied, "a view of the copy": copied[..., 1:]}
+        other[written].add_(torch.where(is_rare(x), 1.0, 0.0))
+        return y + 0 * copied + 0 * other["another value"]
+
+    net = Net(after).eval()
+    if written == "another value":
+        assert shrink(net, plan_of(net), [(X,)]).certificate.structure.operators
+        return
+    with pytest.raises(StructureError):
+        shrink(net, plan_of(net), [(X,)])
+
+
 class Scaled(Net):
     """Reads a number of its own and a buffer, which adapters of the tests change."""
 
