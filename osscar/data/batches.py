@@ -55,11 +55,6 @@ class ModelInputs:
     source: str = "the data"
 
     @property
-    def given(self) -> Mapping[str, Tensor]:
-        """All samples, or the first of those apart, as they were given."""
-        return self.apart[0] if self.apart else self.tensors
-
-    @property
     def batch_size(self) -> int:
         """How many samples a batch has unless the caller says otherwise."""
         if self.alone:
@@ -127,7 +122,7 @@ class ModelInputs:
     def extremes(self) -> ModelInputs:
         """Return the samples with the least and the largest of the numbers that may be indices."""
         found = set[int]()
-        for name, tensor in self.given.items():
+        for name, tensor in (self.apart[0] if self.apart else self.tensors).items():
             if tensor.dtype in INDICES and not self.tokens:
                 every = [one[name] for one in self.apart] or self.tensors[name]
                 for pick in (torch.Tensor.min, torch.Tensor.max):

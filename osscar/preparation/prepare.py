@@ -258,7 +258,7 @@ def _prepared(
         # Once more: tracing looks at shapes, and lets through what kernels refuse.
         with (
             weights_read_elsewhere(model) as elsewhere,
-            failures_named(model, inputs.given, inputs.source),
+            failures_named(model, example, inputs.source),
         ):
             found = comparable(call(model, example))
         if expected:
@@ -292,13 +292,12 @@ def _prepared(
 
 def _try_data(model: nn.Module, inputs: ModelInputs, example: Batch, runs: bool) -> None:
     """Refuse data on which a model fails (DataError), before minutes of work."""
-    edges = inputs.extremes()
-    with failures_named(model, inputs.given, inputs.source):
-        if not runs:
-            call(model, example)
-        if not inputs.tokens:  # one sample is no batch: images without one are not so many samples
-            call(model, inputs.first(model))
-        for batch in edges.batches(model, inputs.batch_size) if edges.samples else ():
+    batches = [] if runs else [example]
+    if not inputs.tokens:  # alone: two rows of a sample may pass for one, of two channels
+        batches.append(inputs.first(model))
+    batches += inputs.extremes().batches(model, inputs.batch_size)
+    for batch in batches:
+        with failures_named(model, batch if inputs.apart else inputs.tensors, inputs.source):
             call(model, batch)
 
 

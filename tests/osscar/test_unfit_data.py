@@ -125,7 +125,9 @@ def test_samples_of_all_sizes_are_tried_at_the_ends_of_their_numbers():
         one["weights"] = one["weights"][:, : one["words"].shape[1]]
     osscar.prune(Words(), osscar.SampleList("sentences", samples), neurons=0.5)
     samples[2]["words"] = samples[2]["words"] + 8
-    with pytest.raises(DataError, match=r"^sentences: Words fails on .*IndexError"):
+    with pytest.raises(
+        DataError, match=r"^sentences: Words fails on words \(int64, 1 x 3, 8 to 10\)"
+    ):
         osscar.prune(Words(), osscar.SampleList("sentences", samples), neurons=0.5)
 
 
