@@ -184,9 +184,6 @@ def test_an_interrupt_says_what_is_kept(
     assert ("without --restart" in last) == (command == "prune" and bool(said))
 
 
-# ---- models and their weights ------------------------------------------------------------
-
-
 # ---- what is refused ---------------------------------------------------------------------
 
 NEURONS = ("--neurons", "0.5")

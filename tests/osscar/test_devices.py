@@ -140,9 +140,6 @@ def test_a_streamed_model_is_pruned_on_a_card(tmp_path):
     assert (tmp_path / "streamed" / same).read_bytes() == (tmp_path / "plain" / same).read_bytes()
 
 
-# ---- a streamed model and the names of devices -------------------------------------------
-
-
 # ---- memory of a card --------------------------------------------------------------------
 
 
