@@ -276,7 +276,7 @@ def test_what_a_family_keeps_in_float32_is_kept_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("name", "blocks", "library"),
     [
-        ("llama", 1, "transformers"),
+        pytest.param("llama", 1, "transformers", marks=pytest.mark.slow),
         ("opt", 2, "transformers"),
         ("program", 1, "pytorch"),
     ],

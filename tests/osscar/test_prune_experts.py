@@ -188,20 +188,19 @@ def test_all_is_fitted_towards_the_dense_model(monkeypatch):
 # ---- budgets -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Cost.PARAMETERS, Cost.FLOPS])
-def test_costs_of_experts_and_neurons_multiply(kind):
+def test_costs_of_experts_and_neurons_multiply():
     with prepare(small(), tokens()) as prepared:
         chosen = [g for g in prepared.every_group if g.kind in ("experts", "neurons")]
         kept = {g.name: 3 if g.kind == "experts" else g.units // 2 for g in chosen}
-        cost = count(kind, prepared, prepared.every_group)
-        assert bool(cost.coupled) == (kind is Cost.PARAMETERS)
+        parameters, flops = (
+            count(kind, prepared, prepared.every_group) for kind in (Cost.PARAMETERS, Cost.FLOPS)
+        )
+        assert parameters.coupled
+        assert not flops.coupled
         plans = [GroupPlan.of(g, tuple(range(kept[g.name]))) for g in chosen]
         shrink(prepared.model, PruningPlan(tuple(plans)), [prepared.sample])
-        if kind is Cost.FLOPS:
-            found = count_flops(prepared.model, prepared.sample)
-        else:
-            found = count_parameters(prepared.model)
-    assert cost.of(kept) == pytest.approx(found)
+        assert flops.of(kept) == pytest.approx(count_flops(prepared.model, prepared.sample))
+        assert parameters.of(kept) == pytest.approx(count_parameters(prepared.model))
 
 
 @pytest.mark.parametrize("budget", ["params", "flops"])

@@ -93,12 +93,12 @@ def test_where_no_prediction_is_gained_the_bound_of_a_drop_is_that_of_clopper_an
 
 
 def test_copies_and_samples_of_one_group_count_as_one():
-    dense, data = labelled(64)
+    dense, data = labelled(24)
     worse = copy.deepcopy(dense)
     with torch.no_grad():
         next(iter(worse.parameters())).mul_(1.3)
-    rows = torch.arange(64).repeat(3)
-    moved = {"x": data.rows(rows).tensors["x"] + 1e-3 * torch.randn(192, 3, 12, 12)}
+    rows = torch.arange(24).repeat(3)
+    moved = {"x": data.rows(rows).tensors["x"] + 1e-3 * torch.randn(72, 3, 12, 12)}
     near = osscar.TensorSet("near copies", moved, data.labels[rows], rows)
     for quality in (DIVERGENCE, TOP1):
         once, thrice, grouped = (
@@ -235,6 +235,13 @@ def labelled(count=192):
     return dense, osscar.TensorSet("images", {"x": data}, labels)
 
 
+def two_groups():
+    """Return a network with channels and neurons."""
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    return nn.Sequential(*stem, nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
+
+
 def text():
     """Return a language model and windows for it."""
     windows = torch.randint(0, 64, (64, 16), generator=torch.manual_seed(5))
@@ -250,7 +257,7 @@ def by_hand(quality, dense, model, data):
                 for one in (model, dense)
             ]
             return float((found[0] - found[1]).expm1())
-        x = data.tensors["x"]
+        (x,) = data.tensors.values()
         p, q = (one(x).double().log_softmax(-1) for one in (dense, model))
         if quality is DIVERGENCE:
             return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
@@ -340,9 +347,7 @@ def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp
 
 
 def test_budgets_beside_a_target_hold_too(two_attempts, monkeypatch):
-    torch.manual_seed(0)
-    stem = nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-    dense = nn.Sequential(*stem, nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
+    dense = two_groups()
     data, sample = osscar.TensorSet("images", {"input": images(64)}), {"input": images(1)}
     most = count_flops(dense, sample)
 
@@ -404,11 +409,14 @@ def test_samples_that_a_drop_lacks_are_counted_before_the_first_attempt(monkeypa
         osscar.prune(dense, data, max_top1_drop="1%")
 
 
-def test_the_command_recovers_each_attempt_and_measures_what_it_saves(tmp_path, monkeypatch, run):
-    dense, data = labelled(96)
-    np.savez(tmp_path / "data.npz", x=data.tensors["x"], labels=data.labels)
-    code = "from tests.osscar.networks import images, small_net\n"
-    code += "def build():\n    return small_net(), images(2)\n"
+def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
+    two_attempts, tmp_path, monkeypatch, run
+):
+    dense, data = two_groups(), images(96)
+    np.savez(tmp_path / "data.npz", input=data, labels=dense(data).argmax(1))
+    code = "from tests.osscar.networks import images\n"
+    code += "from tests.osscar.test_quality_target import two_groups\n"
+    code += "def build():\n    return two_groups(), images(2)\n"
     (tmp_path / "net.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     words = "prune net.py:build --calibration data.npz --samples 96 --max-divergence 0.05"

@@ -52,7 +52,7 @@ def test_tokens_of_which_no_text_is_known_are_recognized_by_their_runs():
         assert seen.share(fingerprints_of_runs(part)) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3])
+@pytest.mark.parametrize("share", [pytest.param(0.01, marks=pytest.mark.slow), 0.3])
 def test_the_share_of_a_large_set_is_estimated_on_a_small_record(share):
     """Within four standard deviations of what so many draws tell."""
     draw = np.random.default_rng(0)

@@ -263,7 +263,7 @@ class Encoder(nn.Module):
         return self.leave(self.encoder(self.block(x), src_key_padding_mask=padding))
 
 
-@pytest.mark.parametrize("proved_with_padding", [False, True])
+@pytest.mark.parametrize("proved_with_padding", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_encoders_of_torch_lose_heads_twice_and_pack_no_longer(proved_with_padding: bool) -> None:
     model, x = randomized(Encoder()), torch.randn(2, 5, 16)
     padding = torch.zeros(2, 5, dtype=torch.bool)
