@@ -74,7 +74,7 @@ def shapes_of(operator, size):
     return tuple(sorted(tuple(map(size, operand.dims)) for operand in operator.reads))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_operators_are_timed_at_the_shapes_that_are_asked_for(case):
     with timed_by(case) as (_, clock, kept):
@@ -122,7 +122,7 @@ class Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [name for name in CASES if "ONNX" not in name])
 @pytest.mark.parametrize("smaller", [False, True])
 def test_the_shapes_are_those_of_models_that_run(case, smaller):

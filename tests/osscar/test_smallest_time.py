@@ -59,7 +59,7 @@ def test_the_fastest_model_within_a_target_is_timed_as_a_whole(pretend, first_is
         return seconds(model)
 
     clocks = pretend(of_model)
-    result = prune_as_asked(dense, tokens(64, 24), PruningRequest(**ASKED))
+    result = prune_as_asked(dense, tokens(64, 8), PruningRequest(**ASKED))
     report, found = result.target, result.target.timed
     chosen = report.attempts[report.chosen]
     assert (report.cost, report.dense) == ("time", pytest.approx(1))
@@ -76,7 +76,7 @@ def test_the_fastest_model_within_a_target_is_timed_as_a_whole(pretend, first_is
 
 def test_what_takes_longer_leaves_first(pretend, first_is_within):
     """By the same losses: what operators take decides, not what parameters there are."""
-    dense, data, found = tiny("opt", layers=1), tokens(64, 24), []
+    dense, data, found = tiny("opt", layers=1), tokens(64, 8), []
     for attention in (1e-10, 1e-7):
         pretend(of_operator=partial(seconds_alone, attention=attention))
         first_is_within.clear()
@@ -93,7 +93,7 @@ def test_a_device_too_noisy_to_time_does_not_lose_the_model(pretend, first_is_wi
         return seconds(model) * (next(noise) if seconds(model) < most else 1)
 
     pretend(of_model=noisy)
-    result = osscar.prune(dense, tokens(64, 24), **ASKED)
+    result = osscar.prune(dense, tokens(64, 8), **ASKED)
     assert result.parameters_after < result.parameters_before
     found = result.target.timed
     assert (found.speedup, found.error) == (None, None)
@@ -104,4 +104,4 @@ def test_where_fewer_units_save_no_time_nothing_is_tried(pretend, monkeypatch):
     monkeypatch.setattr("osscar.allocation.allocate.measured_curves", None)
     pretend(of_operator=lambda operator, size: 1e-6)
     with pytest.raises(RequestError, match=r"no faster with fewer units; give smallest flops"):
-        osscar.prune(tiny("opt", layers=1), tokens(64, 24), **ASKED)
+        osscar.prune(tiny("opt", layers=1), tokens(64, 8), **ASKED)

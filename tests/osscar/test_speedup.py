@@ -49,7 +49,9 @@ def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed, monkeypatch)
     tables.assert_called_once()
 
 
-@pytest.mark.parametrize(("wanted", "binds"), [(1.1, True), (1.5, False)])
+@pytest.mark.parametrize(
+    ("wanted", "binds"), [(1.1, True), pytest.param(1.5, False, marks=pytest.mark.slow)]
+)
 def test_other_budgets_hold_at_every_step_of_a_speed_up(timed, wanted, binds):
     """At 1.1 times the speed the model would be larger than it may be."""
     model, asked = tiny("opt", layers=1), {"allocation": "uniform", "backend": "wanda"}
