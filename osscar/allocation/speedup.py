@@ -20,7 +20,7 @@ from torch import nn
 from osscar.allocation.clocks import Clock
 from osscar.allocation.task import PruningTask
 from osscar.allocation.timed import clock_of
-from osscar.base.errors import EquivalenceError, RequestError
+from osscar.base.errors import RequestError
 from osscar.base.timing import interleaved
 from osscar.network.modules import copied
 from osscar.preparation.prepare import Prepared
@@ -145,7 +145,7 @@ class WholeModels:
 
         Each is timed once; again where that was for another speed-up, and is too rough for this.
 
-        A `RequestError` says that none can be built, or that the device is too noisy to tell.
+        A `RequestError` says that the device is too noisy to tell.
         """
         key = self.key(kept)
         found = self.ratios.get(key)
@@ -280,10 +280,5 @@ def _built(prepared: Prepared, kept: Mapping[str, int]) -> nn.Module:
     fewer = [(g, range(kept[g.name])) for g in prepared.groups if g.name in kept]
     plans = (GroupPlan.of(g, tuple(some)) for g, some in fewer if len(some) < g.units)
     smaller = copied(prepared.model)
-    try:
-        shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
-    except EquivalenceError as error:
-        raise RequestError(
-            f"no trial model can be built to time: {error}; give flops (`--flops`)"
-        ) from error
+    shrink(smaller, PruningPlan(tuple(plans)), [prepared.example])
     return smaller

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graph import CouplingGroup, UnitKind
 from osscar.base.errors import RequestError
-from osscar.base.printable import listed, pluralize
+from osscar.base.printable import listed
 from osscar.request import AUTO, RoundTo, Widths, round_width
 
 SMALL = 128
@@ -46,15 +46,11 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: RoundTo) -
                 f"needs {group.fewest} at least: {possible_counts(group)}"
             )
         return count
-    if count > group.units:
+    if not 1 <= count <= group.units:
         raise RequestError(
-            f"cannot keep {pluralize(count, 'unit')} of {group.name!r}, which has "
-            f"{group.units} {group.kind}; give {group.units} or less, or a fraction"
-        )
-    if count < 1:
-        raise RequestError(
-            f"keeping {float(asked):g} of the {group.units} {group.kind} of {group.name!r} "
-            "keeps none; keep a larger fraction"
+            f"cannot keep {float(asked):g} of {group.name!r}, which has {group.units} "
+            f"{group.kind}: that is {count or 'none'} of them; give 1 to {group.units}, or a "
+            "fraction"
         )
     if count == group.units:
         return count

@@ -107,15 +107,10 @@ def check_usable(model: nn.Module) -> None:
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
     for name, parameter in parameters.items():
-        if nn.parameter.is_lazy(parameter):
-            raise ModelError(
-                f"{name!r} of {type(model).__name__} has no shape yet; run the model once first"
-            )
-        if parameter.is_meta:
-            raise ModelError(
-                f"{name!r} of {type(model).__name__} is on the device 'meta', where tensors have "
-                "no values; build the model on the CPU"
-            )
+        lazy = nn.parameter.is_lazy(parameter)
+        if lazy or parameter.is_meta:
+            todo = "run the model once" if lazy else "build the model on the CPU, not on 'meta'"
+            raise ModelError(f"{name!r} of {type(model).__name__} has no values yet; {todo} first")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -108,12 +108,10 @@ class Journal:
         what, place = self.what, self.directory
         try:
             names = sorted(path.name for path in place.iterdir()) if place.exists() else []
-        except NotADirectoryError as error:
-            raise JournalError(
-                f"{place} is a file, not a {what}; give another directory (`--out`)"
-            ) from error
         except OSError as error:
-            raise JournalError(f"cannot look into {place}: {reason_of(error)}") from error
+            raise JournalError(
+                f"cannot look into {place}: {reason_of(error)}; give another directory (`--out`)"
+            ) from error
         foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL.fullmatch(n)]
         if foreign and self.manifest_file not in names:
             raise JournalError(
@@ -151,15 +149,7 @@ class Journal:
 
     def manifest(self) -> JournalManifest | None:
         """Return what is kept here; None if nothing is yet."""
-        file = self.directory / self.manifest_file
-        if not file.exists():
-            return None
-        try:
-            return read_json(file, JournalManifest)
-        except FileError as error:
-            raise JournalError(
-                f"{file} is not the manifest of a {self.what}: {error.reason}; {self.otherwise}"
-            ) from error
+        return self.read(self.manifest_file, JournalManifest)
 
     def check(self, manifest: JournalManifest) -> JournalManifest | None:
         """Refuse to go on with something else; return what is kept here, None if nothing is yet."""

@@ -98,7 +98,6 @@ class RunLog(Journal):
     other_files = (
         *("attempt-[1-9]/recovery/*", "attempt-[1-9]/recovery", "attempt-[1-9]/*", "attempt-[1-9]"),
         *(_ATTEMPTS, _ALLOCATION, _TIMES),
-        *("walks.json", "allocation.json"),  # of logs before version 6
     )
     otherwise = "start over with --restart"
 

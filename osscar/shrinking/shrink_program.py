@@ -25,7 +25,6 @@ from osscar.proof.plan import (
     Form,
     PruningPlan,
     TracedInput,
-    check_traced,
     fixed_in_words,
 )
 from osscar.proof.program import ProgramModule, shrunk_graph, smaller, trace_dense, traced_as_open
@@ -159,7 +158,6 @@ class ProgramTrial:
         self.model = model
         self.example = in_format_of(example, model)
         self.inputs = [in_format_of(one, model) for one in inputs]
-        check_traced(tuple(TracedInput.of(name, x) for name, x in self.example.items()))
         self.left_open, self.program = traced_as_open(self._traced, self.example)
 
     def traced(self) -> tuple[TracedInput, ...]:

@@ -6,6 +6,7 @@ That the result is right is proved, not assumed: see `osscar.proof.equivalence`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -146,19 +147,13 @@ def _decide(fate: Tensor, group: GroupPlan, slot: Slot) -> None:
 
 def _checked_tensor(model: nn.Module, group: GroupPlan, slot: Slot) -> Tensor:
     path, _, attribute = slot.tensor.rpartition(".")
-    try:
-        tensor = getattr(model.get_submodule(path), attribute)
-        size = tensor.shape[slot.dim]
-    except (AttributeError, IndexError) as error:
-        raise ModelError(
-            f"group {group.name!r}: no {slot.tensor!r} of {slot.dim + 1} "
-            "dimensions in this model; the plan is for another"
-        ) from error
     last = slot.offset + slot.outer * slot.units * slot.inner
-    if slot.units != group.units or last > size:
-        raise ModelError(
-            f"group {group.name!r}: {slot.tensor!r} has {size} entries along dimension "
-            f"{slot.dim} and the plan needs {last}; the plan is for another model"
-        )
-    assert isinstance(tensor, Tensor)
-    return tensor
+    with suppress(AttributeError, IndexError):
+        tensor = getattr(model.get_submodule(path), attribute)
+        if slot.units == group.units and last <= tensor.shape[slot.dim]:
+            assert isinstance(tensor, Tensor)
+            return tensor
+    raise ModelError(
+        f"group {group.name!r}: no {slot.tensor!r} with {last} entries along dimension {slot.dim} "
+        "in this model; the plan is for another"
+    )

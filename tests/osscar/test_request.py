@@ -136,8 +136,8 @@ def test_equal_shares_spend_a_sparsity_to_the_last_neuron():
     ("asked", "message"),
     [
         ({}, "nothing to prune"),
-        ({"heads": 0.01}, "keeps none"),
-        ({"heads": 10}, "cannot keep 10 units of '0.heads', which has 9 .*; give 9 or less"),
+        ({"heads": 0.01}, "that is none of them"),
+        ({"heads": 10}, "cannot keep 10 of '0.heads', which has 9 .*; give 1 to 9"),
         ({"groups": {"hidden": 3}}, r"attention mixes it \(aten.softmax.int in block.a"),
         ({"sparsity": 0.5, "skip": ["7.*"]}, r"no group is called '7\.\*', which skip .*names"),
     ],
