@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -295,8 +294,7 @@ class SubsetProblem:
     Raises
     ------
     ProblemError
-        If there is no consumer, the consumers disagree on n, `keep` is out of range, or `name` is
-        no string or has control characters.
+        If there is no consumer, the consumers disagree on n, or `keep` is out of range.
 
     Examples
     --------
@@ -321,11 +319,6 @@ class SubsetProblem:
             )
         if not 0 < self.keep <= self.units:
             raise ProblemError(f"keep is {self.keep}; it must be from 1 to the {self.units} units")
-        if not isinstance(self.name, str) or not self.name.isprintable():
-            raise ProblemError(
-                f"name is {reprlib.repr(self.name)}; it must be a string that can be printed on "
-                "one line"
-            )
 
     @classmethod
     def from_gram(
@@ -454,7 +447,7 @@ class SubsetProblem:
                 )
                 for i, terms in enumerate(header["consumers"])
             )
-            problem = cls(consumers, header["keep"], header["name"])
+            problem = cls(consumers, header["keep"], str(header["name"]))
             problem.check_definite()
         except ProblemError as error:
             raise ProblemError(f"{path}: {error}") from error

@@ -146,11 +146,7 @@ def _first_states(
 
         cache.update = noted
         model(**{**fresh(example), cache_name(model): cache, "use_cache": True})
-    others = {
-        type(layer)
-        for index, layer in enumerate(cache.layers)
-        if index not in seen or type(layer) not in _KEPT
-    }
+    others = {type(layer) for index, layer in enumerate(cache.layers) if index not in seen}
     if others or not seen:
         raise _keeps_others(model, others, asked)
     return seen

@@ -97,8 +97,7 @@ def mixture(
     Raises
     ------
     OptionError
-        If a class is not one of modules, the name of a module is empty, or both `top_k` and `route`
-        are given.
+        If a class is not one of modules, or both `top_k` and `route` are given.
     ValueError
         If `scores` is none of these.
 
@@ -107,8 +106,6 @@ def mixture(
     >>> import osscar
     >>> _ = osscar.mixture("mylib.Block", gate="router", experts="ffns", top_k=2, normalize=True)
     """
-    if not (gate and experts):
-        raise OptionError(f"modules of a mixture are {gate!r} and {experts!r}; give their names")
     if route is not None and top_k is not None:
         raise OptionError(f"top_k is {top_k}, and route is given, too; give one of them")
     rule = None

@@ -77,14 +77,11 @@ class Sums:
     def add(self, X: Tensor, D: Tensor | None) -> None:
         """Add some positions."""
         total = _summed(X)  # NaN and infinity stay in it
-        if not bool(total.isfinite().all()):
+        energy, known = 0.0 if D is None else _energy(D), bool(total.isfinite().all())
+        if not (known and math.isfinite(energy)):
+            what = "outputs" if known else "inputs"
             raise NonFiniteError(
-                f"the inputs of {self.name!r} have NaN or infinite entries", _REMEDY
-            )
-        energy = 0.0 if D is None else _energy(D)
-        if not math.isfinite(energy):
-            raise NonFiniteError(
-                f"the outputs of {self.name!r} have NaN or infinite entries", _REMEDY
+                f"the {what} of {self.name!r} have NaN or infinite entries", _REMEDY
             )
         self.energy += energy
         self.positions += len(X)
