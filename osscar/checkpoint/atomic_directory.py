@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from osscar.base.errors import CheckpointError, OutputError
+from osscar.base.errors import FileError, OutputError
 from osscar.base.files import (
     PARTIAL,
     fsync,
@@ -152,7 +152,7 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         return
     try:
         manifest = read_manifest(path)
-    except CheckpointError:
+    except FileError:
         manifest = None
     written = frozenset(() if manifest is None else manifest.files)
     foreign = sorted(entry.name for entry in there if not _is_known(entry, written))

@@ -78,15 +78,7 @@ class TransformersOrigin:
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
-        self.check_stock(path)
-        model, loading = self.kind.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, loading = self.read_files(path, dtype)
         # transformers draws what is missing, leaves others out, and warns.
         stored = read_headers(path) or {}
         masks = {name for name, one in stored.items() if not one.dtype.is_floating_point}
@@ -100,11 +92,22 @@ class TransformersOrigin:
         read: nn.Module = model.eval()
         return read
 
-    def check_stock(self, path: Path) -> None:
-        """Compare what the config asks for with the weights, before any of it is allocated."""
-        stored = read_headers(path)
-        if stored is not None:  # else whoever loads them will say so
+    def read_files(self, path: Path, dtype: torch.dtype | None, *, trust: bool = False) -> Any:
+        """Read a model as transformers does, and what it says of that; `trust` runs its code.
+
+        What the config asks for is compared with the weights before any of it is allocated.
+        """
+        stored = None if trust else read_headers(path)
+        if stored is not None:  # else transformers will say so
             check_tensors(structure(self.build), stored, path)
+        return self.kind.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=not trust,
+            trust_remote_code=trust,
+            output_loading_info=True,
+        )
 
     def build(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Build the model unfilled, in the number formats that ``from_pretrained`` gives it."""

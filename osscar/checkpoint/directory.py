@@ -171,7 +171,8 @@ def save(
                         raise
                     why = first_line(error)
                     warn(f"only osscar.load will read the checkpoint: transformers fails ({why})")
-                    _empty(new)
+                    shutil.rmtree(new)
+                    new.mkdir()
         # Last, what is known now: reading it would compare with it.
         lineage = dataclasses.replace(manifest.lineage, sample=expected.sample)
         dataclasses.replace(manifest, lineage=lineage, fresh=fresh).write(new)
@@ -237,14 +238,6 @@ def _forms(model: nn.Module, lineage: Lineage) -> list[_Form]:
             named = (n for n in getattr(listed, CODE) if n not in ("AutoConfig", "AutoModel"))
             return [_Form(listed, next(named, "AutoModel")), _Form()]
     return [_Form()]
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
 
 
 def _write(

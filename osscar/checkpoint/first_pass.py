@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from osscar.base.errors import CheckpointError, ModelError
@@ -37,10 +37,15 @@ def check_sample(model: nn.Module, source: str) -> None:
 
 def check_causal(model: nn.Module, source: str) -> None:
     """Refuse a model that reads ahead, whose next tokens are no predictions."""
-    logits = _logits_of_two(model)
+    if is_on_disk(model):
+        return
+    length = min(2, context_length(model) or 2)
+    windows = torch.zeros(3, length, dtype=torch.int64, device=device_of(model))
+    windows[2, -1] = 1  # after two that are equal
+    logits = named_logits(call(model, {"input_ids": windows}))
     if logits is None or logits.shape[1] < 2:
         return
-    first, second, again = logits.float()
+    first, again, second = logits.float()
     same = torch.finfo(next(model.parameters()).dtype).eps ** 0.5 * float(first[0].abs().max())
     changed, noise = (float((first[0] - other[0]).abs().max()) for other in (second, again))
     if changed > same >= noise:
@@ -55,13 +60,3 @@ OTHERS = (
     "osscar.prune with inputs for it"
 )
 """What to do with what is no causal language model."""
-
-
-def _logits_of_two(model: nn.Module) -> Tensor | None:
-    """Return logits, (3, tokens, vocabulary), of two equal windows and one that ends otherwise."""
-    if is_on_disk(model):
-        return None
-    length = min(2, context_length(model) or 2)
-    windows = torch.zeros(3, length, dtype=torch.int64, device=device_of(model))
-    windows[1, -1] = 1
-    return named_logits(call(model, {"input_ids": windows}))

@@ -106,8 +106,8 @@ def load(
             model = builder.build(dtype)
         else:
             raise CheckpointError(
-                f"{path} holds a model of your own code; build the dense model and give it "
-                "(dense, `--dense`)"
+                f"{path} holds a model of your own code, and no code: give what builds the dense "
+                "one (dense, `--dense module:function`)"
             )
         fold(model, stored)  # what the pruned model has as a plain weight
         for plan in plans:

@@ -63,7 +63,16 @@ def run(file: Path, options: SolveOptions) -> None:
         )
         verification = solution.verify()
     _print_solution(solution, verification)
-    content = {"file": str(file), "problem": describe(problem), **_content(solution, verification)}
+    numbers = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in dataclasses.asdict(verification).items()
+    }
+    content = {
+        "file": str(file),
+        "problem": describe(problem),
+        **dataclasses.asdict(solution.record(verification)),
+        "verification": numbers,
+    }
     write_json(options.json, document("solve", 2, content))
 
 
@@ -114,13 +123,3 @@ def _print_solution(solution: Solution, verification: Verification) -> None:
     fewer = "kept" if 2 * problem.keep <= problem.units else "removed"
     units = solution.support if fewer == "kept" else solution.removed
     say(f"{fewer}: {' '.join(map(str, units.tolist()))}")
-
-
-def _content(solution: Solution, verification: Verification) -> dict[str, Any]:
-    fields = dataclasses.asdict(verification)
-    numbers = {k: _finite(v) if isinstance(v, float) else v for k, v in fields.items()}
-    return {**dataclasses.asdict(solution.record(verification)), "verification": numbers}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

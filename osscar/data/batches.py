@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, ModelError, of_part
 from osscar.base.inputs import safe_repr
-from osscar.data.alike import alike, joined, shapes_of
-from osscar.data.samples import SampleSet, check_tensors
+from osscar.data.samples import SampleSet, alike, check_tensors, joined, shapes_of
 from osscar.data.text import CalibrationSet
 from osscar.network.modules import context_length, example_length, token_embeddings
 

@@ -119,9 +119,7 @@ class Preprocessing:
                 f"and the example inputs are {example.dtype} of {tuple(example.shape)}; state what "
                 "the model reads, or give a function that makes it"
             )
-        size = self.crop or (example.shape[-2], example.shape[-1])
-        channels: Any = example.shape[1]
-        return dataclasses.replace(self, crop=size, channels=channels)
+        return self.of_size(example.shape[-2], example.shape[-1], example.shape[1])
 
     def of_size(self, height: int, width: int, channels: int) -> Self:
         """Take the size and the channels that are None from pixels as they are stored."""
@@ -223,13 +221,14 @@ class Transform:
     def _checked(self, image: Any) -> Tensor:
         with attempt() as tried:  # it is anyone's code
             found = self.function(image)
-            if isinstance(found, Tensor):
-                return found
-            raise TypeError(f"it returns a {type(found).__name__}, not a tensor")
+        if not tried.failed and isinstance(found, Tensor):
+            return found
+        returned = "" if tried.failed else f"it returns a {type(found).__name__}"
+        why = returned or f"{type(tried.error).__name__}: {first_line(tried.error)}"
         raise DataError(
-            f"the transform of {self.source} fails on an image: {type(tried.error).__name__}: "
-            f"{first_line(tried.error)}; give one that returns a tensor (channels, height, width)"
-        ) from tried.error
+            f"the transform of {self.source} fails on an image: {why}; give one that returns a "
+            "tensor (channels, height, width)"
+        )
 
 
 AnyPreprocessing: TypeAlias = Preprocessing | Transform

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from osscar.base.errors import DataError, FileError, first_line
+from osscar.base.errors import FileError, first_line, of_part
 from osscar.base.files import reason_of
 from osscar.base.memory import attempt
 from osscar.data.batches import accepted_arguments, check_arguments, needed_arguments
@@ -80,7 +80,9 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     Raises
     ------
     FileError
-        If there is no such file, it is damaged, or its entries do not fit the model.
+        If there is no such file, or it is damaged.
+    DataError
+        If its entries do not fit the model.
     """
     path = located(spec)
     if path.suffix not in _SUFFIXES:
@@ -93,8 +95,6 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     labels, groups = (
         None if name in needed else tensors.pop(name, None) for name in (LABELS, GROUPS)
     )
-    try:
+    with of_part(str(spec)):
         check_arguments(model, tensors)
         return TensorSet(str(spec), tensors, labels, groups)
-    except DataError as error:
-        raise FileError(path, str(error)) from error

@@ -16,10 +16,9 @@ from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
 from osscar.base.progress import progress_bar
 from osscar.checkpoint.first_pass import check_causal
-from osscar.data.alike import end_of, rows_and_batches
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet
-from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet
+from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet, end_of, rows_and_batches
 from osscar.data.text import CalibrationSet, TextSet
 from osscar.distance.distance import summed_divergence
 from osscar.distance.scores import labelled_scores, outputs_by_name

@@ -165,7 +165,10 @@ class Graph:
         self.head_width = width = attentions[0].head_dim
         self.heads = [one.q_proj.out_features // width for one in attentions]
         self.key_heads = [one.k_proj.out_features // width for one in attentions]
-        self.neurons = [_neurons(layer.mlp) for layer in self.layers]
+        experts = mixtures(model)
+        self.neurons = [one.down_proj.shape[2] for one in experts]
+        if not experts:
+            self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
         self.kind, self.alike = _FAMILIES[type(model).__name__], alike
         self.architecture = self.kind.alike if alike else self.kind.each
@@ -235,11 +238,6 @@ class Graph:
             elif ".q_proj." in name:
                 rows = [tensors[name.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"]
                 yield name.replace(".q_proj.", ".qkv_proj."), torch.cat(rows)
-
-
-def _neurons(block: Any) -> int:
-    experts = getattr(block, "experts", None)
-    return int(block.down_proj.in_features if experts is None else experts.down_proj.shape[2])
 
 
 @torch.no_grad()
@@ -351,17 +349,11 @@ def _write(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
                 raise ModelError(
                     f"{key!r} holds numbers that {graph.dtype} does not; give bf16 or f32"
                 )
-            writer.write_tensor_data(_bits(stored))
+            if stored.dtype is torch.bfloat16:  # which numpy has not
+                stored = stored.view(torch.int16)
+            writer.write_tensor_data(stored.cpu().numpy())
     finally:
         writer.close()
-
-
-def _bits(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor for writing; numpy has no bfloat16."""
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-    array: np.ndarray[Any, Any] = tensor.cpu().numpy()
-    return array
 
 
 def _check_written(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:

@@ -208,14 +208,7 @@ def _from_directory(
 ) -> LoadedModel:
     path, source = directory_of(name)
     built, example, brought, processor = None, None, None, None
-    if kind is ModelKind.CODE_DIRECTORY:
-        if dense is None or kind_of(dense) is not ModelKind.CODE:
-            given = "" if dense is None else f", not {dense!r}"
-            raise ModelError(
-                f"{path} holds a model of your own code, which a checkpoint does not contain: say "
-                "what builds the dense one (`--dense module:function`, or dense= of "
-                f"osscar.load){given}"
-            )
+    if dense is not None:
         built, example, brought = user_code.build(dense)
     classifier = kind is ModelKind.CLASSIFIER  # whose own number format nothing else records
     model = checkpoint.load(path, dense=built, dtype=None if classifier else dtype)

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from osscar.base.errors import CheckpointError, FileError, ModelError, first_line
+from osscar.base.errors import FileError, ModelError, first_line
 from osscar.base.json_files import read_json
 from osscar.checkpoint.manifest import CONFIG_FILE, read_manifest
 from osscar.models.packaged import PACKAGED_MODELS, fetch
@@ -101,7 +101,7 @@ def kind_of(name: str | Path) -> ModelKind:
                 return ModelKind.PROGRAM_DIRECTORY
         file = path / CONFIG_FILE
         config = read_json(file, dict[str, Any]) if file.is_file() else {}
-    except (OSError, RuntimeError, ValueError, CheckpointError, FileError, ModelError):
+    except (OSError, RuntimeError, ValueError, FileError, ModelError):
         return ModelKind.LANGUAGE  # whoever opens it will say what is wrong
     classes = config.get("architectures")
     named = classes[0] if isinstance(classes, list) and classes else ""

@@ -106,19 +106,13 @@ def _load_stock(
     path: Path, source: str, trust_remote_code: bool, dtype: torch.dtype | None
 ) -> tuple[nn.Module, torch.dtype]:
     """Read a model as transformers does; return the number format in which it lies there, too."""
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     # A config whose numbers make no sense raises whatever it meets.
     with attempt(OsscarError) as tried:
-        config = transformers.AutoConfig.from_pretrained(path, **options)
-        if not trust_remote_code:
-            TransformersOrigin(transformers.AutoModelForCausalLM, config).check_stock(path)
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
+        origin = TransformersOrigin(transformers.AutoModelForCausalLM, config)
+        model, loading = origin.read_files(path, dtype, trust=trust_remote_code)
     if tried.failed:
         raise _explained(source, tried.error) from tried.error
     missing, more = (sorted(loading[f"{which}_keys"]) for which in ("missing", "unexpected"))

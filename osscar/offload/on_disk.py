@@ -140,11 +140,6 @@ def _to(tensor: OnDisk, *args: Any, **options: Any) -> OnDisk:
 
 
 def _assign(tensor: OnDisk, data: Tensor) -> None:
-    if data.shape != tensor.shape:
-        raise ModelError(
-            f"{tensor.place.stored.name!r} of shape {tuple(tensor.shape)} is assigned values of "
-            f"shape {tuple(data.shape)}; make a new parameter"
-        )
     if isinstance(data, OnDisk):
         tensor.place, tensor.cache = data.place, data.cache
     else:

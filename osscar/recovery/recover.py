@@ -200,16 +200,13 @@ def recover_as_asked(
     model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
     for one in (model, dense):
         check_trainable(one)
-    if are_swapped(model, dense):
-        raise ModelError(
-            f"the models are swapped: the dense {type(dense).__name__} is smaller, or was pruned "
-            f"more often, than the {type(model).__name__} to be trained; give the smaller one first"
-        )
     other = why_not_dense(model, dense)
+    if are_swapped(model, dense):
+        other = "it is smaller than that, or was pruned more often"
     if other is not None:
         raise ModelError(
             f"the smaller model was not pruned from this {type(dense).__name__}: {other}; give the "
-            "dense model that it came from, with the same code"
+            "smaller one first, and then the dense model that it came from, with the same code"
         )
     windows, samples = (samples_for(request, windows=kind) for kind in (True, False))
     data = read_once(dense, data, windows=windows, samples=samples)

@@ -12,11 +12,10 @@ from torch import nn
 from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
-from osscar.data.alike import alike, joined, shapes_of
 from osscar.data.batches import Batch, ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.parts import held_out, run_length, shuffled
-from osscar.data.samples import named_generator
+from osscar.data.samples import alike, joined, named_generator, shapes_of
 from osscar.distance.distance import Distance
 from osscar.network.modules import copied, device_of
 from osscar.preparation.together import together

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,12 @@ if TYPE_CHECKING:
     from osscar.report.sections import Section
 
 
-class Shown:
+class Shown(ABC):
     """A result that shows its `sections`, in a terminal or a notebook."""
 
+    @abstractmethod
     def sections(self) -> Iterable[Section]:
         """Return the tables, figures and texts of a result."""
-        raise NotImplementedError
 
     def summary(self) -> str:
         """Return the texts and tables of a result as a terminal shows them."""

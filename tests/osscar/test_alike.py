@@ -10,9 +10,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import osscar
-from osscar.data.alike import alike
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import load_batches
+from osscar.data.samples import alike
 from osscar.preparation.prepare import prepare
 from osscar.preparation.together import together
 from osscar.recovery.request import RecoveryRequest
