@@ -17,8 +17,7 @@ from osscar.network.hooks import hooks
 from osscar.network.predictions import (
     LOGITS,
     holds_probabilities,
-    named_fractions,
-    named_logits,
+    outputs_by_name,
     place_of_classes,
     reads_sequences,
 )
@@ -208,12 +207,6 @@ def asked_scores(one: Pass) -> Scores | None:
 
 
 # ---- outputs -----------------------------------------------------------------------------
-
-
-def outputs_by_name(result: Any) -> dict[str, Tensor]:
-    """Return the real numbers that a model returns; where one is called `logits`, that alone."""
-    named = named_logits(result)
-    return named_fractions(result) if named is None else {LOGITS: named}
 
 
 def real_positions(name: str, output: Tensor, batch: Batch) -> Tensor | None:

@@ -21,7 +21,7 @@ from osscar.data.images import ImageSet
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet, end_of, rows_and_batches
 from osscar.data.text import CalibrationSet, TextSet
 from osscar.distance.distance import summed_divergence
-from osscar.distance.scores import labelled_scores, outputs_by_name
+from osscar.distance.scores import labelled_scores
 from osscar.network.modules import check_usable, evaluating, token_embeddings
 from osscar.network.predictions import (
     LOGITS,
@@ -29,6 +29,7 @@ from osscar.network.predictions import (
     known_output,
     named_logits,
     named_outputs,
+    outputs_by_name,
     reads_sequences,
 )
 from osscar.offload.on_disk import room_for_pass

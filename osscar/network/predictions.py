@@ -24,11 +24,14 @@ def named_logits(result: Any) -> Tensor | None:
 
 def known_output(result: Any) -> tuple[str, Tensor | None]:
     """Return the logits, or the only output with fractions, with its name; else "" and None."""
+    outputs = outputs_by_name(result)
+    return next(iter(outputs.items())) if len(outputs) == 1 else ("", None)
+
+
+def outputs_by_name(result: Any) -> dict[str, Tensor]:
+    """Return the real numbers that a model returns; where one is called `logits`, that alone."""
     named = named_logits(result)
-    if named is not None:
-        return LOGITS, named
-    fractions = named_fractions(result)
-    return next(iter(fractions.items())) if len(fractions) == 1 else ("", None)
+    return named_fractions(result) if named is None else {LOGITS: named}
 
 
 def reads_sequences(inputs: Iterable[Tensor]) -> bool:

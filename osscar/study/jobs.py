@@ -19,11 +19,12 @@ import torch
 
 import solvers
 from osscar.base.errors import JournalError
-from osscar.base.files import digest
+from osscar.base.files import atomic_write, digest
 from osscar.base.memory import available_memory
 from osscar.base.process import handling
-from osscar.study.answers import answered
-from osscar.study.records import Record
+from osscar.study.records import ProofBasis, Record
+from solvers import Solution
+from solvers.certificates.certificate import MultiplierCertificate
 
 CERTIFICATES = "certificates"
 """The part of a study's directory that holds what proves its answers."""
@@ -152,6 +153,32 @@ def solve_task(task: Task) -> Record:
         return dataclasses.replace(asked, error=f"{asked.backend} {refusal}")
     try:
         solution = solvers.solve(problem, asked.backend, options=dict(asked.options))
-        return answered(asked, solution, task.directory, task.certificate)
+        return _answered(asked, solution, task.directory, task.certificate)
     except solvers.SolverError as error:
         return dataclasses.replace(asked, error=str(error))
+
+
+def _answered(asked: Record, solution: Solution, directory: Path, certificate: str) -> Record:
+    """Verify a solution, write what proves it to a file of the study, and return its record."""
+    said = solution.record(solution.verify())
+    fields = {field.name for field in dataclasses.fields(Record)}
+    rests_on = ProofBasis.WORD if said.recomputed_bound is None else ProofBasis.RECOMPUTED
+    with atomic_write(directory / certificate) as partial:
+        proved = solvers.save_certificate(partial, solution)
+    return dataclasses.replace(
+        asked,
+        **{name: value for name, value in vars(said).items() if name in fields},
+        proof=ProofBasis.NONE if said.lower_bound is None else rests_on,
+        bound_limit=_limit(solution),
+        certificate=certificate if proved else "",
+    )
+
+
+def _limit(solution: Solution) -> float | None:
+    """Return what no bound of that kind can exceed; None where the certificate does not tell."""
+    if not isinstance(solution.certificate, MultiplierCertificate):
+        return None
+    try:
+        return solution.certificate.limit(solution.problem)
+    except solvers.VerificationError:  # rounded, they are no moments
+        return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from osscar.base.files import write_bytes, write_text
 from osscar.base.printable import are, decimals, percent, pluralize, share
+from osscar.report.figures import legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.sections import (
     Figure,
@@ -26,10 +27,11 @@ from osscar.report.sections import (
 from osscar.report.shown import Shown, columns
 from osscar.study.cases import HIT, Case, proofs_in_words
 from osscar.study.design import SPARSITIES
-from osscar.study.figures import gaps_figure
 from osscar.study.records import WINDOW, Instance, Record, window_layer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
     from osscar.study.design import StudyDesign
     from osscar.study.directory import Study
 
@@ -293,3 +295,32 @@ def scores_table(summary: Summary) -> Table:
         },
         pairs.items(),
     )
+
+
+# ---- the figure --------------------------------------------------------------------------
+
+_LONGEST_NAME = 40
+
+
+def gaps_figure(cases: Sequence[Case]) -> Drawing:
+    """Draw the gap of each problem as bars, solid what is open, hollow what the root bound left."""
+    names = list(dict.fromkeys(case.best.instance for case in cases))
+    sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
+    step = 0.8 / len(sparsities)
+    figure, (axes,) = new_figure(width=max(4.4, 0.26 * len(names) + 2), height=3.8)
+    for index, sparsity in enumerate(sparsities):
+        offset = (index - (len(sparsities) - 1) / 2) * step
+        mine = [case for case in cases if sparsity in case.sparsities]
+        x = [names.index(case.best.instance) + offset for case in mine]
+        axes.bar(x, [case.root_gap or 0.0 for case in mine], step * 0.9, facecolor="none",
+                 edgecolor=f"C{index}", linewidth=0.7)  # fmt: skip
+        axes.bar(x, [0.0 if case.closed else case.gap or 0.0 for case in mine], step * 0.9,
+                 color=f"C{index}", label=f"{share(sparsity)} removed")  # fmt: skip
+    cut = 1 - _LONGEST_NAME
+    short = [name if len(name) <= _LONGEST_NAME else f"…{name[cut:]}" for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7, parse_math=False)
+    axes.yaxis.set_major_formatter(shares)
+    axes.set_ylabel("gap to the lower bound")
+    axes.grid(axis="x", visible=False)
+    legend(figure)
+    return figure

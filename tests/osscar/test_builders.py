@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graph
 import osscar
-from osscar.base.errors import CheckpointError
+from osscar.base.errors import CheckpointError, FileError
 from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.directory import save
 from osscar.checkpoint.manifest import MANIFEST_FILE
@@ -38,14 +38,14 @@ def test_a_model_of_torchvision_is_built_again_by_name(tmp_path: Path) -> None:
     assert_alike(osscar.load(tmp_path / "small"), model, IMAGES)
     file = tmp_path / "small" / MANIFEST_FILE
     written = file.read_text()
-    for change, match in (
-        ({"options": {"norm_layer": ["os", "system"]}}, "norm_layer"),
-        ({"options": {"no_such_option": 1}}, "no_such_option"),
+    for change, error, match in (
+        ({"options": {"norm_layer": ["os", "system"]}}, FileError, "norm_layer"),
+        ({"options": {"no_such_option": 1}}, CheckpointError, "no_such_option"),
     ):
         data = json.loads(written)
         data["lineage"]["origin"].update(change)
         file.write_text(json.dumps(data))
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(error, match=match):
             osscar.load(tmp_path / "small")
 
 

@@ -11,8 +11,9 @@ import osscar
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.data.images import ImageSet
 from osscar.data.preprocessing import Preprocessing
-from osscar.distance.scores import labelled_scores, outputs_by_name
+from osscar.distance.scores import labelled_scores
 from osscar.evaluation.quality import score
+from osscar.network.predictions import outputs_by_name
 from osscar.preparation.failures import check_repeatable
 from tests.osscar.networks import images
 
