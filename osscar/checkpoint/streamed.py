@@ -75,7 +75,7 @@ def _fill_from_disk(
                 f"{_ELSEWHERE}"
             )
         _check_range(found[0], parameter.dtype)
-        _put(model, names, parameter, Place.of(found[0]).cast(parameter.dtype), cache)
+        _put(model, names, parameter, Place(found[0], found[0].shape).cast(parameter.dtype), cache)
 
 
 def _check_range(values: StoredTensor, dtype: torch.dtype) -> None:

@@ -19,14 +19,14 @@ from osscar.cli.opening import limit_of, opened, tell_data
 from osscar.cli.options import PruneOptions, recovery_of, refuse, request_of
 from osscar.cli.recover import LOG, tell_recovery
 from osscar.cli.saving import SavingJob, saved_line, write_copy
-from osscar.data.batches import CalibrationData
+from osscar.data.batches import CalibrationData, as_inputs
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.offload.on_disk import is_on_disk
 from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import check_enough, samples_for
+from osscar.recovery.samples import samples_for, split
 from osscar.recovery.training import RecoveryLog
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import facts
@@ -155,7 +155,7 @@ class _Job(SavingJob):
             data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
             if self.ranks.first:
                 tell_data("recovery", loaded, data, always=True)
-        check_enough(loaded.model, data, self.recovery)
+        split(as_inputs(loaded.model, data), loaded.model, self.recovery)  # refuses too few
         return data
 
     def _made(

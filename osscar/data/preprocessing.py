@@ -246,7 +246,7 @@ def as_preprocessing(given: Any, source: str, channels: int = 3) -> AnyPreproces
     )
 
 
-def check_stated(preprocessing: AnyPreprocessing | None, source: str = "a model") -> None:
+def check_stated(preprocessing: AnyPreprocessing | None, source: str) -> None:
     """Refuse to guess what is done to an image: an OptionError says what to give."""
     missing = ["transform"] if preprocessing is None else []
     if isinstance(preprocessing, Preprocessing):

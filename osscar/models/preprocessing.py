@@ -27,7 +27,13 @@ def resolved(
     known = brought if stated is None else stated
     image = None if example is None else image_of(example)
     if not isinstance(known, Preprocessing):
-        return known, _example_of(model, known) if example is None else example
+        if example is None and known is not None:
+            from PIL import Image
+
+            made = known.transform()(Image.new(known.mode, (256, 256)))
+            kind = Input(tuple(made.shape), str(made.dtype)[6:])
+            example = named_inputs(model, (_noise(kind),))
+        return known, example
     if example is not None and image is None:
         raise no_images(example, source)
     known = known.fitted(image)
@@ -40,16 +46,6 @@ def resolved(
         kind = Input((known.channels, height, width), "float32")
         example = named_inputs(model, (_noise(kind),))
     return known, example
-
-
-def _example_of(model: nn.Module, transform: AnyPreprocessing | None) -> Batch | None:
-    """Return example inputs of the form that a transform makes of an image; None without one."""
-    from PIL import Image
-
-    if transform is None:
-        return None
-    made = transform.transform()(Image.new(transform.mode, (256, 256)))
-    return named_inputs(model, (_noise(Input(tuple(made.shape), str(made.dtype)[6:])),))
 
 
 def of_directory(

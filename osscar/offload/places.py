@@ -12,6 +12,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -96,17 +97,20 @@ class Scratch(Source):
 
     def __init__(self) -> None:
         self.path = Path(tempfile.gettempdir())
-        try:
+        with self._room():
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise self._no_room(error) from error
         self.end = 0
 
-    def _no_room(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"cannot write to a file in {self.path}: {error.strerror}; let the environment "
-            "variable TMPDIR name a directory with room for the model"
-        )
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Say where there is no room for what the block writes, and what helps."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to a file in {self.path}: {error.strerror}; let the environment "
+                "variable TMPDIR name a directory with room for the model"
+            ) from error
 
     def _check_unwritten(self) -> None:
         """Do nothing: nobody else can write to a file without a name."""
@@ -114,13 +118,11 @@ class Scratch(Source):
     def append(self, rest: memoryview) -> int:
         """Write bytes at the end; return where that was."""
         begin = self.end
-        while rest:
-            try:
+        with self._room():
+            while rest:
                 self._file.seek(self.end)
                 written = self._file.write(rest[:PIECE])
-            except OSError as error:
-                raise self._no_room(error) from error
-            self.end, rest = self.end + written, rest[written:]
+                self.end, rest = self.end + written, rest[written:]
         return begin
 
 
@@ -223,11 +225,6 @@ class Place:
     stored: StoredTensor
     shape: tuple[int, ...]
     steps: tuple[Step, ...] = ()
-
-    @classmethod
-    def of(cls, values: StoredTensor) -> Place:
-        """Return the place of values as the file has them."""
-        return cls(values, values.shape)
 
     @property
     def dtype(self) -> torch.dtype:

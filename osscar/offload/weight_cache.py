@@ -84,9 +84,8 @@ class WeightCache:
             self._scratch = Scratch()
         values = values.detach().contiguous().cpu()
         offset = self._scratch.append(as_bytes(values))
-        return Place.of(
-            StoredTensor(self._scratch, offset, tuple(values.shape), values.dtype, name)
-        )
+        shape = tuple(values.shape)
+        return Place(StoredTensor(self._scratch, offset, shape, values.dtype, name), shape)
 
     def leave_free(self, room: int) -> None:
         """Leave so many bytes below the ceiling free for other things from now on."""

@@ -39,15 +39,10 @@ def samples_for(request: RecoveryRequest, *, windows: bool) -> int:
     return request.steps * size + (request.held_out or HELD_OUT_MOST[windows])
 
 
-def check_enough(dense: nn.Module, data: Any, request: RecoveryRequest) -> None:
-    """Refuse too few data (DataError), before the pruning that precedes a recovery."""
-    split(as_inputs(dense, data), dense, request)
-
-
 def split(
     inputs: ModelInputs, model: nn.Module, request: RecoveryRequest
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the samples that train, and those that are held out, one a batch.
+    """Return the samples that train, and those that are held out, one a batch (DataError).
 
     They are shuffled by the seed, copies together (`shuffled`), and the last are held out.  A
     window of text that has 32 tokens in a row in common with one of these (half a window, if that

@@ -15,7 +15,7 @@ def parameter(tmp_path):
     values = torch.arange(12, dtype=torch.float32).view(3, 4)
     (tmp_path / "values").write_bytes(b"what is before them " + values.numpy().tobytes())
     stored = StoredTensor(Source(tmp_path / "values"), 20, (3, 4), torch.float32, "w")
-    return OnDisk(Place.of(stored), WeightCache(1 << 40)), values
+    return OnDisk(Place(stored, stored.shape), WeightCache(1 << 40)), values
 
 
 def test_it_is_a_parameter_to_whoever_asks(parameter):
