@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from osscar.data.preprocessing import (
     as_preprocessing,
     check_stated,
 )
-from osscar.data.sample_files import located, read_tensors
+from osscar.data.sample_files import read_tensors
 from osscar.data.samples import (
     GROUPS,
     IMAGES,
@@ -241,13 +242,13 @@ def find_images(spec: Any, preprocessing: AnyPreprocessing, reader: str) -> Imag
 
 
 def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
-    path = located(spec)
-    if path.suffix == ".npz" and path.is_file():
+    path = Path(os.path.expanduser(spec))
+    if path.suffix == ".npz" and os.path.isfile(path):
         return _from_archive(path, preprocessing)
     # Not `make_dataset` of torchvision, which walks in circles through links, and opens pipes.
     files = sorted(
         file
-        for file in path.rglob("*")
+        for file in (path.rglob("*") if os.path.isdir(path) else ())
         if file.suffix.lower() in _IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and file.is_file()

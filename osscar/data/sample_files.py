@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from osscar.base.errors import FileError, first_line, of_part
-from osscar.base.files import reason_of
 from osscar.base.memory import attempt
 from osscar.data.batches import accepted_arguments, check_arguments, needed_arguments
 from osscar.data.samples import GROUPS, IMAGES, LABELS, TensorSet
@@ -19,16 +19,6 @@ _SUFFIXES = (".npz", ".safetensors")
 
 _INDICES = (torch.int16, torch.uint16, torch.uint32)
 """Whole numbers by which torch does not index, such as tokens in 16 bits: they become int64."""
-
-
-def located(spec: str | Path) -> Path:
-    """Return the path that a name stands for."""
-    try:
-        path = Path(spec).expanduser()
-        path.exists()  # which fails of a name that is too long
-        return path
-    except (OSError, RuntimeError) as error:
-        raise FileError(spec, f"it cannot be looked for: {reason_of(error)}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -56,9 +46,9 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def holds_images(spec: str | Path, model: nn.Module) -> bool:
     """Tell whether a name is a directory, or an archive of `images` that the model lacks."""
-    path = located(spec)
-    if path.suffix != ".npz" or not path.is_file() or IMAGES in accepted_arguments(model):
-        return path.is_dir()
+    path = os.path.expanduser(spec)
+    if not path.endswith(".npz") or IMAGES in accepted_arguments(model):
+        return os.path.isdir(path)
     with attempt(), np.load(path, allow_pickle=False) as arrays:
         return IMAGES in arrays.files
     return False  # whoever reads it will say what is wrong
@@ -84,7 +74,7 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     DataError
         If its entries do not fit the model.
     """
-    path = located(spec)
+    path = Path(os.path.expanduser(spec))
     if path.suffix not in _SUFFIXES:
         raise FileError(
             spec,
