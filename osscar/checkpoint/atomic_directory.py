@@ -116,8 +116,9 @@ def check_output(
     try:
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; give a directory")
-        for need in _existing((os.curdir, *inputs)):
-            if path == need or path in need.parents:
+        for name in (os.curdir, *inputs):
+            need = Path(os.path.realpath(os.path.expanduser(str(name))))
+            if name is not None and (path == need or path in need.parents):
                 raise OutputError(f"{path} would replace {need}, which is in use; give another")
         finish_killed(path)
         _check_replaceable(path, overwrite)
@@ -135,14 +136,6 @@ def check_output(
             f"{free / 1e6:,.0f} MB left; make room, or give another directory"
         )
     return path
-
-
-def _existing(inputs: Sequence[str | os.PathLike[str] | None]) -> Iterator[Path]:
-    """Yield those names that can be paths; whoever reads the others will say what is wrong."""
-    for name in inputs:
-        with suppress(OutputError):
-            if name is not None:
-                yield resolved(name)
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:

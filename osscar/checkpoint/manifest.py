@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,11 +58,9 @@ class Manifest:
 def checkpoint_directory(directory: str | os.PathLike[str]) -> Path:
     """Return the directory of a checkpoint, as far as the names of its files tell."""
     name = os.fspath(directory)
-    # Such as of a name that is too long, and of a user without a home.
-    with suppress(OSError, RuntimeError, ValueError):
-        source = Path(name).expanduser()
-        if any((source / one).is_file() for one in (MANIFEST_FILE, CONFIG_FILE)):
-            return source.resolve()
+    source = os.path.expanduser(name)
+    if any(os.path.isfile(os.path.join(source, one)) for one in (MANIFEST_FILE, CONFIG_FILE)):
+        return Path(source).resolve()
     raise CheckpointError(
         f"{name!r} is no directory with a checkpoint; give one that `osscar prune` wrote, or one "
         "of a model of transformers"

@@ -227,16 +227,16 @@ class SampleList(SampleSet):
 
 def checked_numbers(name: str, given: Any, count: int) -> Tensor | None:
     """Return the labels or groups of so many samples as int64, or refuse what are no such."""
-    found = None if given is None else torch.as_tensor(given)
-    if found is None:
+    if given is None:
         return None
-    places = 1 if name == GROUPS else found.ndim
-    if kind_of_numbers(found) != "whole" or found.shape[:1] != (count,) or found.ndim != places:
-        raise DataError(
-            f"the {name} must be {count} whole numbers, one a sample, not {found.dtype} of "
-            f"{tuple(found.shape)}"
-        )
-    return found.to("cpu" if name == GROUPS else found.device, torch.int64)
+    found = torch.as_tensor(given) if name == GROUPS else given
+    shown = safe_repr(found)
+    if isinstance(found, Tensor):
+        shown = f"{found.dtype} of {tuple(found.shape)}"
+        fits = found.shape[:1] == (count,) and (found.ndim == 1 or name != GROUPS)
+        if kind_of_numbers(found) == "whole" and fits:
+            return found.to("cpu" if name == GROUPS else found.device, torch.int64)
+    raise DataError(f"the {name} must be {count} whole numbers, one a sample, not {shown}")
 
 
 def bytes_of(name: str, tensor: Tensor) -> bytes:

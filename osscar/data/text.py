@@ -63,10 +63,7 @@ def _text_of(spec: Any, characters: int | None) -> tuple[str, str]:
         name = f"a {type(spec).__name__}"
         return _joined(spec, name, characters), name
     name = os.fspath(spec)
-    try:
-        is_file = Path(name).expanduser().exists() or Path(name).suffix in _TEXT_SUFFIXES
-    except (OSError, RuntimeError, ValueError):
-        is_file = True  # reading it says why not
+    is_file = os.path.exists(os.path.expanduser(name)) or Path(name).suffix in _TEXT_SUFFIXES
     if characters is None or is_file or not name or name.startswith((".", "/", "~")):
         return read_text(name), name
     datasets = optional("datasets", "data", f"reading the data set {name!r}", ", or a text file")
