@@ -63,7 +63,7 @@ def vocabulary_fields(directory: Path, size: int, library: Any) -> dict[str, Any
     most = max(known.values(), default=size)
     why = _why_not(content)
     if most >= size:
-        why = f"has ids up to {most}, and the model {size} embeddings"
+        why = f"has ids up to {most}, and the model {size} embeddings: copy the original there"
     if why is not None:
         raise ModelError(
             f"llama.cpp does not read text as the tokenizer in {directory}, which {why}"
