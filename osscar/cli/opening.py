@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -73,17 +73,19 @@ def stated_preprocessing(options: OpenOptions | InspectOptions) -> Preprocessing
         *channels, height, width = found * 2 if len(found) == 1 else found
         known["crop"] = height, width
         if channels:
-            known["channels"] = channels[0] if len(channels) == 1 else channels
+            known["channels"] = channels[0]
     return Preprocessing(**known) if known else None
 
 
 def _numbers(
     text: str, option: str, kind: type[Any], separator: str, example: str
 ) -> tuple[Any, ...]:
-    try:
-        return tuple(map(kind, text.split(separator)))
-    except ValueError:
-        raise OptionError(f"{option} {text!r:.60} is not numbers such as {example}") from None
+    found: tuple[Any, ...] = ()
+    with suppress(ValueError):
+        found = tuple(map(kind, text.split(separator)))
+    if not 1 <= len(found) <= 3 or (kind is int and min(found) < 1):
+        raise OptionError(f"{option} is {text!r:.60}; give numbers such as {example}")
+    return found
 
 
 def opened(

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from osscar.base.errors import OptionError
 from osscar.cli.options import SweepOptions, request_of
-from osscar.request import BudgetKind, Keep, PruningRequest
+from osscar.request import BudgetKind, PruningRequest
 from osscar.run.jobs import SweepJob, jobs
 
 R = TypeVar("R", bound=PruningRequest)
@@ -14,17 +14,6 @@ R = TypeVar("R", bound=PruningRequest)
 
 def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[SweepJob, ...]]:
     """Return the request (or its `ArgumentsAlone`) at the first point, and all points."""
-    budget, values, fixed = _asked(options)
-    method = vars(options)["allocation"]
-    points = jobs(budget, values, baselines=options.baselines, allocation=method)
-    base = request_of(options, request, **{**fixed, str(budget): points[0].value})
-    for job in points:
-        job.request(base)
-    return base, points
-
-
-def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[str, ...], dict[str, Keep | None]]:
-    """Return the one budget that is given a list, what is in that, and the other budgets."""
     given = {kind: text for kind in BudgetKind if (text := getattr(options, kind)) is not None}
     lists = {kind: text for kind, text in given.items() if "," in text or len(given) == 1}
     if len(lists) != 1:
@@ -35,4 +24,10 @@ def _asked(options: SweepOptions) -> tuple[BudgetKind, tuple[str, ...], dict[str
         )
     ((budget, text),) = lists.items()
     values = tuple(part.strip() for part in text.split(",") if part.strip())
-    return budget, values, {str(kind): given.get(kind) for kind in BudgetKind}
+    method = vars(options)["allocation"]
+    points = jobs(budget, values, baselines=options.baselines, allocation=method)
+    fixed = {str(kind): given.get(kind) for kind in BudgetKind}
+    base = request_of(options, request, **{**fixed, str(budget): points[0].value})
+    for job in points:
+        job.request(base)
+    return base, points
