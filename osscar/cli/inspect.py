@@ -76,7 +76,7 @@ def run(model: str, options: InspectOptions) -> None:
     if times is not None:
         show(times.table)
         say(
-            f"times: {times.in_words}, {1000 * times.dense:,.1f} ms; those of a group are of the "
+            f"times: {times.timed}, {1000 * times.dense:,.1f} ms; those of a group are of the "
             "operators that have its units, with all other groups whole, and rise most behind the "
             "widths of the last column"
         )
@@ -94,7 +94,7 @@ def run(model: str, options: InspectOptions) -> None:
         "groups": [dataclasses.asdict(group) for group in groups],
         "times": None if times is None else dataclasses.asdict(times),
     }
-    write_json(options.json, document("inspect", 1, content))
+    write_json(options.json, document("inspect", 2, content))
 
 
 def _data(loaded: LoadedModel, options: InspectOptions) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,6 @@ from osscar.allocation.task import PruningTask
 from osscar.allocation.timed import clock_of
 from osscar.allocation.times import Table as Times
 from osscar.allocation.times import time_operators
-from osscar.base.devices import this_device
-from osscar.base.printable import pluralize
-from osscar.network.modules import device_of
 from osscar.report.figures import from_zero, new_figure
 from osscar.report.sections import Table, table
 
@@ -74,33 +71,18 @@ class GroupTimes:
 class ModelTimes:
     """What a pass takes, and the groups of a model by widths."""
 
+    timed: str
+    """A pass, and what its time depends on, in words."""
     dense: float
     """Seconds of a pass of the dense model."""
-    shapes: Mapping[str, list[int]]
-    """Of its inputs."""
-    dtype: str
-    device: Mapping[str, str]
     groups: tuple[GroupTimes, ...]
     """In the order of the model, without those on which no timed operator depends."""
 
     @classmethod
     def measured(cls, task: PruningTask) -> ModelTimes:
         """Time the operators of a pass over the first batch, as `--speedup` does, once."""
-        cost, model = time_operators(task, clock_of(task)), task.prepared.model
-        return cls(
-            dense=cost.dense,
-            shapes={n: list(tensor.shape) for n, tensor in task.prepared.batches()[0].items()},
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            device=this_device(device_of(model)),
-            groups=tuple(_by_group(task, cost)),
-        )
-
-    @property
-    def in_words(self) -> str:
-        """A pass, and what its time depends on."""
-        shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in self.shapes.items())
-        threads = self.device["threads"] and f", {pluralize(int(self.device['threads']), 'thread')}"
-        return f"a pass over {shapes} in {self.dtype} ({self.device['device']}{threads})"
+        cost = time_operators(task, clock_of(task))
+        return cls(cost.assumed, cost.dense, tuple(_by_group(task, cost)))
 
     @property
     def table(self) -> Table:

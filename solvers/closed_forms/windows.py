@@ -62,8 +62,6 @@ def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> Su
         )
     inside, kept = _mask(problem, units), _mask(problem, support)
     keep = int((inside & kept).sum())
-    if keep == 0:
-        raise ProblemError("the window holds no kept unit: there is nothing to choose")
     outside = torch.nonzero(kept & ~inside).flatten()
     consumers = tuple(_condition(c, outside, units) for c in problem.consumers)
     return SubsetProblem(consumers, keep, f"{problem.name}[{len(units)} units]")
