@@ -282,10 +282,11 @@ class PruningRequest:
         A quarter of the calibration samples, which the search does not use, tests that model: its
         loss is at most this with 95 % confidence.
     max_perplexity_increase
-        The same search for a language model: largest increase of its perplexity, such as ``5%``.
+        Like `max_divergence`, for a language model: largest increase of its perplexity, such as
+        ``5%``.
     max_top1_drop
-        The same search for labelled data: largest drop of the top-1 accuracy, in percentage points,
-        such as ``1%``.
+        Like `max_divergence`, for labelled data: largest drop of the top-1 accuracy, in percentage
+        points, such as ``1%``.
     smallest
         With a quality target: what to make as small as possible, ``params`` (the default),
         ``flops``, ``size`` in bytes, or ``time`` of a forward pass on this device, predicted from
@@ -294,8 +295,8 @@ class PruningRequest:
         How outputs are compared with the dense model's, to choose widths: ``nats``, the divergence
         of class scores; ``relative``, the squared error of all outputs divided by their squares; or
         a function of (outputs, dense outputs, batch) that returns one number for each sample, also
-        as ``file.py:function``.  By default ``nats`` if labels, the name of an output, its values
-        or the model say that it has class scores, else ``relative``.
+        as ``file.py:function``.  By default ``nats`` if an output has class scores, by the
+        labels, its name, its values or the model, else ``relative``.
     allocation
         How the budgets are divided among layers.  ``measured`` chooses widths with which the
         model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
@@ -359,8 +360,8 @@ class PruningRequest:
     form
         What is made smaller.  ``eager``: the model's modules.  ``exported``: its ``torch.export``
         program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``: the
-        program only if more groups can be pruned there, and never of a model that generates text or
-        is timed, or whose class has methods that its modules can keep.
+        program if more groups can be pruned there, else the modules; always the modules of a model
+        that generates text or is timed, or whose class has methods that these can keep.
     strict
         Stop with an error if a group that is to be pruned cannot lose units.  By default such
         groups are skipped, and the report names them.

@@ -229,8 +229,8 @@ class RecoverOptions(OpenOptions, SavedOptions):
     dense: Annotated[
         str,
         Parameter(
-            help="Dense model that DIRECTORY was pruned from, named as for `osscar prune`. Code of "
-            "your own also builds the smaller model."
+            help="Dense model that DIRECTORY was pruned from, named as for `osscar prune`. If it "
+            "is code of your own, this builds the smaller model, too."
         ),
     ]
     weights: Path | None = None
@@ -261,7 +261,7 @@ class SweepOptions(RunOptions):
     """What `osscar sweep` takes."""
 
     sparsity: str | None = None
-    """Fractions to remove of the parameters of heads, neurons and channels, separated by commas."""
+    """Parameters of heads, neurons and channels to remove: fractions, separated by commas."""
     params: str | None = None
     """Parameters to keep, of all that the model has: fractions, or counts, separated by commas."""
     size: str | None = None
@@ -305,7 +305,7 @@ class EvalOptions(OpenOptions):
     samples: int | None = None
     """Images or other samples to score, drawn at random.  [default: all]"""
     dense: str | None = None
-    """Dense model to compare with.  A pruned model of your own code is built from it, too."""
+    """Dense model to compare with.  If MODEL was pruned from code of your own, this builds it."""
     weights: Path | None = None
     """Weights to load into MODEL and --dense, if torchvision, timm or your own code builds them: a
     .safetensors file, or a state dict of torch."""
@@ -327,11 +327,11 @@ class InspectOptions:
     svg: Path | None = None
     """Draw the groups to this file: .svg, .png or .pdf.  With --times, what they take."""
     all_groups: Annotated[bool, Parameter(name="--all")] = False
-    """Also list frozen groups, which cannot be pruned, inside the units of other groups, such as
-    the dimensions of one head."""
+    """Also list frozen groups of inputs, outputs and parts of units, such as the dimensions of one
+    head."""
     dense: Dense = None
     weights: Path | None = None
-    """Weights to load into MODEL, which decide nothing of the groups."""
+    """Weights to load into MODEL; its groups do not depend on them."""
     image_size: str | None = None
     """Size of images: pixels of a square, HxW, or CxHxW.  [default: the model's own, or the size of
     its example input]"""

@@ -141,7 +141,7 @@ def _words_of(place: str, sizes: Sequence[int]) -> str:
     if place == _TOKENS:
         return f"{listed} {'token' if [*sizes] == [1] else 'tokens'}"
     name, dim = place.removesuffix("]").split(".shape[")
-    return f"{listed} along dimension {dim} of {name}"
+    return f"{name} of size {listed} along dimension {dim}"
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ class RecoveryRequest:
         checkpointed, and at last adapters of rank 16 are trained in place of the weights.
     held_out
         Samples that are not trained on, and choose the step that is kept.  By default an eighth of
-        all, at most 8 windows of text or 128 of anything else.  Copies are not divided, so that it
-        may come to a few more or less.
+        all, at most 8 windows of text or 128 of anything else.  Copies of a
+        sample stay together, so that a few more or less may be held out.
     augment
         Random change of training images: ``flip-shift``, the default, mirrors them and shifts them
         by at most an eighth of their width; ``none`` leaves them as they are.
@@ -47,8 +47,8 @@ class RecoveryRequest:
         What is minimized: ``nats``, the divergence of scores of classes; ``relative``, the squared
         error of all outputs over their squares; or a differentiable function of (outputs, dense
         outputs, batch) that returns one number a sample, also as ``file.py:function``.  By default
-        ``nats`` where labels, the name of an output, its values or the model say that it holds
-        scores, else ``relative``.
+        ``nats`` if an output has class scores, by the labels, its name, its values or the model,
+        else ``relative``.
     mixed_precision
         Number format of matrix products: ``bf16``, or ``no`` for the format of the weights.  By
         default ``bf16`` if the processor has instructions for it.
