@@ -55,7 +55,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "training.txt").write_text(CALIBRATION.read_text())
     monkeypatch.chdir(tmp_path)
     rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.follow
-    monkeypatch.setattr(rules, "_rules", dict(rules._rules))
+    monkeypatch.setattr(rules, "maps", [dict(one) for one in rules.maps])
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
 
 

@@ -237,7 +237,9 @@ def test_sizes_of_which_no_program_tells_are_named():
         return y if x.shape[1] <= 16 else y * 2 if x.shape[1] <= 24 else y * 3
 
     net = Net(after).eval()
-    with pytest.warns(UserWarning, match=r"nothing is proved for x of size \d+.* along dimension 1,"):
+    with pytest.warns(
+        UserWarning, match=r"nothing is proved for x of size \d+.* along dimension 1,"
+    ):
         found = shrink(net, plan_of(net), [(X,)]).certificate.structure
     assert len(found.sizes) == 2
     assert found.sentence().endswith(f"; nothing is proved for {found.untried[0]}")
