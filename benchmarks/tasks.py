@@ -218,4 +218,4 @@ def same_size(model: Any, data: Any, setting: Setting) -> dict[str, Any]:
             return {"params": int(cost.of(allocated.keep))}
     budget = allocated.budget
     assert budget is not None
-    return {"flops": budget.tightest.reached / budget.tightest.dense}
+    return {"flops": budget.limits[0].reached / budget.limits[0].dense}

@@ -91,11 +91,6 @@ class Budget:
     measured: dict[str, tuple[Measured, ...]] = field(default_factory=dict, repr=False)
     """By group, the widths at which its curve was measured."""
 
-    @property
-    def tightest(self) -> Limit:
-        """The only limit, or the one of several of which most is used."""
-        return self.limits[0]
-
     def of(self, budget: BudgetKind) -> Limit:
         """Return the limit of one budget that was given."""
         return next(limit for limit in self.limits if limit.budget == budget)

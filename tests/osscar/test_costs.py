@@ -226,7 +226,7 @@ def test_a_share_of_a_program_is_one_of_the_weights_that_one_has(tmp_path):
     osscar.save(net, tmp_path / "dense")
     dense = stored(tmp_path / "dense")
     result = osscar.prune(net, data, size=0.8, **asked)
-    limit = result.budget.tightest
+    limit = result.budget.limits[0]
     assert dense == limit.dense
     assert limit.limit == pytest.approx(0.8 * dense, abs=1)
     osscar.save(result.model, tmp_path / "saved")

@@ -126,10 +126,10 @@ def test_all_else_is_pruned_as_if_that_had_been_left_out():
     )
     assert names_of(result.skipped) == ["enter.neurons"]
     assert result.plan == skipped.plan
-    assert result.budget.tightest == skipped.budget.tightest
+    assert result.budget.limits[0] == skipped.budget.limits[0]
     assert result.budget.widths == skipped.budget.widths
     assert result.budget.widths.keys() == {"leave.neurons"}  # the budget counts nothing else
-    assert result.budget.tightest.reached == result.parameters_after
+    assert result.budget.limits[0].reached == result.parameters_after
     for key, value in skipped.model.state_dict().items():  # a trial leaves no trace
         assert torch.equal(value, result.model.state_dict()[key]), key
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())

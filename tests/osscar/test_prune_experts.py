@@ -246,7 +246,7 @@ def test_a_budget_takes_experts_and_a_run_that_was_killed_goes_on_to_the_same_mo
     whole = prune_as_asked(model, tokens(24), request, RunLog(log))
     budget = whole.budget
     assert whole.certificate.error < 1e-5
-    assert whole.parameters_after == budget.tightest.reached <= budget.tightest.limit
+    assert whole.parameters_after == budget.limits[0].reached <= budget.limits[0].limit
     assert {width.kind for width in budget.widths.values()} == {"experts"}
     assert all(budget.measured.values())
     assert 0.2 < budget.predicted / whole.divergence < 5
@@ -277,7 +277,7 @@ def test_lists_of_experts_share_a_budget_that_counts_them():
     model, x = Scorer(Masked()).eval(), torch.randn(60, 2, WIDTH)
     result = osscar.prune(model, x, params=0.6, device="cpu", **AUTO)
     assert {layer.name for layer in result.layers} == {"mixture.experts", "neurons"}
-    limit = result.budget.tightest
+    limit = result.budget.limits[0]
     assert result.parameters_after == limit.reached <= 0.6 * result.parameters_before
     assert result.budget.gap < 2e-5  # the tolerance of the integer program
     assert result.certificate.error < 1e-10

@@ -50,7 +50,7 @@ def test_what_serving_takes_is_what_transformers_holds(name):
     data = tokens(8, 24) % model.config.vocab_size
     asked = Asked(memory=0.8, context=CONTEXT, batch=BATCH, allocation="uniform", backend="wanda")
     with prepare(model, data) as prepared:
-        limit = allocate(PruningTask(prepared, asked)).budget.tightest
+        limit = allocate(PruningTask(prepared, asked)).budget.limits[0]
     assert limit.dense == kept_bytes(model) + weight_bytes(model)
     assert limit.limit == pytest.approx(0.8 * limit.dense)
     assert "float32" in limit.assumed
@@ -65,7 +65,7 @@ def test_what_serving_takes_is_what_transformers_holds(name):
 def test_keys_and_values_are_counted_in_the_format_that_is_served():
     asked = Asked(memory=0.8, context=CONTEXT, batch=BATCH, allocation="uniform")
     with prepare(tiny("llama-gqa").bfloat16(), tokens(8, 24)) as prepared:
-        limit = allocate(PruningTask(prepared, asked)).budget.tightest
+        limit = allocate(PruningTask(prepared, asked)).budget.limits[0]
     assert limit.dense == (kept_bytes(tiny("llama-gqa")) + weight_bytes(tiny("llama-gqa"))) / 2
     assert "bfloat16" in limit.assumed
 

@@ -40,8 +40,8 @@ def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed, monkeypatch)
     for job, result in prune_points(model, tokens(8, 24), base, points):
         reached = seconds(model) / seconds(result.model)
         assert reached == pytest.approx(job.value, rel=speedup.CLOSE)
-        assert 1 / result.budget.tightest.reached == pytest.approx(reached, rel=1e-6)
-        assert result.budget.tightest.limit == pytest.approx(1 / job.value)
+        assert 1 / result.budget.limits[0].reached == pytest.approx(reached, rel=1e-6)
+        assert result.budget.limits[0].limit == pytest.approx(1 / job.value)
         assert len(timed) <= 9
         timed.clear()
         swept.append(job)
