@@ -56,7 +56,7 @@ def check_causal(model: nn.Module, source: str) -> None:
 
 
 OTHERS = (
-    "models of other sorts are pruned from Python: build it with its own class, and give it to "
-    "osscar.prune with inputs for it"
+    "build it with its own class, in code that returns (model, example inputs), and name that as "
+    "file.py:function; or give it to osscar.prune or osscar.recover in Python"
 )
 """What to do with what is no causal language model."""
