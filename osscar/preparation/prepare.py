@@ -24,7 +24,7 @@ from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.linear_maps import last_matrices, linear_maps, refittable, refittable_mixtures
 from osscar.consumers.products import Product, weights_read_elsewhere
-from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.batches import Batch, ModelInputs, as_inputs, to_model
 from osscar.data.parts import shuffled
 from osscar.data.sequences import padded_without_mask
 from osscar.network.attention import expose_attention, exposed
@@ -298,7 +298,7 @@ def _try_data(model: nn.Module, inputs: ModelInputs, example: Batch, runs: bool)
     batches += inputs.extremes().batches(model, inputs.batch_size)
     for batch in batches:
         with failures_named(model, batch if inputs.apart else inputs.tensors, inputs.source):
-            call(model, batch)
+            call(model, to_model(batch, model))
 
 
 def _in_bfloat16(prepared: Prepared) -> bool:

@@ -13,7 +13,7 @@ from osscar.base.errors import EquivalenceError, ModelError, warn
 from osscar.base.printable import listed
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
-from osscar.data.batches import Batch
+from osscar.data.batches import Batch, to_model
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, PruningPlan
 from osscar.run.feasibility import tell_lost
@@ -49,7 +49,7 @@ def shrunk(
         return made.model, made.proof, batch_norms
     with timed(Stage.PROOF):
         others = _unproved_sizes(prepared)
-        some = list(others.values())[:_COMPARED]
+        some = [to_model(one, work) for one in list(others.values())[:_COMPARED]]
         proof = shrink(work, plan, [*inputs, *some], programs=prepared.programs)
         structure = proof.certificate.structure
         if structure is not None and others:

@@ -122,7 +122,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield Training, "step", False
     yield smaller, "shrink", False
     yield directory, "read_back", False
-    yield jobs, "answered", False
+    yield jobs, "_answered", False
 
 
 # ---- what matters of results ---------------------------------------------------------------

@@ -134,15 +134,16 @@ def test_json_never_replaces_what_is_read_or_written(run, file, tmp_path):
 
 
 @pytest.mark.usefixtures("drawn")
-def test_names_are_shown_as_they_are_and_do_not_steer_the_terminal(run, file):
-    commands = (("solve",), ("gap", *PROBLEM_FILES))
-    plain = "[bold]x[/bold] [/oops] :smile: $x$"
-    for name, shown, expected in (
-        ("\x1b]0;owned\x07\x1b[2Jname\r", "owned", 2),
-        (plain, plain, 0),
-    ):
-        other = renamed(file, name)
-        for command, *more in commands:
-            status, out, err = run(command, other, *more)
-            assert (status, shown in out + err) == (expected, True), err
-            assert not {"\x1b", "\x07", "\r"} & set(out + err)
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b]0;owned\x07\x1b[2Jname\r", "owned"),
+        ("[bold]x[/bold] [/oops] :smile: $x$", "[bold]x[/bold] [/oops] :smile: $x$"),
+    ],
+)
+def test_names_are_shown_as_they_are_and_do_not_steer_the_terminal(run, file, name, shown):
+    other = renamed(file, name)
+    for command, *more in (("solve",), ("gap", *PROBLEM_FILES)):
+        status, out, err = run(command, other, *more)
+        assert (status, shown in out + err) == (0, True), err
+        assert not {"\x1b", "\x07", "\r"} & set(out + err)

@@ -15,7 +15,8 @@ from solvers import Status, backend_class, refit_loss, solve
 from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
-from solvers.exact.outer_approximation import MixedInteger, Search
+from solvers.exact.highs import Highs
+from solvers.exact.outer_approximation import Search
 from tests.solvers.instances import INSTANCES, build, random_data, random_problem
 
 # ---- whole searches ------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_leaves_are_enumerated():
 def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
     instance = INSTANCES[name]
     problem = instance.problem
-    master = Search(problem, MixedInteger(10.0))
+    master = Search(problem, Highs(10.0))
     n, r = problem.units, master.removals
     supports = list(combinations(range(n), r))
     points = np.array([[float(j in removed) for j in range(n)] for removed in supports])
