@@ -14,7 +14,7 @@ from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import file_digest
-from osscar.base.inputs import whole_number
+from osscar.base.inputs import checked, whole_number
 from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import check_files, document, say, show, way_back, write_json
@@ -25,7 +25,7 @@ from osscar.data.batches import as_inputs
 from osscar.preparation.fingerprint import Fingerprint
 from osscar.report.sections import facts
 from osscar.study.cluster import connected
-from osscar.study.design import DEFAULT_BACKENDS, StudyDesign
+from osscar.study.design import DEFAULT_BACKENDS, Sparsity, StudyDesign
 from osscar.study.directory import Study
 from osscar.study.library import library
 from osscar.study.page import cases_table, scores_table, summarize, write_report
@@ -46,10 +46,11 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
         whole_number(options.jobs, "the number of processes (--jobs)", 1)
     if options.ray is not None:
         refuse(options, ("jobs",), "omit it, or --ray: it counts processes of this machine")
+    removed = None if options.sparsity is None else _names(options.sparsity)
     design = request_of(
         options,
         StudyDesign,
-        sparsities=None if options.sparsity is None else _names(options.sparsity),
+        sparsities=removed and tuple(checked("--sparsity", Sparsity, one) for one in removed),
         backends=DEFAULT_BACKENDS if options.backends is None else _names(options.backends),
     )
     problems = _problems(sources)

@@ -1,7 +1,7 @@
 """What an optimality-gap study solves."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from annotated_types import Interval, MinLen
 
@@ -13,6 +13,8 @@ from osscar.study.records import Instance
 HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
 SPARSITIES = (0.25, 0.5, 0.75)
 DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
+
+Sparsity: TypeAlias = Annotated[float, SHARE, PERCENT]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class StudyDesign:
         If a backend does not exist.
     """
 
-    sparsities: Annotated[tuple[Annotated[float, SHARE, PERCENT], ...], MinLen(1)] | None = None
+    sparsities: Annotated[tuple[Sparsity, ...], MinLen(1)] | None = None
     backends: Annotated[tuple[str, ...], MinLen(1)] = DEFAULT_BACKENDS
     exact_units: Annotated[int, count_from(1)] = 64
     window_units: Annotated[int | None, count_from(2)] = None
