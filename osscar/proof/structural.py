@@ -402,15 +402,22 @@ def _steps(graph: Graph) -> list[Node]:
 _READ = ("as_strided", "_reshape_alias", "view.dtype")
 """Operators that read the order in memory."""
 
-_ORDERED = ("reshape", "contiguous", ".to.")
-"""Operators whose result shares memory with what they are given, or not, by its order there."""
+_MAY_SHARE = (
+    *("reshape", "contiguous", ".to.", ".flatten", ".ravel", ".type_as", "to_dense", "_cast_"),
+    *("dropout", "einsum", "unsafe_", "sum_to_size", "conj_physical", "atleast_", "meshgrid"),
+    *("broadcast_tensors", "cartesian_prod"),
+)
+"""Operators whose result shares memory with what they are given, or not, whatever they declare.
+
+Its order there decides, or another argument does: dropout returns what it is given in evaluation.
+"""
 
 
 def _minding_copies(graph: Graph) -> set[Node] | None:
     """Return the values of which a copy is another one; elsewhere it depends on sizes alone.
 
     These share memory with what an operator writes to.  All values do (None) where one reads the
-    order in memory, and where that decides, or nothing tells, what a write changes.
+    order in memory, and where nothing tells, as that does not, what a write changes.
     """
     targets = [str(node.target) for node in graph.nodes]
     if any(name in target for target in targets for name in _READ):
@@ -421,7 +428,7 @@ def _minding_copies(graph: Graph) -> set[Node] | None:
         node = near.pop()
         if node in found:
             continue
-        if node.op in ("placeholder", "get_attr") or any(x in str(node.target) for x in _ORDERED):
+        if node.op in ("placeholder", "get_attr") or _may_share(node):
             return None
         found.add(node)
         near += [user for user in node.users if _shares_memory(user)]
@@ -448,7 +455,11 @@ def _shares_memory(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     views = any(one.alias_info is not None for one in node.target._schema.returns)
-    return views or str(node.target) in _COPIES
+    return views or str(node.target) in _COPIES or _may_share(node)
+
+
+def _may_share(node: Node) -> bool:
+    return any(name in str(node.target) for name in _MAY_SHARE)
 
 
 def _same_tensors(one: Any, other: Any) -> bool:

@@ -341,24 +341,44 @@ def test_arguments_that_are_no_tensors_are_part_of_the_claim():
 # ---- what is compared --------------------------------------------------------------------
 
 
-def test_copies_count_where_the_order_in_memory_is_read():
+def strided(t, x):
+    return torch.where(is_rare(x), torch.as_strided(t, (7,), (1,)), t.transpose(1, 2))
+
+
+def flattened(t, x):
+    t = t * 1  # in the order of t
+    t.flatten(1).add_(torch.where(is_rare(x).any(), 1.0, 0.0))
+    return t.transpose(1, 2)
+
+
+@pytest.mark.parametrize("read", [strided, flattened])
+def test_copies_count_where_the_order_in_memory_is_read(read):
     def after(net, y, x, w):
         t = y.transpose(1, 2)
-        t = t.contiguous() if w < UNITS else t
-        return torch.where(is_rare(x), torch.as_strided(t, (7,), (1,)), y)
+        return read(t.contiguous() if w < UNITS else t, x)
 
     net = Net(after).eval()
     with pytest.raises(EquivalenceError):
         shrink(net, plan_of(net), [(X,)])
 
 
-@pytest.mark.parametrize("written", ["another value", "the copy", "a view of the copy"])
+WRITTEN = {
+    "another value": lambda y, copied: y * 2,
+    "the copy": lambda y, copied: copied,
+    "a view of the copy": lambda y, copied: copied[..., 1:],
+    "what dropout returns": lambda y, copied: F.dropout(copied, training=False),
+    "what einsum returns": lambda y, copied: torch.einsum("bij->bij", copied),
+    "what a chunk returns": lambda y, copied: copied.chunk(2, -1)[0],
+}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
 def test_copies_count_where_what_they_share_memory_with_is_written_to(written):
     def after(net, y, x, w):
         copied = y.clone() if w < UNITS else y
-        other = {"another value": y * 2, "the copy": copied, "a view of the copy": copied[..., 1:]}
-        other[written].add_(torch.where(is_rare(x), 1.0, 0.0))
-        return y + 0 * copied + 0 * other["another value"]
+        other = WRITTEN[written](y, copied)
+        other.add_(torch.where(is_rare(x), 1.0, 0.0))
+        return y + 0 * copied + (0 * other if written == "another value" else 0)
 
     net = Net(after).eval()
     if written == "another value":
