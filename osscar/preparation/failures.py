@@ -96,13 +96,20 @@ _NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_ONE_SAMPLE = 2**20
+"""Numbers in one sample at most: more are several, which as one might take all memory."""
+
+
 def _other_that_runs(model: nn.Module, data: Mapping[str, Tensor]) -> str:
     """Return, as code, another form of one argument with which a model runs; empty without one.
 
     It is empty, too, if the model runs on the first samples as they are, and fails on others.
     """
+    several = sum(tensor.numel() for tensor in data.values()) > _ONE_SAMPLE
     for name, shape, kind in product(data, _SHAPES, _NUMBERS):
         change, every = _SHAPES[shape], "(0)" in shape
+        if every and several:
+            continue
         with attempt() as tried:  # the model may be anyone's code
             for count in (1, 2):
                 some = {n: x if every else x[:count] for n, x in data.items()}

@@ -131,6 +131,29 @@ def test_samples_of_all_sizes_are_tried_at_the_ends_of_their_numbers():
         osscar.prune(Words(), osscar.SampleList("sentences", samples), neurons=0.5)
 
 
+SIZES = []
+
+
+class Fails(nn.Module):
+    """Fails on anything, after it has told how many samples it was given, or parts of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 8)
+
+    def forward(self, x):
+        SIZES.append(max(x.shape[:-1]))
+        raise ValueError("it always fails")
+
+
+def test_many_samples_are_not_tried_as_one():
+    SIZES.clear()
+    data = torch.rand(2**14 + 1, 64)
+    with pytest.raises(DataError, match="it always fails; give data of the form"):
+        osscar.prune(Fails(), data, sparsity=0.3)
+    assert 0 < max(SIZES) < len(data)
+
+
 def test_integers_that_the_model_converts_itself_are_read():
     class Bytes(Images):
         def forward(self, x):
