@@ -74,7 +74,7 @@ def run(model: str, options: EvalOptions) -> None:
             how["dense_path"] = original.path
             comparison = compare(loaded.model, original.model, data, **how)
             if options.prove:
-                structure = prove(loaded.model, original.model, example_for(original.model))
+                structure = prove(loaded.model, original.model, example_for(loaded.model))
         evaluation = evaluate(loaded.model, data, **how) if comparison is None else comparison.model
     computed = Computed.of(loaded.model)
     if comparison is None:

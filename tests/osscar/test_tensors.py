@@ -75,8 +75,9 @@ def test_a_model_that_reads_sound_is_pruned_and_scored(run, code, tmp_path):
     assert report["calibration"]["seen"]["count"] == report["calibration"]["samples"] == 50
 
     scored = ("small", "--dense", code("sound"), "--json", "eval.json")
-    status, out, err = run("eval", *scored, "--inputs", "test.npz")
+    status, out, err = run("eval", *scored, "--inputs", "test.npz", "--prove")
     assert status == 0, err
+    assert "proved again: " in " ".join(out.split())
     assert "60 labelled samples scored, 'output' as scores of classes" in out
     found = json.loads((tmp_path / "eval.json").read_text())
     dense = load_model(code("sound")).model
