@@ -45,7 +45,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
+            header = dict[str, Any](json.loads((file.metadata() or {})[_HEADER]))
             return header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, LookupError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ProblemError(f"{path} is not a problem file: {error}") from error

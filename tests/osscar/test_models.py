@@ -113,6 +113,12 @@ def test_pickled_weights_are_refused_unread(checkpoint, tmp_path):
     assert not witness.exists()
 
 
+@pytest.mark.parametrize("name", ["~no-such-user/of/models", "of/" * 2000], ids=["home", "length"])
+def test_a_name_that_can_be_no_path_is_no_directory(name):
+    with pytest.raises(ModelError, match="there is no directory"):
+        load_model(name)
+
+
 def test_nobody_is_asked_whether_to_run_code(checkpoint, tmp_path, monkeypatch):
     """Whatever standard input would answer; with a plan beside the weights, and without."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))

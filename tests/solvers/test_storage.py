@@ -65,6 +65,10 @@ def test_what_is_no_problem_file(path):
     whole, garbage = path.read_bytes(), np.random.default_rng(0).bytes(4000)
     parts = [whole[: int(share * len(whole))] for share in (0.0, 0.1, 0.5, 0.98)]
     others = [pickle.dumps(Bomb()), safetensors.torch.save({"H": torch.eye(2)})]
+    others += [
+        safetensors.torch.save({"H": torch.eye(2)}, {"header": header})
+        for header in ("3", "[]", '"text"', "{")
+    ]
     for content in (*parts, garbage, *others):
         path.write_bytes(content)
         with pytest.raises(ProblemError, match="is not a problem file"):
