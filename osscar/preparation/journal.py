@@ -8,6 +8,7 @@ that goes on, and one that has done nothing leaves none.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -96,7 +97,7 @@ class Journal:
     @property
     def exists(self) -> bool:
         """Whether a command has begun, and has not ended."""
-        return (self.directory / self.manifest_file).exists()
+        return os.path.exists(self.directory / self.manifest_file)
 
     @property
     def done(self) -> list[Path]:
@@ -174,7 +175,7 @@ class Journal:
     def read(self, name: str, schema: type[T], *, otherwise: str = "") -> T | None:
         """Return what a file holds, as `read_json` does; None if there is none."""
         file = self.directory / name
-        if not file.exists():
+        if not os.path.exists(file):
             return None
         try:
             return read_json(file, schema)
