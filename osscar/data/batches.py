@@ -311,9 +311,13 @@ def _check_tokens(model: nn.Module, windows: Tensor) -> None:
 
 def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> tuple[Batch, ...]:
     """Return samples apart, in the order of the model's arguments."""
+    if not samples:
+        raise DataError("the list holds no samples; give one or more")
     named: list[Batch] = []
     for index, one in enumerate(samples):
         with of_part(f"sample {index}"):
+            if not isinstance(one, Mapping):
+                check_tensors(one)  # which says what to give
             for name, tensor in one.items():
                 check_tensors({name: tensor})  # each by itself, since samples are no entries
             check_arguments(model, one)

@@ -131,6 +131,15 @@ def test_samples_of_all_sizes_are_tried_at_the_ends_of_their_numbers():
         osscar.prune(Words(), osscar.SampleList("sentences", samples), neurons=0.5)
 
 
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [([], "holds no samples"), ([torch.ones(1, 5)], "sample 0: .*give a mapping of tensors")],
+)
+def test_a_list_of_no_samples_is_refused(samples, said):
+    with pytest.raises(DataError, match=said):
+        osscar.prune(Words(), osscar.SampleList("sentences", samples), neurons=0.5)
+
+
 SIZES = []
 
 
