@@ -47,6 +47,18 @@ def llava():
     return hf.LlavaForConditionalGeneration(config), batch(IMAGE, "left")
 
 
+def paligemma():
+    """Return one that attends in both directions to what is no answer, as its processor says."""
+    text = hf.GemmaConfig(**TEXT, num_key_value_heads=2, head_dim=8)
+    config = hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(**SIGHT, vision_use_head=False), text_config=text,
+        image_token_id=IMAGE, projection_dim=32,
+    )  # fmt: skip
+    given = batch(IMAGE, "left")
+    kinds = torch.zeros_like(given["input_ids"])
+    return hf.PaliGemmaForConditionalGeneration(config), {**given, "token_type_ids": kinds}
+
+
 def qwen2_vl():
     """Return one whose images have four patches of a token, or eight: its batch has no row each."""
     sight = {
@@ -70,7 +82,7 @@ def qwen2_vl():
 
 
 slow = pytest.mark.slow
-FAMILIES = [clip, pytest.param(llava, marks=slow), pytest.param(qwen2_vl, marks=slow)]
+FAMILIES = [clip, *(pytest.param(one, marks=slow) for one in (llava, paligemma, qwen2_vl))]
 
 
 def real(inputs):
@@ -105,7 +117,7 @@ def test_what_a_processor_returns_calibrates(family):
         assert not torch.allclose(expected, scores(model, sample))
 
 
-@pytest.mark.parametrize("family", [llava, qwen2_vl])
+@pytest.mark.parametrize("family", [llava, paligemma, qwen2_vl])
 def test_images_go_with_the_tokens_that_stand_for_them(family):
     torch.manual_seed(0)
     model, given = family()
