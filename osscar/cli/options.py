@@ -441,7 +441,8 @@ def refuse(options: Any, names: Collection[str], advice: str) -> None:
     """Refuse options that are given and mean nothing."""
     for name, value in given(options).items():
         if name in names:
-            raise OptionError(f"--{name.replace('_', '-')} is {safe_repr(value)}; {advice}")
+            is_what = "given" if value is True else safe_repr(value)
+            raise OptionError(f"--{name.replace('_', '-')} is {is_what}; {advice}")
 
 
 # ---- requests ----------------------------------------------------------------------------

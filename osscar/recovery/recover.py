@@ -202,7 +202,7 @@ def recover_as_asked(
         check_trainable(one)
     other = why_not_dense(model, dense)
     if are_swapped(model, dense):
-        other = "it is smaller than that, or was pruned more often"
+        other = "the second model is the smaller one, or was pruned more often"
     if other is not None:
         raise ModelError(
             f"the smaller model was not pruned from this {type(dense).__name__}: {other}; give the "

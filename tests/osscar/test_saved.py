@@ -221,5 +221,7 @@ def test_models_that_are_swapped_are_not_recovered():
     once = osscar.prune(dense, X, **FEW).model
     twice = osscar.prune(once, X, **FEW).model
     for smaller, larger in ((once, dense), (twice, dense), (twice, once)):
-        with pytest.raises(ModelError, match="it is smaller than that, or was pruned more often"):
+        with pytest.raises(
+            ModelError, match="the second model is the smaller one, or was pruned more often"
+        ):
             osscar.recover(larger, smaller, X, steps=4)
