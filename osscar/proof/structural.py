@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -402,15 +402,12 @@ def _steps(graph: Graph) -> list[Node]:
 _READ = ("as_strided", "_reshape_alias", "view.dtype")
 """Operators that read the order in memory."""
 
-_MAY_SHARE = (
-    *("reshape", "contiguous", ".to.", ".flatten", ".ravel", ".type_as", "to_dense", "_cast_"),
-    *("dropout", "einsum", "unsafe_", "sum_to_size", "conj_physical", "atleast_", "meshgrid"),
-    *("broadcast_tensors", "cartesian_prod"),
-)
-"""Operators whose result shares memory with what they are given, or not, whatever they declare.
 
-Its order there decides, or another argument does: dropout returns what it is given in evaluation.
-"""
+_COMPOSED = "CompositeImplicitAutograd"
+"""What torch calls operators that are made of others."""
+
+_COMPUTED = {"linear", "matmul", "conv1d", "conv2d", "conv3d", "layer_norm"}
+"""Such operators whose results are new tensors whatever they are given."""
 
 
 def _minding_copies(graph: Graph) -> set[Node] | None:
@@ -431,8 +428,8 @@ def _minding_copies(graph: Graph) -> set[Node] | None:
         if node.op in ("placeholder", "get_attr") or _may_share(node):
             return None
         found.add(node)
-        near += [user for user in node.users if _shares_memory(user)]
-        near += node.all_input_nodes if _shares_memory(node) else ()
+        near += [user for user in node.users if node in _shared_with(user)]
+        near += _shared_with(node)
     return found
 
 
@@ -440,26 +437,40 @@ def _written_by(node: Node) -> list[Node]:
     """Return what an operator writes to."""
     if not node.op.startswith("call_") or not _has_effect(node):
         return []
-    known = [one.name for one in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(known, node.args, strict=False)), **node.kwargs}
-    writes = [
-        given.get(one.name)
-        for one in node.target._schema.arguments  # type: ignore[union-attr]
-        if one.alias_info is not None and one.alias_info.is_write
-    ]
-    return [one for one in pytree.tree_leaves(writes) if isinstance(one, Node)]
+    return _given(node, lambda one: one.alias_info is not None and one.alias_info.is_write)
 
 
-def _shares_memory(node: Node) -> bool:
-    """Whether what an operator returns may share memory with what it is given."""
+def _shared_with(node: Node) -> list[Node]:
+    """Return with what of that which an operator is given its result may share memory."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    views = any(one.alias_info is not None for one in node.target._schema.returns)
-    return views or str(node.target) in _COPIES or _may_share(node)
+        return node.all_input_nodes
+    if str(node.target) in _COPIES or _may_share(node):
+        return node.all_input_nodes
+    return _given(node, lambda one: one.alias_info is not None)
+
+
+def _given(node: Node, which: Callable[[Any], bool]) -> list[Node]:
+    """Return what an operator is given for some of the arguments of its schema."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {**dict(zip((one.name for one in arguments), node.args, strict=False)), **node.kwargs}
+    some = [given.get(one.name) for one in arguments if which(one)]
+    return [one for one in pytree.tree_leaves(some) if isinstance(one, Node)]
 
 
 def _may_share(node: Node) -> bool:
-    return any(name in str(node.target) for name in _MAY_SHARE)
+    """Whether a result shares memory with what its operator is given, or not, as no schema tells.
+
+    Operators that are made of others declare no memory that they share: dropout returns what it is
+    given in evaluation, and `reshape` copies where the order in memory asks for it.  Those with
+    kernels of their own declare it, but for `unsafe_split` and `lift`.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name: str = node.target.name()  # type: ignore[no-untyped-call]
+    if name.partition(".")[0].removeprefix("aten::") in _COMPUTED:
+        return False
+    composed: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, _COMPOSED)
+    return composed or name.startswith(("aten::unsafe_", "aten::lift"))
 
 
 def _same_tensors(one: Any, other: Any) -> bool:
