@@ -228,7 +228,7 @@ def test_a_wrong_group_is_caught_by_the_proof(monkeypatch):
 
     monkeypatch.setattr(Slot, "indices", mirrored)
     with pytest.raises(EquivalenceError, match="nothing was written"):
-        osscar.prune(two_layers(), torch.randn(64, 6), neurons="0.5", device="cpu")
+        osscar.prune(two_layers(), torch.randn(64, 6), neurons="0.5", form="eager", device="cpu")
 
 
 # ---- what the model computes is what the user's model computes ---------------------------
