@@ -211,10 +211,13 @@ def _read(
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
     found, notes = _joined(model, batches, left_out, hidden, title, notes)
-    if groups is not None:
-        some = torch.as_tensor(groups)[:count]
-        found = replace(found, sample_groups=some)  # type: ignore[type-var]
-    return found, notes
+    if groups is None:
+        return found, notes
+    if isinstance(found, CalibrationSet):
+        raise DataError(
+            "windows of text take no sample_groups, since copies are found by comparison; omit them"
+        )
+    return replace(found, sample_groups=groups[:count]), notes  # type: ignore[type-var]
 
 
 def _first(source: Iterator[Any], model: nn.Module, samples: int | None) -> Iterator[_Read]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -229,7 +230,10 @@ def checked_numbers(name: str, given: Any, count: int) -> Tensor | None:
     """Return the labels or groups of so many samples as int64, or refuse what are no such."""
     if given is None:
         return None
-    found = torch.as_tensor(given) if name == GROUPS else given
+    found = given
+    if name == GROUPS:
+        with suppress(TypeError, ValueError, RuntimeError):  # of texts, or of rows that differ
+            found = torch.as_tensor(given)
     shown = safe_repr(found)
     if isinstance(found, Tensor):
         shown = f"{found.dtype} of {tuple(found.shape)}"

@@ -10,6 +10,7 @@ from osscar.base.errors import DataError
 from osscar.data.batches import ModelInputs
 from osscar.data.parts import copies, held_out, shuffled
 from osscar.recovery.samples import split
+from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, plain, small_net
 
 
@@ -115,3 +116,14 @@ def test_groups_stay_with_their_samples(tmp_path):
     assert torch.equal(given.sample_groups, torch.arange(12))
     with pytest.raises(DataError, match="sample_groups must be 12 whole numbers"):
         osscar.TensorSet("images", tensors, sample_groups=groups[:5])
+
+
+@pytest.mark.parametrize("groups", [["a"] * 12, [[0, 1], [2]], [0.5] * 12, [0] * 5])
+def test_groups_are_a_whole_number_a_sample(groups):
+    with pytest.raises(DataError, match="sample_groups must be 12 whole numbers"):
+        osscar.load_batches({"x": images(12)}, small_net(), sample_groups=groups)
+
+
+def test_windows_of_text_take_no_groups():
+    with pytest.raises(DataError, match="windows of text take no sample_groups"):
+        osscar.load_batches(tokens(12, 16), tiny("opt"), sample_groups=[0] * 12)
