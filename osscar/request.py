@@ -30,10 +30,10 @@ from typing import (
 
 from annotated_types import Gt, Interval
 
-from osscar.base.distances import DistanceOption
 from osscar.base.errors import OptionError, RequestError, check_onnx
 from osscar.base.inputs import (
     PERCENT,
+    DistanceOption,
     Read,
     bare,
     check_fields,

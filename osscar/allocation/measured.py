@@ -24,8 +24,8 @@ from graph import CouplingGroup
 from osscar.allocation.budget import Budget
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import possible_widths
-from osscar.base.distances import AnyDistance
 from osscar.base.errors import NonFiniteError, RequestError, warn
+from osscar.base.inputs import AnyDistance
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed

@@ -27,8 +27,8 @@ from osscar.allocation.clocks import Clock, OperatorCall
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
 from osscar.allocation.widths import SMALL, unit_width
-from osscar.base.allocator import memory_kept
 from osscar.base.memory import attempt
+from osscar.base.process import memory_kept
 from osscar.base.progress import progress_bar
 from osscar.base.timing import clock as wall_clock
 

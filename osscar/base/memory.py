@@ -17,9 +17,8 @@ from typing import Any, Self
 import torch
 
 import solvers.errors
-from osscar.base import allocator
 from osscar.base.errors import NoMemoryError, OptionError, first_line
-from osscar.base.process import neighbours
+from osscar.base.process import give_back, give_back_at_once, neighbours
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -93,11 +92,11 @@ class DeviceMemory:
 
     def give_back(self) -> None:
         """Give memory that was freed back, where the allocator keeps it."""
-        allocator.give_back()
+        give_back()
 
     def give_back_at_once(self) -> None:
         """Have large tensors go back to the system whenever they are freed, from now on."""
-        allocator.give_back_at_once()
+        give_back_at_once()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from osscar.base.allocator import memory_kept
+from osscar.base.process import memory_kept
 from osscar.base.progress import progress_bar
 
 

@@ -31,7 +31,7 @@ from osscar.checkpoint.reading import load
 from osscar.checkpoint.streamed import read_streamed
 from osscar.network.modules import evaluating, sha256_of
 from osscar.offload.on_disk import values_of
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.places import WeightCache
 from osscar.proof.equivalence import Inputs, proof_outputs
 from osscar.proof.program import ProgramModule
 from osscar.shrinking.follow import adapter_of

@@ -21,8 +21,7 @@ from osscar.checkpoint.regrouped import chained, parts_in_files
 from osscar.checkpoint.validation import check_tensors, names_of, readable, structure
 from osscar.network.tensor_files import read_headers
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place, StoredTensor
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.places import Place, StoredTensor, WeightCache
 from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 

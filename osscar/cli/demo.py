@@ -19,8 +19,7 @@ from osscar.checkpoint.reading import load
 from osscar.cli.common import check_json_path, document, out, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.saving import saved_line
-from osscar.evaluation.evaluate import compare
-from osscar.evaluation.tables import comparison_table
+from osscar.evaluation.evaluate import compare, comparison_table
 from osscar.models.load import load_model
 from osscar.models.names import DEMO
 from osscar.report.sections import facts

@@ -14,8 +14,13 @@ from osscar.cli.options import EvalOptions, refuse
 from osscar.data.images import ImageSet
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
-from osscar.evaluation.evaluate import Evaluation, compare, evaluate
-from osscar.evaluation.tables import comparison_table, evaluation_table
+from osscar.evaluation.evaluate import (
+    Evaluation,
+    compare,
+    comparison_table,
+    evaluate,
+    evaluation_table,
+)
 from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel

@@ -22,7 +22,7 @@ from osscar.cli.instances import tell_known
 from osscar.cli.opening import opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, refuse, request_of
 from osscar.data.batches import as_inputs
-from osscar.preparation.fingerprint import Fingerprint
+from osscar.preparation.journal import Fingerprint
 from osscar.report.sections import facts
 from osscar.study.cluster import connected
 from osscar.study.design import DEFAULT_BACKENDS, Sparsity, StudyDesign

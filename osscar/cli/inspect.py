@@ -17,7 +17,7 @@ from osscar.cli.opening import quiet, stated_preprocessing
 from osscar.cli.options import InspectOptions, refuse
 from osscar.data.batches import SAMPLES_AT_ONCE, WINDOWS_AT_ONCE
 from osscar.data.samples import SampleList, TensorSet
-from osscar.evaluation.size import count_owned
+from osscar.evaluation.speed import count_owned
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import without_cache
-from osscar.base.distances import NATS, RELATIVE, AnyDistance, OwnDistance
 from osscar.base.errors import NonFiniteError, OptionError
-from osscar.base.inputs import safe_repr
+from osscar.base.inputs import NATS, RELATIVE, AnyDistance, OwnDistance, safe_repr
 from osscar.base.json_files import STRICT
 from osscar.base.printable import listed, pluralize
 from osscar.base.ranks import ALONE, Ranks

@@ -22,8 +22,8 @@ from scipy.optimize import brentq
 from scipy.special import bdtr, gammaln, stdtrit, xlogy
 from torch import Tensor, nn
 
-from osscar.base.distances import AnyDistance
 from osscar.base.errors import DataError, NonFiniteError, RequestError
+from osscar.base.inputs import AnyDistance
 from osscar.base.json_files import STRICT
 from osscar.data.batches import as_inputs
 from osscar.data.parts import copies

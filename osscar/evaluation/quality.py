@@ -33,8 +33,7 @@ from osscar.network.predictions import (
     reads_sequences,
 )
 from osscar.offload.on_disk import room_for_pass
-from osscar.preparation.failures import check_repeatable, failures_named
-from osscar.preparation.together import together
+from osscar.preparation.failures import check_repeatable, failures_named, together
 from osscar.proof.equivalence import call
 
 WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 4, 32

@@ -28,8 +28,7 @@ from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of
 from osscar.network.modules import check_finite_weights, check_usable, example_length
 from osscar.network.tensor_files import read_headers
-from osscar.offload.places import DAMAGED
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.places import DAMAGED, WeightCache
 from osscar.proof.lineage import LINEAGE, lineage_of, note
 
 _MOST_PADDED = 0.9

@@ -21,8 +21,7 @@ from torch.utils import _pytree as pytree
 from graph.tracing.patches import computes_shapes_alone
 from graph.tracing.preserve import asked_of_to, preserved
 from osscar.base.errors import ModelError
-from osscar.offload.places import Place
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.places import Place, WeightCache
 
 # ---- parameters --------------------------------------------------------------------------
 

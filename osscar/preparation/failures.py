@@ -1,7 +1,8 @@
-"""Models that fail on their data, or whose outputs these do not decide."""
+"""Models that fail on their data, whose outputs these do not decide, or not sample by sample."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
 from osscar.base.errors import DataError, ModelError, OsscarError
 from osscar.base.memory import FOR_BATCHES, attempt, is_shortage, shortage
-from osscar.data.batches import INDICES, to_model
+from osscar.data.batches import INDICES, Batch, ModelInputs, to_model
 from osscar.network.model_state import model_state
-from osscar.proof.equivalence import Inputs, call, comparable, distance, rounding
+from osscar.proof.equivalence import (
+    Inputs,
+    call,
+    comparable,
+    computes,
+    distance,
+    outputs_or_none,
+    rounding,
+)
 
 _ROUNDING = 1e-3
 """How far apart two passes may be, relative to the largest output: kernels that add up in no fixed
@@ -157,3 +166,33 @@ def refuse_chance(
 
 def _alike(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return distance(first, second) <= max(_ROUNDING, rounding(first))
+
+
+# ---- samples that run together -----------------------------------------------------------
+
+
+def together(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
+    """Let samples of sizes of their own run together where their shapes are equal.
+
+    They can where the first dimension of each tensor of theirs has one entry, the sample, and the
+    model returns for two of them what it does for each alone.  It is left as it was.
+    """
+    if not all(len(x) == 1 for one in inputs.apart for x in one.values()):
+        return inputs
+    joined = dataclasses.replace(inputs, together=bool(inputs.apart))
+    return joined if joined.together and computes_alone(model, joined.two(model)) else inputs
+
+
+def computes_alone(model: nn.Module, pair: Batch) -> bool:
+    """Whether a model returns for each of two samples by itself what it does for both together."""
+    with model_state(model):
+        both = outputs_or_none(model, pair)
+        rows = [slice(0, 1), slice(1, 2)]
+        return all(
+            computes(
+                model,
+                {name: x[row] for name, x in pair.items()},
+                [x[row] if x.ndim else x for x in both],
+            )
+            for row in rows
+        )

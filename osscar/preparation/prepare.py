@@ -44,8 +44,7 @@ from osscar.network.modules import (
     tensors_in,
 )
 from osscar.offload.on_disk import is_on_disk, shapes_only
-from osscar.preparation.failures import failures_named, refuse_chance
-from osscar.preparation.together import computes_alone, together
+from osscar.preparation.failures import computes_alone, failures_named, refuse_chance, together
 from osscar.proof.equivalence import call, comparable, computes, outputs_or_none, proved_unchanged
 from osscar.proof.lineage import remember_structure
 from osscar.proof.structural import DensePrograms, dense_programs

@@ -30,8 +30,7 @@ from osscar.distance.distance import Compared, Measure
 from osscar.network.model_state import model_state
 from osscar.network.modules import check_finite_weights, check_usable, named_tensors, sha256_of
 from osscar.offload.on_disk import is_on_disk
-from osscar.preparation.fingerprint import Fingerprint, own_code
-from osscar.preparation.journal import JournalManifest
+from osscar.preparation.journal import Fingerprint, JournalManifest, own_code
 from osscar.proof.lineage import (
     are_swapped,
     data_record,

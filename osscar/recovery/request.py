@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from osscar.base.distances import DistanceOption
-from osscar.base.inputs import Read, check_fields, count_from, parse_size
+from osscar.base.inputs import DistanceOption, Read, check_fields, count_from, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from osscar.data.parts import held_out, run_length, shuffled
 from osscar.data.samples import alike, joined, named_generator, shapes_of
 from osscar.distance.distance import Distance
 from osscar.network.modules import copied, device_of
-from osscar.preparation.together import together
+from osscar.preparation.failures import together
 from osscar.proof.program import ProgramModule
 from osscar.proof.seen import fingerprints_of_runs
 from osscar.recovery.request import RecoveryRequest

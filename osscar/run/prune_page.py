@@ -19,7 +19,7 @@ from osscar.base.printable import (
 )
 from osscar.distance.distance import UNITS, Compared
 from osscar.evaluation.confidence import MOST_EXPONENT
-from osscar.evaluation.tables import comparison_rows
+from osscar.evaluation.evaluate import comparison_rows
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
 from osscar.report.figures import from_zero, legend, new_figure, shares

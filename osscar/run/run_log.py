@@ -31,8 +31,7 @@ from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
-from osscar.preparation.fingerprint import Fingerprint, own_code
-from osscar.preparation.journal import Journal, JournalManifest
+from osscar.preparation.journal import Fingerprint, Journal, JournalManifest, own_code
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest

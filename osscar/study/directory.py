@@ -25,8 +25,7 @@ from osscar.base.inputs import checked, count_from
 from osscar.base.printable import pluralize
 from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed
-from osscar.preparation.fingerprint import Fingerprint
-from osscar.preparation.journal import Journal, JournalManifest
+from osscar.preparation.journal import Fingerprint, Journal, JournalManifest
 from osscar.study.design import StudyDesign
 from osscar.study.jobs import CERTIFICATES, Task, affordable_jobs, solve_here
 from osscar.study.records import (

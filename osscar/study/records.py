@@ -15,7 +15,7 @@ from pydantic import with_config
 from osscar.base.files import digest
 from osscar.base.json_files import STRICT
 from osscar.base.printable import command_line, decimals, percent
-from osscar.preparation.fingerprint import own_code
+from osscar.preparation.journal import own_code
 from osscar.report.shown import Column
 from solvers import Status
 

@@ -13,8 +13,8 @@ import osscar
 from osscar.data.batches import as_inputs
 from osscar.data.loaders import load_batches
 from osscar.data.samples import alike
+from osscar.preparation.failures import together
 from osscar.preparation.prepare import prepare
-from osscar.preparation.together import together
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup
 from osscar.recovery.training import Training

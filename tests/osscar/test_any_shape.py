@@ -19,7 +19,7 @@ from osscar.checkpoint import hf_config, modeling_pruned
 from osscar.checkpoint.hf_config import MODELLING_FILE, _change_widths
 from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.places import WeightCache
 from osscar.proof.plan import GroupPlan, PruningPlan
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 

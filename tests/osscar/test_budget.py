@@ -15,7 +15,7 @@ from osscar.allocation.task import PruningTask
 from osscar.allocation.whole import whole_distance
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
-from osscar.evaluation.size import count_owned
+from osscar.evaluation.speed import count_owned
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked

@@ -12,7 +12,7 @@ from torch import nn
 import osscar
 from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
-from osscar.preparation.fingerprint import DenseOutputs
+from osscar.preparation.journal import DenseOutputs
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.points import SweepDirectory, sweep_manifest
 from osscar.run.prune import prune_as_asked

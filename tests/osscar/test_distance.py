@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from osscar.base.distances import read_distance
 from osscar.base.errors import NonFiniteError
+from osscar.base.inputs import read_distance
 from osscar.data.batches import as_inputs
 from osscar.distance.distance import Distance, Reference, summed_divergence
 from osscar.recovery.samples import in_batches

@@ -6,8 +6,7 @@ import pytest
 
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
-from osscar.preparation.journal import Journal, JournalManifest
+from osscar.preparation.journal import DenseOutputs, Fingerprint, Journal, JournalManifest
 
 
 class Things(Journal):

@@ -6,8 +6,7 @@ from torch import nn
 
 from osscar.base.errors import FileError, ModelError
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place, Source, StoredTensor
-from osscar.offload.weight_cache import WeightCache
+from osscar.offload.places import Place, Source, StoredTensor, WeightCache
 
 
 @pytest.fixture

@@ -9,11 +9,9 @@ import pytest
 
 from osscar.base.printable import decimals, engineering
 from osscar.cli.common import _PlainConsole
-from osscar.evaluation.evaluate import Comparison, Evaluation
+from osscar.evaluation.evaluate import Comparison, Evaluation, comparison_table, evaluation_table
 from osscar.evaluation.quality import SampleQuality, TextQuality
-from osscar.evaluation.size import Footprint
-from osscar.evaluation.speed import SampleSpeed, Speed
-from osscar.evaluation.tables import comparison_table, evaluation_table
+from osscar.evaluation.speed import Footprint, SampleSpeed, Speed
 from osscar.report import html
 from osscar.report.sections import (
     Table,

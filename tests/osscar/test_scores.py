@@ -14,8 +14,8 @@ from transformers import (
 )
 
 import osscar
-from osscar.base.distances import read_distance
 from osscar.base.errors import OptionError
+from osscar.base.inputs import read_distance
 from osscar.data.batches import as_inputs
 from osscar.data.samples import TensorSet
 from osscar.distance.distance import Distance, Reference

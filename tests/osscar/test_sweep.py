@@ -15,8 +15,7 @@ from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import JournalError, OptionError
 from osscar.distance.distance import Compared
 from osscar.evaluation.speed import measure_forward
-from osscar.preparation.fingerprint import DenseOutputs, Fingerprint
-from osscar.preparation.journal import JournalManifest
+from osscar.preparation.journal import DenseOutputs, Fingerprint, JournalManifest
 from osscar.proof.plan import Form
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.jobs import SweepJob, jobs

@@ -15,7 +15,7 @@ from osscar.data.batches import as_inputs
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model
 from osscar.network.predictions import place_of_classes
-from osscar.preparation.fingerprint import Fingerprint
+from osscar.preparation.journal import Fingerprint
 
 CODE = """
 import torch
