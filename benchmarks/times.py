@@ -26,9 +26,9 @@ from torch import nn
 
 from benchmarks.measuring import markdown
 from benchmarks.tasks import TASKS
+from osscar.allocation.clocks import clock_of
 from osscar.allocation.speedup import WholeModels
 from osscar.allocation.task import PruningTask
-from osscar.allocation.timed import clock_of
 from osscar.allocation.times import time_operators
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest

@@ -25,8 +25,8 @@ from osscar.data.batches import named_inputs
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.request import PruningRequest
+from osscar.run.chain import shrunk
 from osscar.run.feasibility import feasible_groups
-from osscar.run.smaller import shrunk
 from tests.osscar.programs import without_units
 
 ALLOWED = {"float64": 1e-4, "float32": 1e-3}

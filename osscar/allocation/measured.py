@@ -21,9 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from graph import CouplingGroup
-from osscar.allocation.budget import Budget
-from osscar.allocation.task import PruningTask
-from osscar.allocation.widths import possible_widths
+from osscar.allocation.limits import Budget
+from osscar.allocation.task import PruningTask, possible_widths
 from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.inputs import AnyDistance
 from osscar.base.memory import FOR_MATRICES, memory_for

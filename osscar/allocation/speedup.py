@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from osscar.allocation.clocks import Clock
+from osscar.allocation.clocks import Clock, clock_of
 from osscar.allocation.task import PruningTask
-from osscar.allocation.timed import clock_of
 from osscar.base.errors import RequestError
 from osscar.base.timing import interleaved
 from osscar.network.modules import copied

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from graph import Operator, Size
 from osscar.allocation.clocks import Clock, OperatorCall
 from osscar.allocation.costs import CountedCost
-from osscar.allocation.task import PruningTask
-from osscar.allocation.widths import SMALL, unit_width
+from osscar.allocation.task import SMALL, PruningTask, unit_width
 from osscar.base.memory import attempt
 from osscar.base.process import memory_kept
 from osscar.base.progress import progress_bar

@@ -8,8 +8,7 @@ from osscar.cli.options import SweepOptions
 from osscar.cli.points import asked_points
 from osscar.report.run_tables import skipped_table
 from osscar.request import PruningRequest
-from osscar.run.points import SweepDirectory
-from osscar.run.sweep import PAGE_FILE, Sweep
+from osscar.run.sweep import PAGE_FILE, Sweep, SweepDirectory
 from osscar.run.sweep_page import sweep_table, sweep_verdict
 
 

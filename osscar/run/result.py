@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from osscar import __version__
-from osscar.allocation.budget import Budget
+from osscar.allocation.limits import Budget
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import first_line
 from osscar.base.memory import attempt

@@ -23,8 +23,8 @@ from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar import __version__
-from osscar.allocation.budget import Allocated
 from osscar.allocation.costs import CountedCost
+from osscar.allocation.limits import Allocated
 from osscar.allocation.times import Table
 from osscar.base.errors import warn
 from osscar.base.json_files import STRICT

@@ -19,15 +19,13 @@ import numpy as np
 from torch import nn
 
 from graph.tracing.preserve import without_cache
-from osscar.allocation.budget import Budget
-from osscar.allocation.clocks import Clock
+from osscar.allocation.clocks import Clock, clock_of
 from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.allocation.limits import COUNTED, allowances
+from osscar.allocation.limits import COUNTED, Budget, allowances
 from osscar.allocation.measured import known_curves, measured_curves
 from osscar.allocation.search import Search
 from osscar.allocation.speedup import time_against
 from osscar.allocation.task import PruningTask
-from osscar.allocation.timed import clock_of
 from osscar.allocation.times import as_shares, time_operators
 from osscar.base.errors import DataError, NonFiniteError, RequestError, first_line
 from osscar.base.memory import attempt as attempted

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from osscar.allocation.clocks import clock_of
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
-from osscar.allocation.timed import clock_of
 from osscar.allocation.times import Table as Times
 from osscar.allocation.times import time_operators
 from osscar.report.figures import from_zero, new_figure

@@ -108,7 +108,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     import solvers
     from osscar.checkpoint import directory
     from osscar.recovery.training import Training
-    from osscar.run import smaller
+    from osscar.run import chain
     from osscar.study import jobs
     from osscar.walk.coroutines import Coroutine
     from osscar.walk.layer_step import LayerStep
@@ -120,7 +120,7 @@ def _callers() -> Iterator[tuple[Any, str, bool]]:
     yield Coroutine, "advance", False
     yield LayerStep, "commit", False
     yield Training, "step", False
-    yield smaller, "shrink", False
+    yield chain, "shrink", False
     yield directory, "read_back", False
     yield jobs, "_answered", False
 

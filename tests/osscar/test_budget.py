@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from osscar.allocation.allocate import allocate
-from osscar.allocation.budget import Budget
+from osscar.allocation.allocate import allocate, whole_distance
 from osscar.allocation.costs import Cost, count
-from osscar.allocation.limits import goal
+from osscar.allocation.limits import Budget, goal
 from osscar.allocation.task import PruningTask
-from osscar.allocation.whole import whole_distance
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
 from osscar.evaluation.speed import count_owned

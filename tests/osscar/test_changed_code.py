@@ -14,9 +14,9 @@ from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
 from osscar.preparation.journal import DenseOutputs
 from osscar.request import BudgetKind, PruningRequest
-from osscar.run.points import SweepDirectory, sweep_manifest
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
+from osscar.run.sweep import SweepDirectory, sweep_manifest
 from osscar.study import jobs
 from osscar.study.design import StudyDesign
 from osscar.study.directory import Study

@@ -14,11 +14,9 @@ from torch.overrides import TorchFunctionMode
 import graph
 import osscar
 from graph import Size
-from osscar.allocation import clocks, onnx_clock, speedup
-from osscar.allocation.clocks import InTorch
-from osscar.allocation.onnx_clock import operator_models
+from osscar.allocation import clocks, speedup
+from osscar.allocation.clocks import InTorch, clock_of, operator_models
 from osscar.allocation.task import PruningTask
-from osscar.allocation.timed import clock_of
 from osscar.network.modules import tensors_in
 from osscar.network.onnx_runtime import session_of
 from osscar.preparation.prepare import prepare
@@ -204,10 +202,8 @@ def test_an_operator_is_the_same_in_onnx_and_one_that_cannot_be_written_is_left_
 def test_a_network_is_pruned_to_a_speed_in_onnx_runtime(monkeypatch):
     """Any speed will do, since other processes have a share in it."""
     monkeypatch.setattr(speedup, "CLOSE", 1.0)
-    runs, plain = [], onnx_clock.session_of
-    monkeypatch.setattr(
-        onnx_clock, "session_of", lambda *given: runs.append(given) or plain(*given)
-    )
+    runs, plain = [], clocks.session_of
+    monkeypatch.setattr(clocks, "session_of", lambda *given: runs.append(given) or plain(*given))
     result = osscar.prune(small_net(), images(24), speedup=1.2, **IN_ONNX, backend="wanda")
     assert result.parameters_after < result.parameters_before
     assert "by ONNX Runtime" in result.budget.of("speedup").assumed

@@ -21,7 +21,7 @@ from osscar.proof.lineage import lineage_of
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.groups import certified
 from osscar.run.jobs import jobs
-from osscar.run.points import prune_points
+from osscar.run.sweep import prune_points
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 from tests.osscar.masked import masked
 from tests.osscar.programs import without_units

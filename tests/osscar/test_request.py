@@ -18,8 +18,7 @@ import osscar
 from graph import DependencyGraph, Size
 from graph.groups import CouplingGroup, Freeze, Role, Slot, UnitKind
 from osscar.allocation import allocate as allocation
-from osscar.allocation.task import PruningTask
-from osscar.allocation.widths import possible_widths
+from osscar.allocation.task import PruningTask, possible_widths
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.ranks import ALONE
 from osscar.cli.commands import app

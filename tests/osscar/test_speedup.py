@@ -12,7 +12,7 @@ from osscar.allocation.speedup import Aim, Proposal
 from osscar.base.errors import RequestError
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.jobs import jobs
-from osscar.run.points import prune_points
+from osscar.run.sweep import prune_points
 from tests.osscar.families import tiny, tokens
 from tests.osscar.pretended_clock import PretendedClock, seconds, seconds_alone
 

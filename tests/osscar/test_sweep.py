@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import osscar
-import osscar.run.points as points_room
+import osscar.run.sweep as points_room
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import JournalError, OptionError
 from osscar.distance.distance import Compared
@@ -19,8 +19,8 @@ from osscar.preparation.journal import DenseOutputs, Fingerprint, JournalManifes
 from osscar.proof.plan import Form
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.jobs import SweepJob, jobs
-from osscar.run.points import SweepDirectory, SweepPoint, prune_points
 from osscar.run.prune import prune_as_asked
+from osscar.run.sweep import SweepDirectory, SweepPoint, prune_points
 from osscar.walk.walk import Walk
 from tests.osscar.families import tiny as tiny_of
 from tests.osscar.families import tokens
