@@ -103,12 +103,14 @@ def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
 
 
 def tables(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
-    """Yield a table for each model and size."""
-    for (task, setting), here in known.items():
-        first = here[0]
+    """Yield a table for each model, with the rows of all of its sizes."""
+    for task in dict.fromkeys(task for task, _ in known):
+        sizes = {setting: here for (name, setting), here in known.items() if name == task}
+        first = next(iter(sizes.values()))[0]
+        only = f": {next(iter(sizes))}" if len(sizes) == 1 else ""
         dense = told(first.measure, [first.original])
-        yield from ("", f"## {TITLES[task]}: {setting}", "", f"Dense: {dense}.", "")
-        yield from table(here)
+        yield from ("", f"## {TITLES[task]}{only}", "", f"Dense: {dense}.", "")
+        yield from table(sizes)
 
 
 ALTERNATIVE = "Quality over the time of a forward pass, one line a method"
@@ -164,28 +166,26 @@ def beaten(here: Sequence[Entry]) -> Iterator[tuple[str, str]]:
             yield title, f"{method} {form(sign * best)}; {form(own)}"
 
 
-def table(here: Sequence[Entry]) -> list[str]:
-    """Return the rows of one size."""
-    names = ("method", "parameters", "operations", "one shot", "recovered", "forward pass")
-    lines: list[Sequence[str]] = [(*names, "pruning, s", "memory, GB", "proved")]
-    for entry in here:
+def table(sizes: Mapping[str, Sequence[Entry]]) -> list[str]:
+    """Return the rows of one model; a column that would say nothing is left out."""
+    several = len(sizes) > 1
+    trained = any(entry.trained for here in sizes.values() for entry in here)
+    shown = (False, True) if trained else (False,)
+    names = ("size", "method")[not several :]
+    costs = {"forward pass": "forward", "pruning, s": "seconds"}
+    head = (*names, "parameters", "operations", *("one shot", "recovered")[: len(shown)], *costs)
+    lines: list[Sequence[str]] = [head]
+    for size, entry in ((size, entry) for size, here in sizes.items() for entry in here):
+        row = [size, entry.method][not several :]
         if entry.failed:
-            lines.append([entry.method, *[""] * 2, "failed", *[""] * 5])
+            lines.append([*row, "failed", *[""] * (len(head) - len(row) - 1)])
             continue
-        parts = [
-            statistics.mean(entry.values(name)) / entry.dense[name]
-            for name in ("parameters", "flops")
-        ]
-        lines.append(
-            [
-                entry.method,
-                *map(share, parts),
-                *(told(entry.measure, entry.values("quality", t)) for t in (False, True)),
-                *(form(statistics.mean(entry.values(name))) for name, form in COSTS.items()),
-                entry.shots[0].get("proved", "") or "no",
-            ]
-        )
-    return markdown(lines)
+        for name in ("parameters", "flops"):
+            row.append(share(statistics.mean(entry.values(name)) / entry.dense[name]))
+        row += [told(entry.measure, entry.values("quality", trained)) for trained in shown]
+        row += [COSTS[name](statistics.mean(entry.values(name))) for name in costs.values()]
+        lines.append(row)
+    return markdown(lines, len(names))
 
 
 def told(measure: str, values: Sequence[float]) -> str:

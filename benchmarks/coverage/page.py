@@ -31,11 +31,6 @@ _HEAD = (
     *("nothing prunable", "failed", "proved", "compared", "Torch-Pruning runs"),
 )
 _OUTCOMES = ("whole", "some_left", "nothing", "failed")
-_NAMED = {
-    "not_traced": "Not traced",
-    "failed": "Failed",
-    "some_left": "Some groups skipped",
-}
 _MARKS = ("<!-- coverage -->", "<!-- end of coverage -->")
 
 
@@ -56,17 +51,13 @@ def put_table(text: str, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    """Yield a row for each family, and the names of the models that something is missing of."""
+    """Yield a row for each family."""
     built = [row for row in rows if row["outcome"] != "not_built"]
     families: dict[str, list[Mapping[str, Any]]] = {}
     for row in built:
         families.setdefault(family(row), []).append(row)
     summed = [_summed(*one) for one in (*families.items(), ("**all**", built))]
     yield from (f"{line}\n" for line in markdown([_HEAD, *summed]))
-    for outcome, words in _NAMED.items():
-        names = [f"`{row['model']}`" for row in built if row["outcome"] == outcome]
-        if names:
-            yield f"\n{words}: {', '.join(names)}.\n"
 
 
 def _summed(title: str, rows: Sequence[Mapping[str, Any]]) -> Sequence[object]:

@@ -36,16 +36,12 @@ TEXTS = ("demo", "smollm2")
 
 
 def methods(task: str) -> Mapping[str, Method]:
-    """Return all that make a model of text, or of images, smaller.
-
-    FLAP with equal shares is left out for text, as FLAP itself is there.
-    """
+    """Return all that make a model of text, or of images, smaller."""
     text = task in TEXTS
     theirs = depgraph.TEXT if text else depgraph.IMAGES
     torch_pruning = depgraph.prune_text if text else depgraph.prune_images
     return {
         **{name: partial(prune, method=method) for name, method in backends.METHODS.items()},
-        **({} if text else {backends.FLAP: backends.flap_shares}),
         "the paper's public code": backends.public_code,
         **{f"Torch-Pruning, {name}": partial(torch_pruning, name=name) for name in theirs},
         **({"FLAP": flap, "SliceGPT": slice_gpt, "ShortGPT": short_gpt} if text else {}),

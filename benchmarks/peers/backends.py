@@ -25,8 +25,9 @@ from solvers.heuristics.scores import Scored
 class Flap(Scored):
     """Keep the units whose inputs fluctuate most, weighted by the norm of what reads them.
 
-    The metric WIFV of An et al. (below): a constant input costs nothing, since a bias makes up for
-    it.  (Their public code squares the scores of the inputs of heads before it adds them up.)
+    The metric WIFV of An et al. (`benchmarks.peers.decoders.flap`): a constant input costs nothing,
+    since a bias makes up for it.  (Their public code squares the scores of the inputs of heads
+    before it adds them up.)
     """
 
     summary: ClassVar[str] = "largest norm of dense weights times deviation of their inputs"
@@ -53,7 +54,6 @@ def _fluctuation(gram: GramAccumulator) -> Tensor:
     return torch.stack([rows[list(unit)].sum() for unit in own.unit_rows])
 
 
-FLAP = "FLAP, equal shares"
 METHODS: dict[str, dict[str, Any]] = {
     OURS: BASELINES[OURS],
     PAPER: BASELINES[PAPER],
@@ -63,24 +63,11 @@ METHODS: dict[str, dict[str, Any]] = {
 models" (Wanda), ICLR 2024, arXiv 2306.11695, in its structured form, which refits no weights."""
 
 
-def flap_shares(case: Case) -> Smaller:
-    """Prune equal shares by FLAP's score on the dense model, with biases alone.
-
-    An et al., "Fluctuation-based adaptive structured pruning" (FLAP), AAAI 2024, arXiv 2312.11983:
-    the mean output of what leaves is added to the bias of what reads it, where it has one, and
-    batch-norm statistics are corrected.
-    """
-    return prune(case, _flap(case))
-
-
 def with_counts(case: Case, counts: dict[str, int]) -> Smaller:
     """Prune to so many units of each group, by FLAP's score, with biases alone."""
-    return run(case, {**_flap(case), "allocation": "measured", "groups": counts})
-
-
-def _flap(case: Case) -> dict[str, Any]:
     backend = Flap(fluctuations(case.model, case.data, case.seed))
-    return {**UNIFORM, "backend": backend, "damp": NO_REFIT}
+    fields = {**UNIFORM, "backend": backend, "damp": NO_REFIT}
+    return run(case, {**fields, "allocation": "measured", "groups": counts})
 
 
 def public_code(case: Case) -> Smaller:

@@ -3,9 +3,9 @@
 Images: its CIFAR scripts (`reproduce/main.py` and `reproduce/scripts/prune/cifar` of its
 repository): channels of all layers are ranked together, and leave in 400 small steps until the
 operations are few enough; magnitude is the l1 norm, and group norm is divided by its maximum, after
-sparse training with ``reg=5e-4``.  Taylor and Hessian importance do better with the same share of
-each layer, which is the default; their gradients are of the calibration images with their labels.
-Batch-norm statistics are then taken anew.
+sparse training with ``reg=5e-4``.  Taylor importance does better with the same share of each layer,
+which is the default; its gradients are of the calibration images with their labels.  Batch-norm
+statistics are then taken anew.
 
 Text: its example for language models (`examples/LLMs/prune_llm.py`): equal shares of each layer,
 whole heads, the head of the vocabulary ignored; where the stream keeps its width, what writes to
@@ -36,9 +36,6 @@ MOST = 0.8
 """Share of a layer that may leave; 1 is the default, and half of the operations of ResNet-20 then
 leave single channels: top-1 of 49.8 % in the place of 54.0 %."""
 
-HESSIAN_SAMPLES = 64
-"""Whose gradients are taken one by one."""
-
 SPARSE_STEPS, SPARSE_RATE, SPARSE_REG = 64, 0.01, 5e-4
 """Of the training that makes groups sparse, by stochastic gradient descent with momentum 0.9."""
 
@@ -49,7 +46,7 @@ class Importance:
 
     make: Callable[[Any], Any]
     gradients: int = 0
-    """In how many steps those of a loss are taken anew; 0: it needs none."""
+    """In how many steps the loss's gradients are taken anew; 0: it needs none."""
     together: bool = True
     """Whether the channels of all layers are ranked together, or the same share of each leaves."""
     sparse: bool = False
@@ -58,39 +55,16 @@ class Importance:
     """Whether the stream that blocks add to is made narrower, too."""
 
 
-def all_samples(importance: Any) -> Any:
-    """Return Hessian importance that adds up the squared gradients of all samples.
-
-    That of version 1.6.1 looks for parameters by name among parameters, and so keeps the last
-    sample's alone.
-    """
-
-    class AllSamples(importance.GroupHessianImportance):  # type: ignore[misc]
-        def accumulate_grad(self, model: nn.Module) -> None:
-            for p in model.parameters():
-                if p.grad is not None:
-                    self._accu_grad[p] = self._accu_grad.get(p, 0) + p.grad.square()
-                    self._counter[p] = self._counter.get(p, 0) + 1
-
-    return AllSamples()
-
-
 IMAGES = {
     "magnitude": Importance(lambda i: i.GroupMagnitudeImportance(p=1)),
     "Taylor": Importance(lambda i: i.GroupTaylorImportance(), gradients=8, together=False),
-    "Hessian": Importance(lambda i: i.GroupHessianImportance(), gradients=STEPS, together=False),
-    "Hessian of all samples": Importance(all_samples, gradients=STEPS, together=False),
     "group norm": Importance(
         lambda i: i.GroupMagnitudeImportance(p=2, normalizer="max"), sparse=True
-    ),
-    "magnitude, every layer": Importance(
-        lambda i: i.GroupMagnitudeImportance(p=1), everything=True
     ),
 }
 TEXT = {
     "magnitude": Importance(lambda i: i.GroupMagnitudeImportance(p=2)),
     "Taylor": Importance(lambda i: i.GroupTaylorImportance(), gradients=1),
-    "Hessian of all samples": Importance(all_samples, gradients=1),
     "magnitude, every layer": Importance(
         lambda i: i.GroupMagnitudeImportance(p=2), everything=True
     ),
@@ -114,7 +88,7 @@ def prune_images(case: Case, name: str) -> Smaller:
         pruning_ratio=1.0,
         iterative_steps=STEPS,
         max_pruning_ratio=MOST,
-        ignored_layers=ignored(model, everything=asked.everything),
+        ignored_layers=ignored(model),
         **({"reg": SPARSE_REG} if asked.sparse else {}),
     )
     images = torch.cat([next(iter(batch.values())) for batch in case.batches])
@@ -123,7 +97,8 @@ def prune_images(case: Case, name: str) -> Smaller:
         train_sparse(model, pruner, images, case.labels, case.seed)
     for step in range(STEPS):
         if asked.gradients and step % asked.gradients == 0:
-            take_gradients(model, importance, images, case.labels)
+            model.zero_grad()
+            F.cross_entropy(model(images), case.labels).backward()
         if step_down(case, model, pruner):
             break
     model.zero_grad()
@@ -140,7 +115,7 @@ def step_down(case: Case, model: nn.Module, pruner: Any) -> bool:
     return False
 
 
-def ignored(model: Any, *, everything: bool) -> list[nn.Module]:
+def ignored(model: Any) -> list[nn.Module]:
     """Return the layers that stay as wide as they are: the classifier, and what writes the stream.
 
     In ResNet-20 that is the last convolution of each block, and the first of all.  Blocks of
@@ -148,8 +123,6 @@ def ignored(model: Any, *, everything: bool) -> list[nn.Module]:
     """
     if not hasattr(model, "layer1"):
         return [model.classifier]
-    if everything:
-        return [model.linear]
     stages = (model.layer1, model.layer2, model.layer3)
     return [model.linear, model.conv1, *(block.conv2 for stage in stages for block in stage)]
 
@@ -169,19 +142,6 @@ def train_sparse(model: nn.Module, pruner: Any, images: Tensor, labels: Tensor, 
     model.eval()
 
 
-def take_gradients(model: nn.Module, importance: Any, images: Tensor, labels: Tensor) -> None:
-    """Leave the gradients of the classification in the weights, or their mean squares."""
-    model.zero_grad()
-    if not hasattr(importance, "accumulate_grad"):
-        F.cross_entropy(model(images), labels).backward()
-        return
-    for start in range(0, HESSIAN_SAMPLES, 8):
-        part = slice(start, start + 8)
-        for loss in F.cross_entropy(model(images[part]), labels[part], reduction="none"):
-            add_gradients(model, importance, loss)
-    keep_squares(importance)
-
-
 # ---- text --------------------------------------------------------------------------------
 
 
@@ -198,7 +158,8 @@ def prune_text(case: Case, name: str) -> Smaller:
     dense.config.use_cache = False
     importance = asked.make(tp.importance)
     if asked.gradients:
-        take_text_gradients(dense, importance, case)
+        for tokens in (tokens for batch in case.batches for tokens in batch["input_ids"].split(1)):
+            dense(input_ids=tokens, labels=tokens).loss.backward()
     count = dense.config.num_attention_heads
     heads = math.floor((1 - case.setting.units["heads"]) * count) / count
     low, high, found = 0, 100, None
@@ -217,32 +178,6 @@ def prune_text(case: Case, name: str) -> Smaller:
         raise ValueError("no share of neurons makes it small enough")
     found.zero_grad()
     return Smaller(found)
-
-
-def take_text_gradients(model: Any, importance: Any, case: Case) -> None:
-    """Leave the gradients of the loss on the calibration text in the weights, or their squares."""
-    for batch in case.batches:
-        for tokens in batch["input_ids"].split(1):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            add_gradients(model, importance, loss)
-    keep_squares(importance)
-
-
-def add_gradients(model: nn.Module, importance: Any, loss: Tensor) -> None:
-    """Add up the gradients of samples, or have the importance add up their squares."""
-    if hasattr(importance, "accumulate_grad"):
-        model.zero_grad()
-    loss.backward(retain_graph=True)
-    if hasattr(importance, "accumulate_grad"):
-        importance.accumulate_grad(model)
-
-
-def keep_squares(importance: Any) -> None:
-    """Put mean squares where the importance puts them at its first call, and copies find them."""
-    if hasattr(importance, "accumulate_grad"):
-        for p, total in importance._accu_grad.items():
-            p.grad = total / importance._counter[p]
-        importance.zero_grad()
 
 
 def cut(
