@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 
 from graph.axes import Axes, Layout
-from graph.call import Call, Findings, Result, Shape, Value
+from graph.call import CONSTANT, Call, Findings, Result, RuleTable, Shape, Value, aten
 from graph.errors import RuleError, TraceError
 from graph.groups import Freeze
 from graph.operators import Operator
-from graph.rules.table import CONSTANT, RuleTable, aten
 from graph.tracing.export import DEPENDS, Program, concrete, module_of
 
 

@@ -36,7 +36,7 @@ from .run.sweep import SweepResult as SweepResult, sweep as sweep
 from .run.result import PruningResult as PruningResult
 from .allocation.task import SkippedGroup as SkippedGroup
 from .routing.declared import mixture as mixture
-from .shrinking.follow import adapter as adapter
+from .shrinking.slice import adapter as adapter
 from .proof.plan import PruningPlan as PruningPlan
 from .proof.program import ProgramModule as ProgramModule
 from .proof.plan import Certificate as Certificate

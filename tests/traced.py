@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import graph
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.structural import DensePrograms, dense_programs
-from osscar.shrinking import follow
+from osscar.shrinking import slice as slicing
 from osscar.shrinking.shrink import rehearse
 from osscar.walk.schedule import _called_on_shapes
 
@@ -96,7 +96,7 @@ def _architecture(model: nn.Module) -> Hashable:
     return (
         tuple(told),
         tuple((name, first.setdefault(id(t), name), _told(t)) for name, t in tensors),
-        tuple(follow._ADAPTERS.items()),
+        tuple(slicing._ADAPTERS.items()),
     )
 
 

@@ -14,8 +14,8 @@ Dimensions whose positions influence one another are frozen with `Call.freeze`, 
 which nothing is known are made with `Call.unknown`, and `Call.opaque` answers anything safely.
 """
 
-from graph.rules import contraction, convolution, elementwise, indexing, recurrent, reduction, shape
-from graph.rules.table import DEFAULT, PROGRAM, RuleTable, rule
+from graph.call import DEFAULT, PROGRAM, RuleTable, rule
+from graph.rules import contraction, convolution, elementwise, indexing, shape
 
 __all__ = [
     "DEFAULT",
@@ -25,8 +25,6 @@ __all__ = [
     "convolution",
     "elementwise",
     "indexing",
-    "recurrent",
-    "reduction",
     "rule",
     "shape",
 ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 from graph.axes import Layout
-from graph.call import Call, Value
+from graph.call import Call, Value, aten, rule
 from graph.groups import Role
 from graph.rules.contraction import add_bias
-from graph.rules.table import aten, rule
 
 _WINDOW = "windows slide over it"
 _PLACES = "it is read at places in space"

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import cast
 
 from graph.axes import ONE, Layout, concat
-from graph.call import Call, Origin, Value
+from graph.call import Call, Origin, Value, aten, rule
 from graph.groups import Role
-from graph.rules.table import aten, rule
 
 _PICKED = "positions along it are picked by number"
 _WRITTEN = "positions along it are written to by number"

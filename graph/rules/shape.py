@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from graph.axes import ONE, Layout
-from graph.call import Call, Origin, Shape, Value
-from graph.rules.table import aten, rule
+from graph.call import Call, Origin, Shape, Value, aten, rule
 
 
 def aligned_blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:

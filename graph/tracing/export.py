@@ -14,15 +14,70 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graph.errors import ExampleInputError, TraceError
-from graph.tracing.caches import caches_kept
 from graph.tracing.patches import exporting
-from graph.tracing.preserve import asked_of_to, forget_derived, preserved, without_cache
-from graph.tracing.values import values_known, whole_numbers
+from graph.tracing.preserve import (
+    asked_of_to,
+    caches_kept,
+    forget_derived,
+    preserved,
+    without_cache,
+)
+
+_MADE = frozenset(
+    {torch.arange, torch.empty, torch.full, torch.ones, torch.scalar_tensor, torch.tensor}
+    | {torch.zeros}
+)
+"""Functions that make a tensor of numbers."""
+
+
+class _Computing(TorchFunctionMode):
+    """Compute what depends on nothing but tensors that have values, and on numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        known = all(type(one) is Tensor for one in tensors) if tensors else func in _MADE
+        if known and not any(isinstance(leaf, torch.SymInt) for leaf in leaves):
+            with unset_fake_temporarily(), disable_proxy_modes_tracing():
+                found = func(*args, **(kwargs or {}))
+            # Fractions that are made, such as a bias of attention, are as others.
+            if tensors or not found.is_floating_point():
+                return found
+        return func(*args, **(kwargs or {}))
+
+
+def whole_numbers(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs that are tensors of whole numbers."""
+    kinds = (torch.int64, torch.int32)
+    return {n: x for n, x in inputs.items() if isinstance(x, Tensor) and x.dtype in kinds}
+
+
+@contextmanager
+def values_known(model: torch.nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model read the values of some of its keyword arguments while it is exported."""
+
+    def given(_: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return args, {**kwargs, **values}
+
+    hook = model.register_forward_pre_hook(given, with_kwargs=True)
+    try:
+        with _Computing():
+            yield
+    finally:
+        hook.remove()
+
+
+# ---- programs -----------------------------------------------------------------------------
+
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 

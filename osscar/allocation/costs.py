@@ -32,7 +32,7 @@ from osscar.data.batches import Batch
 from osscar.network.modules import named_tensors
 from osscar.network.operations import count_flops, flop_counter, multiplies
 from osscar.preparation.prepare import Prepared
-from osscar.shrinking.follow import is_list
+from osscar.shrinking.slice import is_list
 
 
 class Cost(enum.StrEnum):

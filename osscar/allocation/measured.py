@@ -33,8 +33,7 @@ from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared
 from osscar.request import Widths
-from osscar.walk.expert_step import ExpertStep
-from osscar.walk.expert_walk import ExpertWalk
+from osscar.walk.expert_walk import ExpertStep, ExpertWalk
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.walk import Walk
 from solvers import SubsetProblem

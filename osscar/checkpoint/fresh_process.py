@@ -34,7 +34,7 @@ from osscar.offload.on_disk import values_of
 from osscar.offload.places import WeightCache
 from osscar.proof.equivalence import Inputs, proof_outputs
 from osscar.proof.program import ProgramModule
-from osscar.shrinking.follow import adapter_of
+from osscar.shrinking.slice import adapter_of
 from solvers.own_code import importable, imported
 
 _TASK, _CODE, _ANSWER, _SAID = "task", "code", "answer", "said"

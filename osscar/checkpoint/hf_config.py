@@ -26,7 +26,7 @@ from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
 from osscar.proof.lineage import lineage_of, note
 from osscar.proof.plan import GroupPlan, PruningPlan, combined_groups
-from osscar.shrinking.follow import counts
+from osscar.shrinking.slice import counts
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""

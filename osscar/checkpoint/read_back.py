@@ -26,8 +26,7 @@ from osscar.proof.equivalence import (
     runs,
     to_device,
 )
-from osscar.proof.lineage import lineage_of, structure_of, with_zeros
-from osscar.proof.sample import Drawn, Sample
+from osscar.proof.lineage import Drawn, Sample, lineage_of, structure_of, with_zeros
 
 
 @dataclass(frozen=True)

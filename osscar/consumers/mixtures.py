@@ -24,8 +24,7 @@ from osscar.base.errors import OsscarError
 from osscar.base.memory import attempt
 from osscar.network.hooks import hooks
 from osscar.network.modules import forward
-from osscar.routing.last_layers import last_layers
-from osscar.routing.routed import Routed
+from osscar.routing.routed import Routed, last_layers
 
 _TOLERANCE = 0.5
 """Power of the rounding unit up to which a mixture's output is the sum above: its code may add up

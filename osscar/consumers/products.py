@@ -20,11 +20,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from osscar.consumers.convolutions import UNFOLDED_BYTES
 from osscar.network.hooks import other_forwards, running_modules
 from osscar.network.model_state import version_of
 from osscar.network.modules import HALVES, forward
 from osscar.offload.on_disk import OnDisk
+
+UNFOLDED_BYTES = 64 * 2**20
+"""The most memory, in float64, of windows that are unfolded at once.  A single row of output
+positions is unfolded whole, should it take more than that."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,7 @@ from osscar.network.modules import device_of, named_tensors, sha256_of
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
 from osscar.proof.equivalence import proof_outputs, rounding
-from osscar.proof.lineage import lineage_of
-from osscar.proof.sample import Output
+from osscar.proof.lineage import Output, lineage_of
 from solvers.own_code import source_digests
 
 

@@ -36,7 +36,7 @@ from osscar.network.modules import (
 from osscar.network.predictions import known_output
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.plan import PruningPlan
-from osscar.routing.masks import without_experts
+from osscar.routing.routers import without_experts
 
 Inputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 """Positional or keyword arguments of a model's forward pass."""

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Graph, Node
 
+from graph.call import aten
 from graph.extents import Extent, Extents, Staying, TracedProgram
-from graph.rules.table import aten
 from graph.tracing.export import module_of
 from graph.tracing.standalone import SYMBOLIC
 from osscar.base.errors import AdapterError

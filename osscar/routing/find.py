@@ -23,10 +23,17 @@ from osscar.base.errors import ModelError, first_line
 from osscar.base.memory import attempt
 from osscar.network.hooks import hooks
 from osscar.network.modules import count_parameters, forward, tensors_in
-from osscar.routing.declared import calls_of, declared_in, is_named, joined, undeclared
-from osscar.routing.last_layers import last_layers
-from osscar.routing.lists import ExpertList, alike, expert_list
-from osscar.routing.routed import Routed
+from osscar.routing.declared import (
+    ExpertList,
+    alike,
+    calls_of,
+    declared_in,
+    expert_list,
+    is_named,
+    joined,
+    undeclared,
+)
+from osscar.routing.routed import Routed, last_layers
 from osscar.routing.routers import Call, Router, router_of, sends_tokens
 from solvers import RoutingRule
 

@@ -32,9 +32,9 @@ from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.proof.structural import DensePrograms
 from osscar.request import PruningRequest
-from osscar.shrinking.follow import is_list
 from osscar.shrinking.shrink import Feasibility, rehearse
 from osscar.shrinking.shrink_program import ProgramTrial
+from osscar.shrinking.slice import is_list
 
 _MOST_TOLD = 8
 

@@ -22,8 +22,7 @@ from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
 from osscar.run.run_log import LayerRecord, RunLog
-from osscar.walk.expert_step import ExpertStep
-from osscar.walk.expert_walk import ExpertWalk, without
+from osscar.walk.expert_walk import ExpertStep, ExpertWalk, without
 from osscar.walk.layer_report import LayerReport
 from osscar.walk.layer_step import GROWN, DenseTensors, LayerStep, Solved, dense_tensors
 from osscar.walk.targets import Target

@@ -18,7 +18,7 @@ from osscar.network.modules import device_of, token_embeddings
 from osscar.offload.on_disk import SMALL, WIDE, pass_bytes, suspended_bytes, weight_cache
 from osscar.preparation.prepare import widest_output
 from osscar.request import PruningRequest
-from osscar.walk.sums import sum_bytes
+from osscar.walk.gram import sum_bytes
 from osscar.walk.targets import Target
 
 _LEAN = frozenset({"random", "magnitude", "wanda", "greedy", "multistage", "local_search"})

@@ -28,7 +28,7 @@ from osscar.base.memory import attempt
 from osscar.network.attention import AnyHeads
 from osscar.proof.equivalence import Match
 from osscar.proof.plan import GroupPlan, Integer, PruningPlan
-from osscar.shrinking.follow import is_list, nearby
+from osscar.shrinking.slice import is_list, nearby
 
 _MOST_ATTEMPTS = 1000
 """Forward passes of one search: more than anyone would wait for."""

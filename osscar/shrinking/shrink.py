@@ -32,9 +32,8 @@ from osscar.proof.lineage import lineage_of, note, remember_structure
 from osscar.proof.plan import Certificate, Form, GroupPlan, Integer, PruningPlan, Structure
 from osscar.proof.structural import DensePrograms, StructureError, Unproved, dense_programs
 from osscar.shrinking.fold import fold, unfold
-from osscar.shrinking.follow import adapted, nearby
 from osscar.shrinking.integers import IntegerSearch, kind_of
-from osscar.shrinking.slice import slice_units
+from osscar.shrinking.slice import adapted, nearby, slice_units
 
 _MOST_TRIALS, _MOST_SECONDS = 64, 120.0
 """Of the search for groups to blame."""

@@ -8,23 +8,256 @@ routed anew where they stand, and the last matrices are refitted on the tokens t
 from __future__ import annotations
 
 import dataclasses
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from graph import CouplingGroup
-from osscar.base.errors import ModelError
+import solvers
+from graph import CouplingGroup, UnitKind
+from osscar.base.errors import ModelError, warn_of
+from osscar.base.memory import FOR_MATRICES, memory_for
+from osscar.base.printable import listed, pluralize
+from osscar.base.timing import Stage, timed
+from osscar.consumers.consumer import LinearMap
+from osscar.consumers.observe import output_of
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
+from osscar.routing.declared import called_as_mixtures
 from osscar.routing.find import ExpertMixture
-from osscar.routing.lists import called_as_mixtures
+from osscar.routing.routed import Routed
 from osscar.routing.routers import Scores, misrouted
 from osscar.walk.coroutines import running
-from osscar.walk.expert_step import ExpertStep
+from osscar.walk.gram import GramAccumulator
+from osscar.walk.layer_step import LayerStep, Refits, Solved
 from osscar.walk.walk import Waiting, Walk
+from solvers import ExpertProblem, ProblemError, RoutedTokens, expert_candidates
+
+MOST_TOKENS = 1 << 15
+"""Tokens that choose who stays, drawn where there are more."""
+
+_AT_ONCE = 1 << 22
+"""Numbers that experts return at a time."""
+
+_BLOCK = 4096
+"""Tokens in a block of a problem, about."""
+
+
+@dataclass(eq=False)
+class ExpertStep:
+    """A mixture that all batches have reached: it can be solved and refitted."""
+
+    mixture: ExpertMixture
+    consumers: tuple[LinearMap, ...] = field(repr=False)
+    """The last matrices, one an expert."""
+    _module: nn.Module = field(repr=False)
+    """What is called with what is `Routed`."""
+    _batches: tuple[Waiting, ...] = field(repr=False)
+    _scores: dict[int, Scores] = field(repr=False)
+    """By batch."""
+    _kept: dict[str, tuple[int, ...]] = field(repr=False)
+    """The experts that stay, by the name of the group, of mixtures that were solved."""
+
+    @property
+    def group(self) -> CouplingGroup:
+        """The experts."""
+        return self.mixture.group
+
+    # ---- who stays -----------------------------------------------------------------------
+
+    def solve(
+        self, keep: int, backend: solvers.Backend, damp: float | None, weight: float | None
+    ) -> Solved:
+        """Choose the experts that stay, and commit their refit; what is None is chosen for it."""
+        sent = {e for batch in self._batches for e in batch.x.experts.flatten().tolist()}
+        unreached = [expert for expert in range(self.group.units) if expert not in sent]
+        if unreached:
+            warn_of(
+                "no calibration token is sent to {}; give more samples",
+                f"{pluralize(len(unreached), 'expert')} of {self.group.name!r} "
+                f"({listed([*map(str, unreached)], 8)})",
+            )
+        with timed(Stage.GRAM):
+            problem = self.problem(keep)
+        measured = time.perf_counter()
+        with timed(Stage.SOLVER):
+            solution = solvers.solve_experts(problem, backend)
+            record = solution.record(solution.verify())
+        choosing = sum(len(block.energy) for block in problem.tokens)
+        del problem, solution
+        self.commit(record.support)
+        with timed(Stage.WALK):
+            before, layer = self.losses(), self._refitted()
+        if weight is None and not any(gram.held_out_rows for gram in layer.known):
+            weight = 1.0  # targets are what was lost with the experts
+        with timed(Stage.DAMPING):
+            damp, refits = _refits(layer, damp, weight)
+        with timed(Stage.WALK), layer.tried(refits.weights, range(layer.group.units)):
+            after = self.losses()
+        # What is no worse for each expert can be for their sum.
+        if after[-1] <= before[-1]:
+            layer.commit(refits.weights)
+        else:
+            labels = tuple(gram.linear_map.label for gram in layer.known)
+            refits, after = dataclasses.replace(refits, unrefitted=labels, growth=1.0), before
+        record = dataclasses.replace(record, relative_loss=before[0])
+        dead = len(unreached)
+        return Solved(record, layer, refits, damp, dead, measured, after[0], choosing)
+
+    @contextmanager
+    def alone(self, keep: int, damp: float | None, shaped: bool) -> Iterator[NDArray[np.float64]]:
+        """Route among the experts that stay, refitted, while the block runs.
+
+        Yielded is the shape of the group's curve, if that is asked for: the loss with so many
+        experts left, which with fewer than the router needs is that of the fewest.
+        """
+        with timed(Stage.MEASURED), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # pruning itself will say so
+            problem = self.problem(self.group.fewest if shaped else keep)
+            shape = np.zeros(0)
+            if shaped:
+                history = solvers.solve_experts(problem, "greedy").history
+                risen = np.maximum.accumulate([0.0, *history[1:]]) / problem.scale
+                shape = np.concatenate([np.full(problem.keep, risen[-1]), risen[::-1]])
+            support = solvers.solve_experts(problem.with_keep(keep), "greedy").support.tolist()
+            with self._tried(support):
+                layer = self._refitted()
+                _, refits = _refits(layer, damp, None)
+                with layer.tried(refits.weights, range(layer.group.units)):
+                    yield shape
+
+    @torch.no_grad()
+    def problem(self, keep: int) -> ExpertProblem:
+        """Pose the problem of which experts stay, on samples that are not held out."""
+        rule, drawn = self.mixture.rule, self._drawn()
+        tokens = sum(map(len, drawn.values()))
+        bias = self._scores[min(drawn)].bias
+        needed = ExpertProblem.memory(rule, self.group.units, keep, tokens, bias)
+        what = f"the problem of {self.group.name!r} with {tokens} tokens ({needed:,} bytes)"
+        with memory_for(what, FOR_MATRICES):
+            blocks = tuple(_in_blocks(self._parts(drawn, keep)))
+            try:
+                return ExpertProblem(rule, blocks, keep, bias, self.group.name)
+            except ProblemError as error:
+                raise ModelError(
+                    f"the experts of {self.group.name!r} cannot be chosen: {error}; leave the "
+                    "mixture out (skip, `--skip`)"
+                ) from error
+
+    def _drawn(self) -> dict[int, Tensor]:
+        """Return which tokens choose who stays, in order, by batch; all where they are few."""
+        fitted = [batch for batch in self._batches if not batch.held_out]
+        counts = [len(batch.x.hidden) for batch in fitted]
+        chance = torch.Generator().manual_seed(0)
+        chosen = torch.zeros(sum(counts), dtype=torch.bool)
+        chosen[torch.randperm(len(chosen), generator=chance)[:MOST_TOKENS]] = True
+        own = zip(fitted, torch.split(chosen, counts), strict=True)
+        return {batch.index: torch.nonzero(some).flatten() for batch, some in own if some.any()}
+
+    def _parts(self, drawn: Mapping[int, Tensor], keep: int) -> Iterator[RoutedTokens]:
+        """Yield what the drawn tokens of each batch say of the experts that they can reach."""
+        for batch in self._batches:
+            if batch.index not in drawn:
+                continue
+            x, y, scores = batch.x, batch.target(), self._scores[batch.index]
+            rows = drawn[batch.index].to(y.device)
+            reached = expert_candidates(self.mixture.rule, scores.logits[rows], keep, scores.bias)
+            some = max(1, _AT_ONCE // (reached.shape[1] * y.shape[1]))
+            given = scores.logits[rows], x.hidden[rows], reached, y[rows]
+            for logits, hidden, experts, target in zip(
+                *(torch.split(tensor, some) for tensor in given), strict=True
+            ):
+                yield RoutedTokens.from_outputs(logits, self._outputs(x, hidden, experts), target)
+
+    def _outputs(self, x: Routed, hidden: Tensor, experts: Tensor) -> Tensor:
+        """Return what experts, (tokens, r), return for tokens, (tokens, r, d)."""
+        each = hidden.repeat_interleave(experts.shape[1], 0)
+        one = torch.ones(len(each), 1, dtype=x.weights.dtype, device=each.device)
+        y: Tensor = self._module.forward(each, experts.flatten()[:, None].to(x.experts), one)
+        return y.view(*experts.shape, y.shape[1])
+
+    # ---- among those that stay -----------------------------------------------------------
+
+    @torch.no_grad()
+    def commit(self, kept: Sequence[int]) -> None:
+        """Route the batches among the experts that stay."""
+        self._kept[self.group.name] = tuple(kept)
+        for batch in self._batches:
+            logits, bias = self._scores.pop(batch.index)
+            experts, weights = self.mixture.rule.route(logits, kept, bias)
+            x: Routed = batch.x
+            batch.go_on_with(Routed(x.hidden, experts.to(x.experts), weights.to(x.weights)))
+
+    @contextmanager
+    def _tried(self, kept: Sequence[int]) -> Iterator[None]:
+        """Route the batches among some experts while the block runs, and as before afterwards."""
+        read, scores = [batch.x for batch in self._batches], dict(self._scores)
+        self.commit(kept)
+        try:
+            yield
+        finally:
+            del self._kept[self.group.name]
+            self._scores.update(scores)
+            for batch, x in zip(self._batches, read, strict=True):
+                batch.go_on_with(x)
+
+    def losses(self) -> list[float]:
+        """Return the relative errors of the mixture on fitted samples, and on any held out."""
+        error, size = [0.0, 0.0], [0.0, 0.0]
+        for batch in self._batches:
+            y = batch.target()
+            lost = y - output_of(self._module, batch.x).double()
+            error[batch.held_out] += float(lost.square().sum())
+            size[batch.held_out] += float(y.square().sum())
+        found = [e / s if s else e for e, s in zip(error, size, strict=True)]
+        return found if size[1] else found[:1]
+
+    def _refitted(self) -> LayerStep:
+        """Return what the last matrices of those that stay read of the tokens that they now get."""
+        kept, held_out = self._kept[self.group.name], any(batch.held_out for batch in self._batches)
+        maps = [one for expert, one in enumerate(self.consumers) if expert in kept]
+        what = f"Gram matrices of {pluralize(len(maps), 'expert')} of {self.group.name!r}"
+        with memory_for(what, FOR_MATRICES):
+            grams = [GramAccumulator(one, held_out=held_out, corrections=True) for one in maps]
+        for batch in self._batches:
+            x = batch.x
+            D = batch.target() - output_of(self._module, x).double()
+            with timed(Stage.GRAM):
+                for gram in grams:
+                    gram.add_call(x, D, held_out=batch.held_out)
+        name, count = f"{self.group.name}.neurons", len(self.consumers[0].owned)
+        neurons = CouplingGroup(name, UnitKind.NEURONS, count, (), removable=0)
+        return LayerStep(neurons, tuple(grams))
+
+
+def _refits(layer: LayerStep, damp: float | None, weight: float | None) -> tuple[float, Refits]:
+    """Return the damping of the last matrices, of which all units stay, and their refit."""
+    units = range(layer.group.units)
+    damp, layer.correction_weight = layer.regularization(len(units), damp, weight)
+    refitted, _ = solvers.refit(layer.problem(len(units), damp), torch.tensor(units))
+    return damp, layer.refits(refitted, units)
+
+
+def _in_blocks(parts: Iterable[RoutedTokens]) -> Iterator[RoutedTokens]:
+    """Join tokens of a problem to blocks of some thousands."""
+    block: list[RoutedTokens] = []
+    for part in parts:
+        block.append(part)
+        if sum(len(one.energy) for one in block) >= _BLOCK:
+            yield RoutedTokens.joined(block)
+            block = []
+    if block:
+        yield RoutedTokens.joined(block)
+
+
+# ---- the walk -----------------------------------------------------------------------------
 
 
 @contextmanager

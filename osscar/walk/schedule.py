@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from graph import CouplingGroup
-from graph.tracing.caches import caches_kept
 from graph.tracing.patches import shapes_alone
-from graph.tracing.preserve import preserved
+from graph.tracing.preserve import caches_kept, preserved
 from osscar.base.errors import ModelError
 from osscar.base.memory import attempt
 from osscar.consumers.observe import reads

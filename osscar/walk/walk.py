@@ -38,10 +38,9 @@ from osscar.preparation.failures import failures_named
 from osscar.preparation.prepare import Prepared
 from osscar.walk.batch_norm import shared_out
 from osscar.walk.coroutines import Arrival, Coroutine, Surroundings, running
-from osscar.walk.gram import GramAccumulator, all_reduce
+from osscar.walk.gram import GramAccumulator, all_reduce, sum_bytes
 from osscar.walk.layer_step import DenseTensors, LayerStep, dense_tensors
 from osscar.walk.schedule import Schedule, learned_calls
-from osscar.walk.sums import sum_bytes
 from osscar.walk.targets import Keeper, Target, correction, streams
 
 _T = TypeVar("_T")

@@ -11,7 +11,7 @@ import torch
 
 import graph
 import osscar
-import osscar.shrinking.follow
+import osscar.shrinking.slice
 from tests.docs.pages import PAGES, blocks
 from tests.osscar.families import CALIBRATION
 
@@ -54,7 +54,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "calibration.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     (tmp_path / "training.txt").write_text(CALIBRATION.read_text())
     monkeypatch.chdir(tmp_path)
-    rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.follow
+    rules, adapters = graph.DEFAULT_RULES, osscar.shrinking.slice
     monkeypatch.setattr(rules, "maps", [dict(one) for one in rules.maps])
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))
 

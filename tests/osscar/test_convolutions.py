@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import graph
-import osscar.consumers.convolutions
+import osscar.consumers.layers
 import solvers
-from osscar.consumers.convolutions import _windows
+from osscar.consumers.layers import _windows
 from osscar.consumers.linear_maps import linear_maps
 from osscar.walk.gram import GramAccumulator
 
@@ -84,7 +84,7 @@ def test_windows_times_weights_are_what_the_convolution_computes(pair, monkeypat
     # Memory is bounded, and the Gram matrix stays the same.
     row = _windows(one.module, hidden)[0, 0].numel() * 8
     for limit in (1, 2000, 10**6):
-        monkeypatch.setattr(osscar.consumers.convolutions, "UNFOLDED_BYTES", limit)
+        monkeypatch.setattr(osscar.consumers.layers, "UNFOLDED_BYTES", limit)
         pieces = list(one.read_inputs(hidden))
         assert max(piece.numel() * 8 for piece in pieces) <= max(limit, row)
         assert len(pieces) == 1 if limit == 10**6 else len(pieces) > 1

@@ -79,7 +79,7 @@ def test_a_language_model_is_pruned_on_a_card_as_on_the_cpu(family, asked, tmp_p
 
 
 def test_a_network_is_pruned_on_a_card(monkeypatch):
-    monkeypatch.setattr("osscar.walk.regularization._DIRECTIONS", 3)  # as of layers that are wide
+    monkeypatch.setattr("osscar.walk.layer_step._DIRECTIONS", 3)  # as of layers that are wide
     with pretended():
         net, data = PRUNABLE["residual"][0]().eval(), torch.randn(12, 3, 4, 4)
         result = osscar.prune(net, data, device="cuda", channels=0.5, residual=0.5)

@@ -16,8 +16,8 @@ from osscar.base.errors import EquivalenceError, ModelError, RequestError
 from osscar.preparation.prepare import prepare
 from osscar.proof.equivalence import masked
 from osscar.proof.plan import GroupPlan, PruningPlan
+from osscar.routing.declared import called_as_mixtures
 from osscar.routing.find import mixtures_in
-from osscar.routing.lists import called_as_mixtures
 from solvers import RouterScores, RoutingRule
 from tests.osscar.expert_lists import (
     COUNT,

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import solvers
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation.prepare import prepare
-from osscar.walk.gram import GramAccumulator, pose
-from osscar.walk.sums import _type_of_sums
+from osscar.walk.gram import GramAccumulator, _type_of_sums, pose
 from solvers.linalg import symmetric
 from tests.osscar.pretended_card import pretended
 

@@ -17,8 +17,8 @@ import osscar
 from osscar.base.errors import AdapterError
 from osscar.proof.equivalence import proof_outputs
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.shrinking.follow import adapter
 from osscar.shrinking.shrink import shrink
+from osscar.shrinking.slice import adapter
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.graph.topologies import randomized
 from tests.osscar.test_shrinking import assert_refused, shrunk

@@ -22,12 +22,12 @@ from osscar.preparation.prepare import prepare
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.request import PruningRequest
 from osscar.routing.find import mixtures_in
-from osscar.routing.masks import without_experts
+from osscar.routing.routers import without_experts
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
 from osscar.shrinking.shrink import shrink
-from osscar.walk import expert_step
-from osscar.walk.expert_step import ExpertStep
+from osscar.walk import expert_walk
+from osscar.walk.expert_walk import ExpertStep
 from osscar.walk.layer_step import LayerStep
 from osscar.walk.targets import correction
 from tests.osscar.expert_lists import COUNT, WIDTH, Expert, Masked, SoftmaxThenTopK
@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_model_itself():
 
 def test_few_tokens_choose_and_all_of_them_tell_what_is_lost(monkeypatch):
     """Tokens are drawn, at any position, and losses before and after are of the same ones."""
-    monkeypatch.setattr(expert_step, "MOST_TOKENS", 40)
+    monkeypatch.setattr(expert_walk, "MOST_TOKENS", 40)
     drawn, draw = [], ExpertStep._drawn
     monkeypatch.setattr(ExpertStep, "_drawn", lambda step: drawn.append(draw(step)) or drawn[-1])
     model = small()

@@ -25,7 +25,7 @@ from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.proof.program import traced_as_open
 from osscar.proof.sizes import other_sizes, sizes_in_words
 from osscar.proof.structural import StructureError, dense_programs
-from osscar.shrinking import follow
+from osscar.shrinking import slice as slicing
 from osscar.shrinking.shrink import shrink
 from osscar.shrinking.slice import slice_units
 from tests.osscar.families import tiny
@@ -409,7 +409,7 @@ def in_place(module, group):
 
 @pytest.mark.parametrize("change", [by_which_units_stay, in_place])
 def test_what_an_adapter_changes_is_compared_for_the_units_that_stay(change, monkeypatch):
-    monkeypatch.setitem(follow._ADAPTERS, full_name(Scaled), change)
+    monkeypatch.setitem(slicing._ADAPTERS, full_name(Scaled), change)
     net = Scaled().eval()
     programs, refused = dense_programs(net, {"x": X}), 0
     for first in (0, 1):

@@ -12,9 +12,9 @@ import solvers
 from osscar.consumers.linear_maps import linear_maps
 from osscar.preparation import prepare as prepare_module
 from osscar.preparation.prepare import prepare
-from osscar.walk import regularization
+from osscar.walk import layer_step
 from osscar.walk.gram import pose
-from osscar.walk.regularization import DAMPS, best_regularization
+from osscar.walk.layer_step import DAMPS, best_regularization
 from osscar.walk.targets import Keeper, Target, streams
 from osscar.walk.walk import Walk
 from tests.osscar.families import tiny, tokens
@@ -162,8 +162,8 @@ def test_damping_is_what_exact_refits_find_on_held_out_samples(positions, noise,
     assert share in (None, chosen)
     # What is compared are these errors, but for one constant.
     fitted = gram.fitted.centred()
-    (rows,) = regularization._kept_rows([(gram, fitted)], {"2": 1.0}, 8)
-    part = regularization._Part(gram, fitted, rows, 1.0)
+    (rows,) = layer_step._kept_rows([(gram, fitted)], {"2": 1.0}, 8)
+    part = layer_step._Part(gram, fitted, rows, 1.0)
     off = set()
     for each in DAMPS:
         a, b, c = part.errors(each)
