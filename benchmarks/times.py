@@ -5,8 +5,7 @@
 Each model keeps the first units of every group but residual streams, five shares of them, without
 any refit: only how fast it is matters.  The prediction is that of the table by which `--speedup`
 chooses widths; each model is then timed in turns with the dense one.  Prints a table for
-docs/budget.md, with the median error of a model, and that of the other shares once the model in the
-middle has corrected the scale of the table, as a search does with the first model that it times.
+docs/budget.md, with the median error of a model.
 
 Takes a minute for ResNet-20 and the demo, more for MobileNetV2 (`--mobilenet WEIGHTS`), and half an
 hour for SmolLM2, on an otherwise idle machine.
@@ -66,16 +65,8 @@ def compared(model: nn.Module, data: Any) -> Iterator[Compared]:
 def row(name: str, found: Sequence[Compared]) -> list[str]:
     """Return the cells of a model: predicted and measured at each share, and the median error."""
     cells = [f"{one.predicted:.2f}x, {one.measured:.2f}x" for one in found]
-    return [name, *cells, *(f"{statistics.median(e):.1%}" for e in errors(found))]
-
-
-def errors(found: Sequence[Compared]) -> tuple[list[float], list[float]]:
-    """Return the relative errors of times: by the table, and with the scale of the middle one."""
-    middle = found[len(found) // 2]
-    scale = (1 - 1 / middle.measured) / (1 - 1 / middle.predicted)
-    others = (one for one in found if one is not middle)
-    corrected = [one.measured * (1 - scale * (1 - 1 / one.predicted)) - 1 for one in others]
-    return [abs(one.measured / one.predicted - 1) for one in found], [*map(abs, corrected)]
+    error = statistics.median(abs(one.measured / one.predicted - 1) for one in found)
+    return [name, *cells, f"{error:.1%}"]
 
 
 def main() -> None:
@@ -92,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    head = ["model", *(f"{share:.0%} of units" for share in SHARES), "median error", "corrected"]
+    head = ["model", *(f"{share:.0%} of units" for share in SHARES), "median error"]
     table = [head]
     for name in arguments.tasks:
         subject = TASKS[name].load(arguments)
