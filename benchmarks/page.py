@@ -1,4 +1,4 @@
-"""The page: where peers are better, a table for each size, and the figure."""
+"""The page: a table for each model, and the figure."""
 
 from __future__ import annotations
 
@@ -93,8 +93,7 @@ def write_page(directory: Path) -> str:
 
 def lines(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
     """Yield the page."""
-    yield from ("## Where a peer is better", "", *where_better(known))
-    yield from ("", "## Quality over time", "", f"![{ALTERNATIVE}](images/peers.svg)")
+    yield from ("## Quality over time", "", f"![{ALTERNATIVE}](images/peers.svg)")
     yield from tables(known)
     failures = {(e.method, e.failed) for here in known.values() for e in here if e.failed}
     if failures:
@@ -115,56 +114,6 @@ def tables(known: Mapping[tuple[str, str], list[Entry]]) -> Iterator[str]:
 
 ALTERNATIVE = "Quality over the time of a forward pass, one line a method"
 
-COSTS: dict[str, Callable[[float], str]] = {
-    "forward": lambda x: f"{x:.2f}",
-    "seconds": lambda x: f"{x:.0f}",
-    "peak_bytes": lambda x: f"{x / 1e9:.2f}",
-}
-"""What is better if it is less."""
-
-
-def where_better(known: Mapping[tuple[str, str], list[Entry]]) -> list[str]:
-    """Return a row for each size, with the best peer in each measure that this toolkit loses.
-
-    Compared are means; a measure in which it loses nowhere has no column.
-    """
-    found = {
-        f"{TITLES[task]}, {setting}": dict(beaten(here)) for (task, setting), here in known.items()
-    }
-    titles = [title for title in MEASURES if any(title in cells for cells in found.values())]
-    rows = [[size, *(cells.get(one, "") for one in titles)] for size, cells in found.items()]
-    return markdown([("size", *titles), *rows], 1 + len(titles)) if titles else ["Nowhere."]
-
-
-MEASURES = ("one shot", "recovered", "forward pass", "pruning, s", "memory, GB")
-
-
-def beaten(here: Sequence[Entry]) -> Iterator[tuple[str, str]]:
-    """Yield each measure in which a peer is better at one size, and by how much the best is."""
-    ours = next((entry for entry in here if entry.method == OURS), None)
-    if ours is None:
-        return
-    perplexity = ours.measure == "perplexity"
-    compared: list[tuple[str, bool, Callable[[float], str]]] = [
-        ("quality", False, lambda x: told(ours.measure, [x])),
-        ("quality", True, lambda x: told(ours.measure, [x])),
-        *((name, False, form) for name, form in COSTS.items()),
-    ]
-    for title, (name, trained, form) in zip(MEASURES, compared, strict=True):
-        mine = ours.values(name, trained)
-        sign = -1 if name == "quality" and not perplexity else 1
-        others = sorted(
-            (sign * statistics.mean(values), entry.method)
-            for entry in here
-            if entry is not ours and (values := entry.values(name, trained))
-        )
-        if not mine or not others:
-            continue
-        own, (best, method) = statistics.mean(mine), others[0]
-        # the same digits are no less
-        if best < sign * own and form(sign * best) != form(own):
-            yield title, f"{method} {form(sign * best)}; {form(own)}"
-
 
 def table(sizes: Mapping[str, Sequence[Entry]]) -> list[str]:
     """Return the rows of one model; a column that would say nothing is left out."""
@@ -172,8 +121,8 @@ def table(sizes: Mapping[str, Sequence[Entry]]) -> list[str]:
     trained = any(entry.trained for here in sizes.values() for entry in here)
     shown = (False, True) if trained else (False,)
     names = ("size", "method")[not several :]
-    costs = {"forward pass": "forward", "pruning, s": "seconds"}
-    head = (*names, "parameters", "operations", *("one shot", "recovered")[: len(shown)], *costs)
+    head = (*names, "parameters", "operations", *("one shot", "recovered")[: len(shown)])
+    head = (*head, "forward pass", "pruning, s", "memory, GB")
     lines: list[Sequence[str]] = [head]
     for size, entry in ((size, entry) for size, here in sizes.items() for entry in here):
         row = [size, entry.method][not several :]
@@ -183,7 +132,10 @@ def table(sizes: Mapping[str, Sequence[Entry]]) -> list[str]:
         for name in ("parameters", "flops"):
             row.append(share(statistics.mean(entry.values(name)) / entry.dense[name]))
         row += [told(entry.measure, entry.values("quality", trained)) for trained in shown]
-        row += [COSTS[name](statistics.mean(entry.values(name))) for name in costs.values()]
+        forward, seconds, peak = (
+            statistics.mean(entry.values(name)) for name in ("forward", "seconds", "peak_bytes")
+        )
+        row += [f"{forward:.2f}", f"{seconds:.0f}", f"{peak / 1e9:.2f}"]
         lines.append(row)
     return markdown(lines, len(names))
 
@@ -195,10 +147,9 @@ def told(measure: str, values: Sequence[float]) -> str:
     form: Callable[[float], str] = (
         (lambda x: f"{x:.2f}") if measure == "perplexity" else (lambda x: f"{100 * x:.1f} %")
     )
-    mean = form(statistics.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form(min(values)).removesuffix(' %')} to {form(max(values))})"
+    mean, *ends = (form(x) for x in (statistics.mean(values), min(values), max(values)))
+    least, greatest = (end.removesuffix(" %") for end in ends)
+    return mean if least == greatest else f"{mean} ({least}–{greatest})"
 
 
 def drawing(known: Mapping[tuple[str, str], list[Entry]]) -> bytes:

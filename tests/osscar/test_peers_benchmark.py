@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/peers`: each method meets the size, and the page says who is better."""
+"""The rows of `benchmarks/peers`: each method meets the size."""
 
 from __future__ import annotations
 
