@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from osscar.cli.common import check_files, say, say_verdict, show, way_back, write_json
+from osscar.cli.common import check_files, say, show, way_back, write_json
 from osscar.cli.opening import held_out, limit_of, opened, quiet
 from osscar.cli.options import SweepOptions
 from osscar.cli.points import asked_points
 from osscar.report.run_tables import skipped_table
 from osscar.request import PruningRequest
 from osscar.run.sweep import PAGE_FILE, Sweep, SweepDirectory
-from osscar.run.sweep_page import sweep_table, sweep_verdict
+from osscar.run.sweep_page import sweep_table
 
 
 def run(model: str, options: SweepOptions) -> None:
@@ -30,6 +30,5 @@ def run(model: str, options: SweepOptions) -> None:
         swept = Sweep(place, base, points, score, loaded.classes, say)
         document = swept.run(loaded.model, data, source=loaded.source)
     show(sweep_table(document), skipped_table(document["skipped"]))
-    say_verdict(sweep_verdict(document))
     say(f"report: {options.out / PAGE_FILE}")
     write_json(options.json, document)

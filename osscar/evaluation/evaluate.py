@@ -19,8 +19,6 @@ from osscar.evaluation.speed import (
     count_disk_bytes,
     count_parameter_bytes,
     measure_speed,
-    read_peak_memory,
-    reset_peak_memory,
     sample_speeds,
 )
 from osscar.network.modules import count_parameters, device_of, evaluating
@@ -182,8 +180,6 @@ def compare(
 ) -> Comparison:
     """Measure a model and its dense original on the same data, and time them in turns.
 
-    Both are in memory at the time, so that the peak memory of each includes the other.
-
     Parameters
     ----------
     model, dense
@@ -217,10 +213,8 @@ def _evaluate_all(
     text = None if isinstance(data, SampleSet) else Windows.of(models, data)
     speeds: Sequence[Any]
     with evaluating(*models), torch.no_grad():
-        reset_peak_memory(device_of(models[0]))
         dense = models[-1] if len(models) > 1 else None
         qualities = score(models, data, dense=dense, classes=classes, batch_size=batch_size)
-        peak = read_peak_memory(device_of(models[0]))
         if text is None:
             ones, positions = [arguments(model, next(data.batches(1))) for model in models], 1
             batches = [arguments(model, next(data.batches(size))) for model in models]
@@ -241,7 +235,6 @@ def _evaluate_all(
                 parameters=count_parameters(model),
                 parameter_bytes=count_parameter_bytes(model),
                 flops=operations,
-                peak_memory_bytes=peak,
                 disk_bytes=count_disk_bytes(path),
             ),
             device=str(device_of(model)),
@@ -269,7 +262,6 @@ _ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "flops": ("FLOPs per {sample}", engineering),
     "parameter_bytes": ("weights in memory", in_bytes),
     "disk_bytes": ("weights on disk", in_bytes),
-    "peak_memory_bytes": ("peak memory", in_bytes),
 }
 """What a table shows of an evaluation, in this order: by name, how it is called and written."""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +20,6 @@ from transformers import PreTrainedModel
 from graph.groups import CouplingGroup
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import ModelError
-from osscar.base.memory import DeviceMemory, system_value
 from osscar.base.timing import clock, interleaved
 from osscar.network.modules import count_parameters, evaluating, forward, tensors_in
 from osscar.network.operations import count_flops
@@ -35,15 +32,12 @@ class Footprint:
     """The size of a model: parameters, tied ones counted once, and bytes.
 
     Operations are those of one token or sample, as `osscar.network.operations.count_flops` counts
-    them.  The peak is the most memory in use while the model was scored, its weights included:
-    allocated by PyTorch on a GPU; resident in this process, with all else that it holds, on a CPU.
-    `disk_bytes` are of its safetensors files, None if it has none.
+    them.  `disk_bytes` are of its safetensors files, None if it has none.
     """
 
     parameters: int
     parameter_bytes: int
     flops: float
-    peak_memory_bytes: int
     disk_bytes: int | None
 
 
@@ -68,25 +62,6 @@ def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
         outside = [n - len(owned.get((name, dim), ())) for dim, n in enumerate(parameter.shape)]
         count += parameter.numel() - math.prod(outside)
     return count
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement of peak memory, where the system allows it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        # refused in some containers: the peak is then that of the whole life of the process
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_peak_memory(device: torch.device) -> int:
-    """Read the peak memory in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # What getrusage tells may be older than the last reset.
-    peak = system_value("/proc/self/status", "VmHWM")
-    return DeviceMemory().peak() if peak is None else int(peak.split()[0]) * 1024
 
 
 def count_disk_bytes(path: str | Path | None) -> int | None:

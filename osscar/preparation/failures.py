@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
 
-import torch
 from torch import Tensor, nn
 
 from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
 from osscar.base.errors import DataError, ModelError, OsscarError
-from osscar.base.memory import FOR_BATCHES, attempt, is_shortage, shortage
-from osscar.data.batches import INDICES, Batch, ModelInputs, to_model
+from osscar.base.memory import FOR_BATCHES, is_shortage, shortage
+from osscar.data.batches import INDICES, Batch, ModelInputs
 from osscar.network.model_state import model_state
 from osscar.proof.equivalence import (
     Inputs,
@@ -65,18 +63,16 @@ def failures_named(
 
 
 def _refusal(model: nn.Module, data: Mapping[str, Tensor], source: str, error: Exception) -> str:
-    """Say on what a model failed, where and how, and on which other form of it the model runs."""
+    """Say on what a model failed, where and how."""
     forms = ", ".join(f"{name} ({_form(tensor)})" for name, tensor in data.items())
     name = failing_module(error.__traceback__, model)
     module = model.get_submodule(name)
     kind = type(module).__name__ if any(module.children()) else f"{module!r:.80}"
     place = f" in {name!r} ({kind})" if name else ""
-    other = _other_that_runs(model, data)
-    scaled = ", scaled as in its training" if ".float" in other else ""
-    advice = f"it runs on {other}: give that{scaled}" if other else _ADVICE
     return (
         f"{source}: {type(model).__name__} fails on {forms}{place}: {type(error).__name__}: "
-        f"{first_lines(error).removesuffix('.')}; {advice}"
+        f"{first_lines(error).removesuffix('.')}; give data of the form, type and range that it "
+        "reads"
     )
 
 
@@ -86,50 +82,6 @@ def _form(tensor: Tensor) -> str:
     if tensor.dtype in INDICES:
         form += f", {int(tensor.min())} to {int(tensor.max())}"
     return form
-
-
-_ADVICE = "give data of the form, type and range that it reads"
-
-_SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    ".permute(0, 3, 1, 2)": lambda x: x.permute(0, 3, 1, 2),
-    ".unsqueeze(1)": lambda x: x.unsqueeze(1),
-    ".unsqueeze(0)": lambda x: x.unsqueeze(0),
-}
-"""What people forget to do to images, to values without channels, and to one sample."""
-
-_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda x: x,
-    ".float()": Tensor.float,
-    ".long()": Tensor.long,
-}
-
-
-_ONE_SAMPLE = 2**20
-"""Numbers in one sample at most: more are several, which as one might take all memory."""
-
-
-def _other_that_runs(model: nn.Module, data: Mapping[str, Tensor]) -> str:
-    """Return, as code, another form of one argument with which a model runs; empty without one.
-
-    It is empty, too, if the model runs on the first samples as they are, and fails on others.
-    """
-    several = sum(tensor.numel() for tensor in data.values()) > _ONE_SAMPLE
-    for name, shape, kind in product(data, _SHAPES, _NUMBERS):
-        change, every = _SHAPES[shape], "(0)" in shape
-        if every and several:
-            continue
-        with attempt() as tried:  # the model may be anyone's code
-            for count in (1, 2):
-                some = {n: x if every else x[:count] for n, x in data.items()}
-                found = {n: change(x) if every or n == name else x for n, x in some.items()}
-                given, found[name] = found[name], _NUMBERS[kind](found[name])
-                if not torch.equal(given, found[name]):
-                    raise ValueError("fractions are no indices")
-                call(model, to_model(found, model))
-        if not tried.failed:
-            return f"{name}{shape}{kind}" if shape or kind else ""
-    return ""
 
 
 def check_repeatable(model: nn.Module, inputs: Inputs) -> None:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
-
 import solvers
 from graph import CouplingGroup
 from osscar.allocation.task import PruningTask
@@ -116,7 +114,7 @@ class _Run:
                 bar.advance()
                 began = time.perf_counter()
         if prepared.ranks.first:
-            warn_of_refits([record.report for record in self.done[before:]], prepared.model)
+            warn_of_refits([record.report for record in self.done[before:]])
 
     def _prune_group(self, step: LayerStep | ExpertStep, began: float) -> LayerRecord:
         """Have the first rank solve one group, and commit the refitted weights on all."""
@@ -156,7 +154,7 @@ def blaming_refits(
         ) from error
 
 
-def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
+def warn_of_refits(reports: Sequence[LayerReport]) -> None:
     """Say which refits did worse than none, and which have weights beyond reason."""
     dense = [label for report in reports for label in report.unrefitted]
     if dense:
@@ -182,26 +180,9 @@ def warn_of_refits(reports: Sequence[LayerReport], model: nn.Module) -> None:
         warn(
             f"refitted weights are very large: the largest weight that reads a group is more than "
             f"{GROWN:g} times the largest dense one of {listed(named, 8)}; "
-            f"{_why_grown(model)}give more calibration data, raise damp (`--damp`), or leave "
-            f"such groups "
-            "alone with skip (`--skip`)"
+            "give more calibration data, raise damp (`--damp`), or leave such groups alone with "
+            "skip (`--skip`)"
         )
-
-
-def _why_grown(model: nn.Module) -> str:
-    """Say that no batch norm has seen data, if so: layers then read inputs of unlike sizes."""
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    }
-    if not norms or any(norm.num_batches_tracked != 0 for norm in norms.values()):
-        return ""
-    return (
-        f"no batch norm has seen data (num_batches_tracked is 0, as of {next(iter(norms))!r}), so "
-        "that nothing keeps inputs of one size: load trained weights, or run the model on data in "
-        "training mode first; else "
-    )
 
 
 def solved(

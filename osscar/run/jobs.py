@@ -18,7 +18,7 @@ class SweepJob:
 
     method: str
     budget: BudgetKind
-    value: float | int
+    value: float
 
     def request(self, base: PruningRequest) -> PruningRequest:
         """Return the request of this point."""
@@ -50,14 +50,10 @@ def jobs(
             f"a sweep needs budgets; give a list such as {budget.examples} for {budget}"
         )
     read = [_number(budget, value) for value in values]
-    if len({isinstance(value, int) for value in read}) > 1:
+    for count in (value for value in read if isinstance(value, int)):
         raise OptionError(
-            f"{budget} has counts and fractions: {', '.join(map(str, read))}; give one kind only"
-        )
-    if budget in _SIZES and any(isinstance(value, int) for value in read):
-        raise OptionError(
-            f"a sweep takes sizes as fractions of the dense model's, not {read[0]}; give a list "
-            f"such as {budget.examples} for {budget}"
+            f"a sweep takes {budget} as fractions of the dense model's, not {count}; give a list "
+            f"such as {budget.examples}"
         )
     methods = (allocation, *(BASELINES if baselines else ()))
     removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
@@ -65,12 +61,9 @@ def jobs(
     return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
 
 
-_SIZES = (BudgetKind.SIZE, BudgetKind.MEMORY)
-
-
 def _number(budget: BudgetKind, value: Any) -> float | int:
-    """Return a value as a plain number, which names its point."""
+    """Return a fraction as a plain number, which names its point, and a count as it is."""
     value = checked(budget, PruningRequest.__annotations__[budget], value)
-    if budget in (BudgetKind.PARAMS, *_SIZES):
+    if budget in (BudgetKind.PARAMS, BudgetKind.SIZE, BudgetKind.MEMORY):
         value = parse_size_kept(value)
     return value if isinstance(value, int) else float(value)

@@ -26,7 +26,6 @@ from osscar import __version__
 from osscar.allocation.costs import CountedCost
 from osscar.allocation.limits import Allocated
 from osscar.allocation.times import Table
-from osscar.base.errors import warn
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
@@ -190,12 +189,6 @@ def begun(
         return
     manifest = run_manifest(request, prepared.model, prepared.inputs)
     manifest.check_alike(ranks)
-    batches = len(prepared.batches())
-    if batches < ranks.size:
-        warn(
-            f"{ranks.size} ranks share out {pluralize(batches, 'batch', 'batches')}, and some "
-            "have nothing to do; give a smaller batch_size (`--batch-size`), or launch fewer"
-        )
     with nullcontext(()) if log is None else log.begun(manifest) as records:
         done = ranks.broadcast("how many groups are done", lambda: len(records))
         yield tuple(

@@ -118,7 +118,7 @@ class SweepPoint:
     schema: Literal["osscar.sweep-point/10"]
     method: str
     budget: str
-    value: float | int
+    value: float
     limit: float | None
     reached: float | None
     parameters: int

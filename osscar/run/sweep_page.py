@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.allocation.costs import ROUNDING
-from osscar.base.printable import capitalized, engineering, share
+from osscar.base.printable import engineering, share
 from osscar.report.figures import legend, new_figure, shares
 from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
@@ -16,7 +16,6 @@ from osscar.report.sections import (
     Figure,
     Section,
     Table,
-    Text,
     described,
     facts,
     settings,
@@ -25,7 +24,6 @@ from osscar.report.sections import (
     table,
 )
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
-from osscar.run.prune_page import verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -85,35 +83,12 @@ def _known(points: Sequence[Point]) -> dict[str, _Measure]:
     return {name: one for name, one in {**_MEASURES, **errors}.items() if name in names}
 
 
-class _Varied(NamedTuple):
-    """The budget of a sweep, and whether it is a count of parameters."""
-
-    kind: BudgetKind
-    counts: bool
-
-    def at(self, point: Point) -> float:
-        """Return the budget of a point, also of the dense model."""
-        dense = point["method"] == _DENSE
-        return float(point["parameters"] if dense and self.counts else point["value"])
-
-    def text(self, point: Point) -> str:
-        value = self.at(point)
-        if self.counts:
-            return f"{value:,.0f}"
-        return f"{value:g}x" if self.kind is BudgetKind.SPEEDUP else share(value)
-
-
-def _varied(document: Mapping[str, Any]) -> _Varied:
-    counts = any(isinstance(point["value"], int) for point in document["points"][1:])
-    return _Varied(BudgetKind(document["budget"]), counts)
-
-
 def sweep_table(document: Mapping[str, Any]) -> Table:
     """Return one row for each point of an ``osscar.sweep/7``."""
-    varied = _varied(document)
+    written = "{:g}x".format if document["budget"] == BudgetKind.SPEEDUP else share
     columns: dict[str, Any] = {
         "method": lambda point: point["method"],
-        f"{varied.kind} >": varied.text,
+        f"{document['budget']} >": lambda point: written(point["value"]),
         "speed >": lambda point: f"{point['speedup']:.2f}x",
         "between >": lambda point: "{:.2f} to {:.2f}".format(*_between(point)),
     }
@@ -155,14 +130,12 @@ def _spent(point: Point) -> str:
 
 def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     """Yield the tables and figures of a sweep."""
-    points, lost = document["points"], sweep_verdict(document)
-    if lost:
-        yield Text((f"{capitalized(lost)}.",), look="answer")
+    points = document["points"]
     yield sweep_table(document)
     (name, measure), *_ = _known(points).items()
     yield Figure(
         measure.label,
-        f"{capitalized(measure.label)}, {measure.better} is better, against speed; star and line: "
+        f"{measure.label}: {measure.better} is better, against speed; star and line: "
         "dense. A bar spans half of the turns of a timing.",
         partial(_figure, points, name, measure),
         wide=True,
@@ -190,21 +163,6 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         ),
     ]
     return page(f"{document['model']}: quality against speed", shown)
-
-
-def sweep_verdict(document: Mapping[str, Any]) -> str:
-    """Say in a sentence at which points of the method itself much was lost; nothing if at none."""
-    varied, calibration = _varied(document), document["calibration"]
-    lost = [
-        (varied.text(point), said)
-        for point in document["points"]
-        if point["method"] in METHODS and (said := verdict({**point, "calibration": calibration}))
-    ]
-    if not lost:
-        return ""
-    (first, said), *others = lost
-    also = f"; much was also lost with {', '.join(text for text, _ in others)}" if others else ""
-    return f"with {varied.kind} {first}: {said}{also}"
 
 
 def _figure(points: Sequence[Point], name: str, measure: _Measure) -> Drawing:

@@ -208,7 +208,6 @@ _OF_TORCH = {
     "memory_reserved": lambda device=None: 0,
     "max_memory_reserved": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 0,
-    "reset_peak_memory_stats": lambda device=None: None,
     "mem_get_info": lambda device=None: (1 << 40, 1 << 40),
     "get_device_name": lambda device=None: "a pretended card",
     "is_bf16_supported": lambda including_emulation=True: True,

@@ -243,7 +243,6 @@ def test_a_comparison_divides_by_the_dense_model(tokenizer, tmp_path):
     assert ratios["parameters"] == count_parameters(small) / count_parameters(dense) < 1
     window = {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
     assert mine.footprint.flops == count_flops(small, window) / 64 < other.footprint.flops
-    assert mine.footprint.peak_memory_bytes > mine.footprint.parameter_bytes
     assert json.loads(json.dumps(dataclasses.asdict(mine), allow_nan=False))["dtype"] == "float32"
     assert ratios["decode_tokens_per_second"] == (
         mine.speed.decode_tokens_per_second / other.speed.decode_tokens_per_second

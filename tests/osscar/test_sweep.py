@@ -118,7 +118,7 @@ def test_baselines_are_the_methods_as_published():
     ("budget", "values", "ordered"),
     [
         ("sparsity", (np.float64(0.5), np.float32(0.25)), [0.25, 0.5]),
-        ("params", (500, 1000, 500), [1000, 500]),
+        ("params", ("50%", 0.75, 0.5), [0.75, 0.5]),
         ("size", ("1/2", Fraction(3, 4)), [0.75, 0.5]),
         ("flops", (0.5, 0.75), [0.75, 0.5]),
         ("speedup", (2, 1.5), [1.5, 2.0]),

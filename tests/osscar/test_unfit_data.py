@@ -13,17 +13,6 @@ import osscar
 from osscar.base.errors import DataError
 
 
-class Sounds(nn.Module):
-    """Reads (samples, 2 channels, time)."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv1d(2, 8, 3), nn.Conv1d(8, 4, 3)
-
-    def forward(self, wave):
-        return self.second(self.first(wave).relu()).mean(-1)
-
-
 class Images(nn.Module):
     def __init__(self, channels=3):
         super().__init__()
@@ -67,35 +56,15 @@ CASES = {
         torch.randn(30, 8),
         r"input \(float32, 30 x 8\) in '0' \(Linear\(in_features=7, .*7x9\); give data of the form",
     ),
-    "one sample": (
-        Sounds(),
-        torch.randn(2, 50),
-        r"wave \(float32, 2 x 50\) in 'first' .*; it runs on wave\.unsqueeze\(0\): give that$",
-    ),
-    "no channels": (
-        Images(1),
-        torch.randn(20, 9, 11),
-        r"x \(float32, 20 x 9 x 11\) .*; it runs on x\.unsqueeze\(1\): give that$",
-    ),
-    "channels last": (
-        Images(),
-        torch.randn(20, 9, 11, 3),
-        r"x \(float32, 20 x 9 x 11 x 3\) .*; it runs on x\.permute\(0, 3, 1, 2\): give that$",
-    ),
     "bytes": (
         Images(),
         torch.randint(256, (20, 3, 9, 11), dtype=torch.uint8),
-        r"x \(uint8, 20 x 3 x 9 x 11\) .*; it runs on x\.float\(\): .* scaled as in its training$",
-    ),
-    "bytes, channels last": (
-        Images(),
-        torch.randint(256, (20, 9, 11, 3), dtype=torch.uint8),
-        r"; it runs on x\.permute\(0, 3, 1, 2\)\.float\(\): give that, scaled as in its training$",
+        r"x \(uint8, 20 x 3 x 9 x 11\) .*; give data of the form",
     ),
     "tokens with fractions": (
         Words(),
         words(words=torch.Tensor.float),
-        r"words \(float32, 40 x 5\), weights \(float32, 40 x 5\) in 'table' .*words\.long\(\)",
+        r"words \(float32, 40 x 5\), weights \(float32, 40 x 5\) in 'table' ",
     ),
     "a token too many": (
         Words(),
@@ -138,29 +107,6 @@ def test_samples_of_all_sizes_are_tried_at_the_ends_of_their_numbers():
 def test_a_list_of_no_samples_is_refused(samples, said):
     with pytest.raises(DataError, match=said):
         osscar.prune(Words(), osscar.SampleList("sentences", samples), neurons=0.5)
-
-
-SIZES = []
-
-
-class Fails(nn.Module):
-    """Fails on anything, after it has told how many samples it was given, or parts of one."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(64, 8)
-
-    def forward(self, x):
-        SIZES.append(max(x.shape[:-1]))
-        raise ValueError("it always fails")
-
-
-def test_many_samples_are_not_tried_as_one():
-    SIZES.clear()
-    data = torch.rand(2**14 + 1, 64)
-    with pytest.raises(DataError, match="it always fails; give data of the form"):
-        osscar.prune(Fails(), data, sparsity=0.3)
-    assert 0 < max(SIZES) < len(data)
 
 
 def test_integers_that_the_model_converts_itself_are_read():
