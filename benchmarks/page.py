@@ -121,7 +121,10 @@ def table(sizes: Mapping[str, Sequence[Entry]]) -> list[str]:
     trained = any(entry.trained for here in sizes.values() for entry in here)
     shown = (False, True) if trained else (False,)
     names = ("size", "method")[not several :]
-    head = (*names, "parameters", "operations", *("one shot", "recovered")[: len(shown)])
+    limited = set(next(iter(sizes.values()))[0].dense["size"])
+    left = {"parameters": "parameters", "operations": "flops"}
+    del left["operations" if "flops" in limited else "parameters"]
+    head = (*names, *left, *("one shot", "recovered")[: len(shown)])
     head = (*head, "forward pass", "pruning, s", "memory, GB")
     lines: list[Sequence[str]] = [head]
     for size, entry in ((size, entry) for size, here in sizes.items() for entry in here):
@@ -129,7 +132,7 @@ def table(sizes: Mapping[str, Sequence[Entry]]) -> list[str]:
         if entry.failed:
             lines.append([*row, "failed", *[""] * (len(head) - len(row) - 1)])
             continue
-        for name in ("parameters", "flops"):
+        for name in left.values():
             row.append(share(statistics.mean(entry.values(name)) / entry.dense[name]))
         row += [told(entry.measure, entry.values("quality", trained)) for trained in shown]
         forward, seconds, peak = (

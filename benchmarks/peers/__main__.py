@@ -8,7 +8,8 @@
 Rows are those of `benchmarks/quality.py`, with the methods of others; whoever made a model smaller,
 `osscar.recover` trains it.  At the same speed, the share that a peer keeps is searched until its
 model is as fast as asked, within 2 %; this toolkit is asked for the speed.  What fails is a row,
-too, with the exception.  Ends with the tables of a page, `peers.md`, and its figure, of all rows there.
+too, with the exception.  Ends with tables of all rows there,
+`peers.md`, and a figure.
 
 Takes a minute a row, and several for SmolLM2.
 """
