@@ -49,7 +49,7 @@ from .shrinking.shrink_program import (
     shrink_program as shrink_program,
 )
 from .shrinking.slice import slice_units as slice_units
-from .study.design import StudyDesign as StudyDesign
+from .study.records import StudyDesign as StudyDesign
 from .study.directory import Study as Study
 from .study.records import Record as Record
 

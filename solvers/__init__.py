@@ -11,12 +11,11 @@ refitted least-squares problem loses least.
 True
 """
 
-from solvers.certificate_files import load_certificate, save_certificate
 from solvers.closed_forms.refit import quadratic_loss, refit, refit_loss
 from solvers.errors import BackendError, ProblemError, SolverError, VerificationError
+from solvers.experts.backends import ExpertSolution, solve_experts
 from solvers.experts.problem import ExpertProblem, RoutedTokens, expert_candidates
 from solvers.experts.routing import GroupScore, RouterScores, RoutingRule
-from solvers.experts.solution import ExpertSolution, solve_experts
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import (
     Backend,
@@ -35,7 +34,7 @@ from solvers.registry import (
     backends,
     make_backend,
 )
-from solvers.solution import Solution, SolutionRecord
+from solvers.solution import Solution, SolutionRecord, load_certificate, save_certificate
 from solvers.solve import solve
 from solvers.verification import Verification
 

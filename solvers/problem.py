@@ -29,7 +29,12 @@ from torch import Tensor
 from solvers import storage
 from solvers.errors import ProblemError
 from solvers.linalg.gram import (
+    as_owned,
+    as_tensor,
     asymmetry,
+    check_diagonal,
+    check_energy,
+    check_entries,
     consistency,
     damp_terms,
     definite_factor,
@@ -38,7 +43,6 @@ from solvers.linalg.gram import (
     unexplained,
 )
 from solvers.linalg.symmetric import Symmetric
-from solvers.linalg.values import as_owned, as_tensor, check_diagonal, check_energy, check_entries
 
 FORMAT = "osscar-subset-problem/1"
 NO_ROW = -1
@@ -90,7 +94,7 @@ class Consumer:
         input by input, which nothing tells from the data.
     scale
         What losses are relative to, no less than `e`; None: `e`.  Where rows that stay have been
-        eliminated (`solvers.closed_forms.fixed_rows`), `e` is what is lost without any unit once
+        eliminated (`solvers.closed_forms.schur`), `e` is what is lost without any unit once
         they are refitted, and this may be what is lost where they are not.
 
     Raises

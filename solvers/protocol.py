@@ -55,7 +55,7 @@ class WindowCertificate:
     units
         The window, (N,) int64.
     certificate
-        Bounds the losses of all choices within it (`solvers.closed_forms.windows.window_problem`).
+        Bounds the losses of all choices within it (`solvers.closed_forms.schur.window_problem`).
     """
 
     units: Tensor

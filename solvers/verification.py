@@ -33,15 +33,14 @@ import torch
 from torch import Tensor
 
 from solvers.certificates.tree_certificate import Certificate, TreeCertificate
-from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.pivot import PivotState, best_swap
 from solvers.closed_forms.refit import (
     loss_rounding,
     quadratic_loss,
     refit_loss,
     refit_loss_and_rounding,
 )
-from solvers.closed_forms.swaps import best_swap
-from solvers.closed_forms.windows import window_problem
+from solvers.closed_forms.schur import window_problem
 from solvers.errors import ProblemError, VerificationError
 from solvers.linalg.gram import TILE_ROWS
 from solvers.problem import SubsetProblem

@@ -24,12 +24,11 @@ from osscar.cli.options import DataOptions, GapOptions, refuse, request_of
 from osscar.data.batches import as_inputs
 from osscar.preparation.journal import Fingerprint
 from osscar.report.sections import facts
-from osscar.study.cluster import connected
-from osscar.study.design import DEFAULT_BACKENDS, Sparsity, StudyDesign
-from osscar.study.directory import Study
+from osscar.study.directory import Study, model_problems
+from osscar.study.jobs import connected
 from osscar.study.library import library
 from osscar.study.page import cases_table, scores_table, summarize, write_report
-from osscar.study.problems import model_problems
+from osscar.study.records import DEFAULT_BACKENDS, Sparsity, StudyDesign
 from solvers import SubsetProblem
 
 _PROBLEM_SUFFIX = ".safetensors"

@@ -46,7 +46,7 @@ from osscar.run.target_search import (
     target_in_words,
     timed_in_words,
 )
-from osscar.study.cases import proofs_in_words
+from osscar.study.page import proofs_in_words
 from osscar.study.records import ProofBasis
 from osscar.walk.layer_report import LayerReport
 

@@ -10,23 +10,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 import torch
+from torch import nn
 
 import solvers
-from osscar.base.errors import JournalError
+from graph import CouplingGroup
+from osscar.base.errors import JournalError, OutputError, RequestError
 from osscar.base.files import atomic_write, digest, resolved
 from osscar.base.inputs import checked, count_from
+from osscar.base.json_files import parse_json
 from osscar.base.printable import pluralize
 from osscar.base.progress import progress_bar
 from osscar.base.timing import Stage, timed
 from osscar.preparation.journal import Fingerprint, Journal, JournalManifest
-from osscar.study.design import StudyDesign
+from osscar.preparation.prepare import prepare
+from osscar.request import DAMP
 from osscar.study.jobs import CERTIFICATES, Task, affordable_jobs, solve_here
 from osscar.study.records import (
     ROOT_BOUND,
@@ -34,11 +39,79 @@ from osscar.study.records import (
     Instance,
     Options,
     Record,
+    StudyDesign,
     window_name,
     without_refuted,
 )
-from osscar.study.store import Store
-from solvers.closed_forms.windows import borderline_window, random_window, window_problem
+from osscar.walk.walk import Walk
+from solvers import SubsetProblem
+from solvers.closed_forms.schur import borderline_window, random_window, window_problem
+
+
+def model_problems(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    damp: float = 0.01,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[tuple[CouplingGroup, SubsetProblem]]:
+    """Pose the problem of every prunable group on the dense model's own activations.
+
+    This is the walk of `osscar.prune`, by its default seed, with nothing committed, so that
+    problems do not depend on each other's answers.  Each keeps all units until
+    `SubsetProblem.with_keep` says otherwise.
+    """
+    checked("damp", Annotated[float, DAMP], damp)
+    with prepare(model, calibration, seed=0) as prepared:
+        groups = [group for group in prepared.groups if group.prunable and wanted(group.name)]
+        if not groups:
+            raise RequestError("no prunable group has such a name; `osscar inspect` lists them")
+        with progress_bar("measuring", total=len(groups)) as bar:
+            for step in Walk(prepared, groups, in_turn=False):
+                yield step.group, step.problem(step.group.units, damp)
+                bar.advance()
+
+
+T = TypeVar("T")
+
+_TABLE = "entries (kind TEXT, key TEXT, json TEXT, PRIMARY KEY (kind, key))"
+
+
+class Store:
+    """Dataclasses by kind and key, in a file that need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, kind: str, schema: type[T]) -> dict[str, T]:
+        """Return what is there of a kind by key, in the order in which it was written."""
+        if not self._path.exists():
+            return {}
+        with self._opened() as database:
+            asked = "SELECT key, json FROM entries WHERE kind = ? ORDER BY rowid"
+            rows = database.execute(asked, (kind,)).fetchall()
+        return {key: parse_json(text, schema, self._path) for key, text in rows}
+
+    def write(self, kind: str, entries: Mapping[str, Any]) -> None:
+        """Write dataclasses by key; once this returns, all of them are on the disk."""
+        texts = {key: json.dumps(dataclasses.asdict(one)) for key, one in entries.items()}
+        with self._opened() as database:
+            rows = [(kind, key, text) for key, text in texts.items()]
+            database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        """Give a connection, whose changes become one transaction."""
+        try:
+            with closing(sqlite3.connect(self._path)) as database, database:
+                database.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+                yield database
+        except sqlite3.DatabaseError as error:
+            raise OutputError(
+                f"cannot use {self._path}: {error}; make room there, or give another directory "
+                "(`--out`)"
+            ) from error
+
 
 _PROBLEMS = "problems"
 _STORE = "study.sqlite"
@@ -180,7 +253,7 @@ class Study:
         jobs
             Processes of this machine that solve at once; they share out its cores evenly.
         solve
-            Solves elsewhere instead, such as `osscar.study.cluster.RayCluster.solve`.
+            Solves elsewhere instead, such as `osscar.study.jobs.RayCluster.solve`.
 
         Raises
         ------

@@ -1,6 +1,4 @@
-"""The records of an optimality-gap study: one solve each, with the command that makes it again."""
-
-from __future__ import annotations
+"""What a study solves, and its records: one solve each, with the command that makes it again."""
 
 import dataclasses
 import enum
@@ -10,13 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, TypeAlias
 
+from annotated_types import Interval, MinLen
 from pydantic import with_config
 
+import solvers
 from osscar.base.files import digest
+from osscar.base.inputs import PERCENT, check_fields, count_from
 from osscar.base.json_files import STRICT
 from osscar.base.printable import command_line, decimals, percent
 from osscar.preparation.journal import own_code
 from osscar.report.shown import Column
+from osscar.request import BOUND_ROUNDS, SHARE
 from solvers import Status
 
 WINDOW = "window"
@@ -60,7 +62,7 @@ class Instance:
 
     def asked(
         self, keep: int, sparsities: tuple[float, ...], backend: str, options: Options
-    ) -> Record:
+    ) -> "Record":
         """Return the record of a solve, in which nothing is answered yet."""
         problem = (self.name, self.kind, self.file, self.units, self.width)
         files = own_code(backend)
@@ -194,3 +196,74 @@ def window_layer(name: str) -> tuple[str, int]:
     """Return the layer that a window belongs to, and how many units that layer keeps."""
     layer, _, more = name.rpartition("[keep ")
     return layer, int(more.partition(",")[0])
+
+
+HEURISTICS = ("magnitude", "wanda", "greedy", "multistage", "local_search")
+SPARSITIES = (0.25, 0.5, 0.75)
+DEFAULT_BACKENDS = (*HEURISTICS, "perspective", "branch_and_bound")
+
+Sparsity: TypeAlias = Annotated[float, SHARE, PERCENT]
+
+
+@dataclass(frozen=True)
+class StudyDesign:
+    """What a study solves.
+
+    Parameters
+    ----------
+    sparsities
+        Shares of the units to remove, each above 0 and below 1; None solves a problem that says how
+        many units stay as it says, and others at `SPARSITIES`.
+    backends
+        Registered names, or ``file.py:Class`` of your own; those that prove optimality run only on
+        problems of `exact_units` units or fewer.
+    exact_units
+        The most units of a problem that is given to an exact backend.
+    window_units, windows
+        Draw this many windows of that many units from every larger problem, at every sparsity;
+        no windows if `window_units` is None.
+    bound_rounds
+        How long the `perspective` bound is searched for.
+    time_limit, gap_tolerance
+        Seconds for one exact solve, and the relative gap at which it may stop.
+    seed
+        Of the windows.
+
+    Raises
+    ------
+    OptionError
+        If a number makes no sense.
+    BackendError
+        If a backend does not exist.
+    """
+
+    sparsities: Annotated[tuple[Sparsity, ...], MinLen(1)] | None = None
+    backends: Annotated[tuple[str, ...], MinLen(1)] = DEFAULT_BACKENDS
+    exact_units: Annotated[int, count_from(1)] = 64
+    window_units: Annotated[int | None, count_from(2)] = None
+    windows: Annotated[int, count_from(1)] = 3
+    bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
+    time_limit: Annotated[float, Interval(gt=0, le=1e9)] = 60.0
+    gap_tolerance: Annotated[float, Interval(ge=0, lt=1)] = 1e-6
+    seed: Annotated[int, count_from(0)] = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("sparsities", "backends"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, values and tuple(dict.fromkeys(values)))
+        for backend in self.backends:  # before anything is solved that the last one cannot
+            solvers.make_backend(backend)
+
+    def keeps(self, instance: Instance) -> dict[int, tuple[float, ...]]:
+        """Return the numbers of units that stay, each with the sparsities that come to it.
+
+        At least one unit stays, and at least one goes.
+        """
+        units, found = instance.units, dict[int, tuple[float, ...]]()
+        if self.sparsities is None and instance.keep < units:
+            return {instance.keep: (1 - instance.keep / units,)}
+        for sparsity in self.sparsities or SPARSITIES:
+            keep = max(1, min(units - 1, units - round(sparsity * units)))
+            found[keep] = (*found.get(keep, ()), sparsity)
+        return found

@@ -33,7 +33,7 @@ from osscar.base.ranks import Ranks
 from osscar.consumers.consumer import LinearMap
 from osscar.network.modules import HALVES, device_of
 from solvers import Consumer, SubsetProblem
-from solvers.closed_forms.fixed_rows import FixedRows, eliminate_fixed
+from solvers.closed_forms.schur import FixedRows, eliminate_fixed
 from solvers.linalg.symmetric import Symmetric, add_product, panel_rows
 
 CONSTANT = 1e-12

@@ -36,23 +36,244 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from solvers.certificates.inverses import (
-    ConditionedNodes,
-    Inverses,
-    Linearization,
-    Terms,
-    by_row,
-    check_definite,
-    cholesky,
-    moment_ratio,
-)
 from solvers.errors import VerificationError
-from solvers.problem import SubsetProblem
+from solvers.linalg.rounding import Magnitudes, Rounding
+from solvers.problem import NO_ROW, Consumer, SubsetProblem
+
+_EPS = torch.finfo(torch.float64).eps
+
+Terms: TypeAlias = tuple[Tensor, Tensor, Magnitudes]
+"""Of b nodes: a, (b, f), Q, (b, f, f), and the magnitudes of what they were summed up of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inverses:
+    """``A`` and ``A G`` of every consumer, the rows ordered by unit.
+
+    consumers: A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; short units
+        are filled up with rows of the unit matrix and of zeros, which add nothing anywhere, and
+        more than n w responses are rotated into n w.
+    constant: ``e - tr(G' A G)``, summed over the consumers: the loss with all units kept.
+    units: Their number n.
+    rounding: How far A, A G and the constant can be from the exact ones.
+    """
+
+    consumers: tuple[tuple[Tensor, Tensor, int], ...]
+    constant: float
+    units: int
+    rounding: Rounding
+
+    @classmethod
+    def of(cls, problem: SubsetProblem) -> Inverses:
+        """Invert every Hessian of a problem."""
+        A_W, constants, roundings = zip(*map(_inverse, problem.consumers), strict=True)
+        widths = [consumer.width for consumer in problem.consumers]
+        return cls(
+            tuple((A, W, width) for (A, W), width in zip(A_W, widths, strict=True)),
+            sum(constants),
+            problem.units,
+            sum(roundings[1:], roundings[0]),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.consumers[0][0].device
+
+    @property
+    def unit(self) -> float:
+        """Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes."""
+        return max(Magnitudes.unit_of(W.shape[1], w, self.units) for _, W, w in self.consumers)
+
+    def proved(self, loss: float) -> float:
+        """Turn a lower bound of computed losses into one of exact ones (VerificationError)."""
+        if not (math.isfinite(loss) and math.isfinite(self.constant)):
+            raise VerificationError(f"the certificate proves {loss}, which is no bound")
+        cost = torch.tensor(loss - self.constant, dtype=torch.float64)
+        return float(self.rounding.certified(self.constant, cost))
+
+    def unconditioned(self) -> ConditionedNodes:
+        """Return the node that leaves all units free."""
+        parts = tuple((A[None], W[None], width) for A, W, width in self.consumers)
+        spent = torch.full((1,), self.constant, dtype=torch.float64, device=self.device)
+        return ConditionedNodes(parts, spent, self.unit)
+
+    def given(self, removed: Tensor, free: Tensor) -> ConditionedNodes:
+        """Condition on units that go, (b, r), and on those that stay: all but the `free`, (b, f).
+
+        Removing R costs ``tr(W_R' inv(A_RR) W_R)`` with W = A G, and leaves for the free units F
+        ``A_FF - A_FR inv(A_RR) A_RF`` and ``W_F - A_FR inv(A_RR) W_R``.
+        """
+        parts, spent = [], torch.zeros(len(free), dtype=torch.float64, device=free.device)
+        for A, W, width in self.consumers:
+            f, r = _rows(free, width), _rows(removed, width)
+            A_f, W_f = A[f[:, :, None], f[:, None, :]], W[f]
+            if r.shape[1]:
+                A_fr = A[f[:, :, None], r[:, None, :]]
+                A_rr = A[r[:, :, None], r[:, None, :]]
+                solved = torch.linalg.solve(A_rr, torch.cat([A_fr.mT, W[r]], 2))
+                spent = spent + (W[r] * solved[:, :, A_f.shape[2] :]).sum((1, 2))
+                A_f = A_f - A_fr @ solved[:, :, : A_f.shape[2]]
+                W_f = W_f - A_fr @ solved[:, :, A_f.shape[2] :]
+            parts.append((A_f, W_f, width))
+        return ConditionedNodes(tuple(parts), self.constant + spent, self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionedNodes:
+    """What is left of a problem in b nodes that each leave f units free.
+
+    consumers: Conditioned A, (b, f w, f w), and A G, (b, f w, m), of each, and w.
+    spent: Loss of the units that go, with all free ones kept, (b,).
+    unit: Rounding of the sums that evaluate a bound, relative to the sum of their magnitudes.
+    """
+
+    consumers: tuple[tuple[Tensor, Tensor, int], ...]
+    spent: Tensor
+    unit: float
+
+    def aggregate(self, x: Tensor, ratio: Tensor) -> Terms:
+        """Return a, Q and magnitudes for ``Y = inv(A o ratio) A G / x``.
+
+        x: (b, f).
+        ratio: Of ``X_ij`` to ``x_i x_j`` for units i and j, (b, f, f).
+        """
+        b, f = x.shape
+        a, a_size, Q_size = torch.zeros(3, b, f, dtype=x.dtype, device=x.device)
+        Q = x.new_zeros(b, f, f)
+        for A, W, w in self.consumers:
+            Y = torch.cholesky_solve(W, cholesky(by_row(ratio, w) * A))
+            Y /= x.repeat_interleave(w, 1)[:, :, None]
+            terms = Y * W
+            a += terms.reshape(b, f, -1).sum(2)
+            a_size += terms.abs_().reshape(b, f, -1).sum(2)
+            Q += (Y @ Y.mT).mul_(A).view(b, f, w, f, w).sum((2, 4))
+            # |A_rs| <= sqrt(A_rr A_ss) bounds every term of Q_ij by a product of two numbers.
+            rows = Y.norm(dim=2) * A.diagonal(dim1=1, dim2=2).sqrt()
+            Q_size = torch.hypot(Q_size, rows.view(b, f, w).sum(2))
+        return a, (Q + Q.mT) / 2, Magnitudes(a_size, Q_size, self.unit)
+
+    def linearize(self, terms: Terms, q: Tensor, point: Tensor, removals: int) -> Linearization:
+        """Evaluate the bound of the module's text in every node.
+
+        Raises VerificationError if ``Diag(q) - Q`` is not positive semidefinite in some node, or
+            numbers overflow.
+        """
+        a, Q, magnitudes = terms
+        P = _dominating(Q, q)
+        Px = (P @ point[:, :, None])[:, :, 0]
+        g = 2 * a - q + 2 * Px
+        lost = magnitudes.lost(q, point)
+        ordered = g.sort(1).values
+        cost = ordered[:, :removals].sum(1) - (point * Px).sum(1) - lost
+        last, following = ordered[:, removals - 1, None], ordered[:, removals : removals + 1]
+        base = cost[:, None]
+        bounds = Linearization(
+            self.spent + cost.clamp(min=0.0),
+            self.spent[:, None] + (base + (g - last).clamp(min=0.0)).clamp(min=0.0),
+            self.spent[:, None] + (base + (following - g).clamp(min=0.0)).clamp(min=0.0),
+        )
+        if not all(bool(torch.isfinite(part).all()) for part in bounds):
+            raise VerificationError("the certificate's numbers overflow: no bound follows")
+        return bounds
+
+    def cheapest(self, choices: Tensor) -> Tensor:
+        """Return the least loss of removing the units at one of c choices of r places, (b,)."""
+        loss = self.spent[:, None].expand(-1, len(choices))
+        for A, W, width in self.consumers:
+            rows = _rows(choices, width)
+            A_r, W_r = A[:, rows[:, :, None], rows[:, None, :]], W[:, rows]
+            loss = loss + (W_r * torch.linalg.solve(A_r, W_r)).sum((2, 3))
+        return loss.min(1).values
+
+
+class Linearization(NamedTuple):
+    """Lower bounds of the loss in b nodes.
+
+    value: Of every support below the node, (b,).
+    goes, stays: Of those in which one free unit goes, or stays, (b, f) each.
+    """
+
+    value: Tensor
+    goes: Tensor
+    stays: Tensor
+
+
+def _dominating(Q: Tensor, q: Tensor) -> Tensor:
+    """Return ``P = Diag(q) - Q``; refuse it unless it is certainly positive definite."""
+    P = -Q
+    P.diagonal(dim1=1, dim2=2).add_(q)
+    scale = q.rsqrt()
+    scaled = (P * scale[:, :, None]).mul_(scale[:, None, :])
+    check_definite(scaled, "q does not dominate Q: no bound follows")
+    return P
+
+
+def check_definite(scaled: Tensor, otherwise: str) -> None:
+    """Refuse matrices with entries of at most 1, (b, n, n), which are overwritten.
+
+    Less ``2 n (n + 2) eps`` on its diagonal, each has to have a Cholesky factor (Rump,
+    "Verification of positive definiteness", BIT 46, 2006).
+    """
+    n = scaled.shape[1]
+    scaled.diagonal(dim1=1, dim2=2).sub_(2 * n * (n + 2) * _EPS)
+    finite = bool(torch.isfinite(scaled).all())
+    if not (finite and bool((torch.linalg.cholesky_ex(scaled).info == 0).all())):
+        raise VerificationError(f"the certificate's {otherwise}")
+
+
+def moment_ratio(x: Tensor, correlation: Tensor) -> Tensor:
+    """Return ``X_ij / (x_i x_j)``, (n, n), for means x, (n,), and correlations, (n, n)."""
+    s = (1 / x - 1).sqrt()
+    return (correlation * s[:, None]).mul_(s).add_(1.0)
+
+
+def by_row(ratio: Tensor, width: int) -> Tensor:
+    """Repeat entries for units, (..., f, f), for their rows, (..., f w, f w)."""
+    if width == 1:
+        return ratio
+    return ratio.repeat_interleave(width, -2).repeat_interleave(width, -1)
+
+
+def cholesky(matrices: Tensor) -> Tensor:
+    """Return Cholesky factors of matrices, (b, p, p)."""
+    factored = torch.linalg.cholesky_ex(matrices)
+    if not bool((factored.info == 0).all()):
+        raise VerificationError("the certificate's moments give no multipliers")
+    factors: Tensor = factored.L
+    return factors
+
+
+def _inverse(consumer: Consumer) -> tuple[tuple[Tensor, Tensor], float, Rounding]:
+    """Return A and A G with the rows ordered by unit, ``e - tr(G' A G)``, and their rounding."""
+    H = consumer.H
+    factor = torch.linalg.cholesky(H)
+    A = torch.cholesky_inverse(factor)
+    W = torch.cholesky_solve(consumer.G, factor)
+    del factor  # a matrix, which the next line has need of
+    responses = W.shape[1]
+    rounding, constant = Rounding.of(H, A, consumer.G, W, consumer.e, responses)
+    order = consumer.rows.flatten()
+    place = torch.nonzero(order != NO_ROW).flatten()
+    ordered = torch.eye(len(order), dtype=A.dtype, device=A.device)
+    ordered[place[:, None], place] = A[order[place][:, None], order[place]]
+    weights = W.new_zeros(len(order), responses)
+    weights[place] = W[order[place]]
+    if responses > len(order):  # only W W' matters
+        weights = torch.linalg.qr(weights.T, mode="r").R.T
+    return (ordered, weights), constant, rounding
+
+
+def _rows(units: Tensor, width: int) -> Tensor:
+    """Return the rows, (b, u w), of some units, (b, u)."""
+    offsets = torch.arange(width, device=units.device)
+    return (units[:, :, None] * width + offsets).flatten(1)
+
 
 LEAST_SHARE = 1e-3
 """Multipliers of a tree are computed as if every unit were removed at least so often."""

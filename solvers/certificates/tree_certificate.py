@@ -29,11 +29,12 @@ from solvers.certificates.certificate import (
     LEAST_DIAGONAL,
     LEAST_SHARE,
     EnumerationCertificate,
+    Inverses,
+    Linearization,
     MultiplierCertificate,
     check_numbers,
     check_point,
 )
-from solvers.certificates.inverses import Inverses, Linearization
 from solvers.errors import VerificationError
 from solvers.problem import SubsetProblem
 

@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from solvers.certificates.certificate import EnumerationCertificate
-from solvers.certificates.inverses import Inverses
+from solvers.certificates.certificate import EnumerationCertificate, Inverses
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.closed_forms.row_blocks import narrowed
 from solvers.problem import NO_ROW, Consumer, SubsetProblem

@@ -29,9 +29,8 @@ from solvers.bounds.quadratic import QuadraticBound, made_dominating, scaled_dia
 from solvers.bounds.relaxation import Effort, Relaxation, relax
 from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificates.certificate import LEAST_SHARE
-from solvers.closed_forms.refit import refit_loss_and_rounding
+from solvers.closed_forms.refit import Incumbent, refit_loss_and_rounding
 from solvers.closed_forms.row_blocks import unit_rows
-from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import (

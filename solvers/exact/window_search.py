@@ -10,14 +10,14 @@ from annotated_types import Ge
 from torch import Tensor
 
 from solvers.certificates.tree_certificate import TreeCertificate
-from solvers.closed_forms.windows import (
+from solvers.closed_forms.refit import Incumbent
+from solvers.closed_forms.schur import (
     apply_window,
     borderline_window,
     random_window,
     window_problem,
 )
 from solvers.exact.branch_and_bound import BranchAndBound
-from solvers.heuristics.incumbent import Incumbent
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import (

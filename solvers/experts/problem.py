@@ -24,7 +24,7 @@ from torch import Tensor
 
 from solvers.errors import ProblemError
 from solvers.experts.routing import RouterScores, RoutingRule
-from solvers.linalg.values import check_entries
+from solvers.linalg.gram import check_entries
 
 _SMALLEST = 1e-130
 """Raw weights below this have squares that vanish."""

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from solvers.closed_forms.refit import Incumbent
 from solvers.closed_forms.row_blocks import equal_width
-from solvers.heuristics.incumbent import Incumbent
 from solvers.linalg.descent import accelerated
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import Backend, BackendKind, Positive, Selection, Status

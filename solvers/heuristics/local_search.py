@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.elimination import eliminate, support_after
-from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.pivot import Exchange, PivotState, candidates
 from solvers.closed_forms.refit import refit_loss
-from solvers.closed_forms.swaps import Exchange, candidates
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Natural, Selection, Status, Tolerance

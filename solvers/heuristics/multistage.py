@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.pivot import PivotState
-from solvers.heuristics.incumbent import Incumbent
+from solvers.closed_forms.refit import Incumbent
 from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Natural, Positive, Selection, Status
 

@@ -18,9 +18,8 @@ from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
 from osscar.run.sweep import SweepDirectory, sweep_manifest
 from osscar.study import jobs
-from osscar.study.design import StudyDesign
-from osscar.study.directory import Study
-from osscar.study.problems import model_problems
+from osscar.study.directory import Study, model_problems
+from osscar.study.records import StudyDesign
 from solvers.own_code import source_digests
 from tests.osscar.test_sweep import POINT
 from tests.osscar.test_user_code import BACKEND, SCORES

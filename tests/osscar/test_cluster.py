@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from osscar.base.errors import JournalError
-from osscar.study.cluster import RayCluster
-from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
-from osscar.study.jobs import solve_task
+from osscar.study.jobs import RayCluster, solve_task
+from osscar.study.records import StudyDesign
 from tests.osscar.interrupted_cases import problem
 from tests.osscar.interruptions import content
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from osscar.run.prune_page import prune_page, run_facts, verdict
-from osscar.study.design import StudyDesign
 from osscar.study.directory import Study
 from osscar.study.page import summarize, write_report
+from osscar.study.records import StudyDesign
 from tests.solvers.instances import random_problem
 
 

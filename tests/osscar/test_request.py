@@ -25,7 +25,7 @@ from osscar.cli.commands import app
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import PruningRequest as Asked
 from osscar.request import parse_keep, parse_size_kept
-from osscar.study.design import StudyDesign
+from osscar.study.records import StudyDesign
 
 
 def group(name, kind, units, *, width=1, frozen=()):

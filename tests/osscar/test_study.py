@@ -14,11 +14,16 @@ import torch
 import solvers
 from osscar.base.errors import OutputError
 from osscar.cli import main
-from osscar.study.design import StudyDesign
-from osscar.study.directory import Study
+from osscar.study.directory import Store, Study
 from osscar.study.page import scores_table, summarize, write_report
-from osscar.study.records import WINDOW, ProofBasis, Record, window_layer, without_refuted
-from osscar.study.store import Store
+from osscar.study.records import (
+    WINDOW,
+    ProofBasis,
+    Record,
+    StudyDesign,
+    window_layer,
+    without_refuted,
+)
 
 CERTIFIED = {"perspective", "branch_and_bound", "enumerate"}
 EXACT = ("branch_and_bound", "enumerate", "highs")

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import osscar
 from osscar.base.errors import DataError, ModelError, NonFiniteError
 from osscar.preparation.prepare import prepare
-from osscar.study.problems import model_problems
+from osscar.study.directory import model_problems
 from osscar.walk.coroutines import Coroutine
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk

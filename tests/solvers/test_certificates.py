@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Solution, Status, SubsetProblem, VerificationError, solve
-from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
-from solvers.certificates.inverses import Inverses
+from solvers.certificates.certificate import EnumerationCertificate, Inverses, MultiplierCertificate
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
-from solvers.exact import frontier
+from solvers.exact import branch_and_bound
 from tests.solvers.instances import exact_optimum, random_problem
 
 SLACK = 1e-12
@@ -197,7 +196,7 @@ def test_the_rounding_of_every_consumer_counts():
 
 
 def test_a_tree_that_grows_too_large_is_left_away(monkeypatch):
-    monkeypatch.setattr(frontier, "MOST_ENTRIES", 20)
+    monkeypatch.setattr(branch_and_bound, "MOST_ENTRIES", 20)
     solution = solve(random_problem(5, 14, 1, 10, 7, spread=0.5), "branch_and_bound")
     assert solution.certificate is None
     assert math.isnan(solution.verify().lower_bound)

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Consumer, ProblemError, Status, SubsetProblem, VerificationError, refit, solve
-from solvers.closed_forms import elimination, swaps
+from solvers.closed_forms import elimination, pivot
 from solvers.closed_forms.elimination import eliminate, support_after
-from solvers.closed_forms.fixed_rows import eliminate_fixed
-from solvers.closed_forms.pivot import PivotState
+from solvers.closed_forms.pivot import PivotState, best_swap, candidates, swap_gains
 from solvers.closed_forms.row_blocks import RowBlocks, equal_width, unit_rows
-from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
+from solvers.closed_forms.schur import eliminate_fixed
 from solvers.exact.enumeration import Enumerate
 from solvers.linalg import gram, symmetric
 from solvers.problem import NO_ROW
@@ -202,14 +201,14 @@ def test_the_first_candidates_are_the_best_exchange_and_no_nan_is_passed_over(mo
     best, few = best_swap(state), candidates(state, 3)
     assert few.gain == pytest.approx(best.gain)
     assert [int(few.units[0]), int(few.units[3])] == best.units.tolist()
-    monkeypatch.setattr(swaps, "_PASS_ROWS", 4)
-    monkeypatch.setattr(swaps, "_PASS_ELEMENTS", 1)
+    monkeypatch.setattr(pivot, "_PASS_ROWS", 4)
+    monkeypatch.setattr(pivot, "_PASS_ELEMENTS", 1)
 
     def spoiled(state, leave, enter):
         found = swap_gains(state, leave, enter)
         return found * torch.nan if 0 in leave else found
 
-    monkeypatch.setattr(swaps, "swap_gains", spoiled)
+    monkeypatch.setattr(pivot, "swap_gains", spoiled)
     assert np.isnan(best_swap(state).gain)
 
 

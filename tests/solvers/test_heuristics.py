@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from solvers import Status, SubsetProblem, refit, solve
-from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.swaps import best_swap, candidates, swap_gains
-from solvers.closed_forms.windows import apply_window, window_problem
+from solvers.closed_forms.pivot import PivotState, best_swap, candidates, swap_gains
+from solvers.closed_forms.schur import apply_window, window_problem
 from solvers.exact.window_search import WindowSearch
 from solvers.heuristics import local_search
 from solvers.linalg import symmetric

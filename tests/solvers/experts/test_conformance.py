@@ -23,7 +23,7 @@ from solvers import (
     backend_names,
     solve_experts,
 )
-from solvers.experts import solution
+from solvers.experts import backends
 from solvers.protocol import Capabilities
 from tests.solvers.experts.cases import CASES, EXPERTS, RULES, mixture_of, problem_of
 
@@ -166,7 +166,7 @@ def test_too_many_sets_are_neither_enumerated_nor_believed(monkeypatch):
     with pytest.raises(BackendError, match="792 sets of 7 experts"):
         solve_experts(CASES["softmax"].problem, "enumerate")
     found = solve_experts(NORMALIZED, "greedy")
-    monkeypatch.setattr(solution, "MOST_SETS", 1)
+    monkeypatch.setattr(backends, "MOST_SETS", 1)
     with pytest.raises(VerificationError, match="cannot be recomputed"):
         dataclasses.replace(found, status=Status.OPTIMAL).verify()
 

@@ -1,20 +1,18 @@
-"""A few units of a large layer as a problem of their own, the others held where they are.
+"""Rows that stay, whatever leaves, minimized over: fixed ones, and those outside of a window.
 
-Let F be the units outside the window that are kept.  Minimizing over their weights leaves, for the
-window's rows V,
+Of the rows of a linear map some, f, stay, and the others, u, are chosen among.  The loss
+``tr(W'HW) - 2 tr(W'G) + e`` is least in ``W_f`` where ``H_ff W_f = G_f - H_fu W_u``.  Put in, it is
+a loss of the same form in ``W_u`` alone, with
 
-    H' = H_VV - H_VF inv(H_FF) H_FV,    G' = G_V - H_VF inv(H_FF) G_F,
-    e' = e - tr(G_F' inv(H_FF) G_F)
+    H_uu - H_uf inv(H_ff) H_fu,    G_u - H_uf inv(H_ff) G_f,    e - tr(G_f' inv(H_ff) G_f)
 
-so that the window's loss of a choice is the whole layer's loss of that choice together with F.
-Units outside that are removed are dropped.  A consumer of which the window owns no row is left as
-a constant: e', with one row that nothing correlates with.
+so that what a choice loses here is what it loses in the whole, with the other rows refitted.
 """
 
 from __future__ import annotations
 
 import reprlib
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +22,41 @@ from solvers.errors import ProblemError
 from solvers.linalg.gram import is_definite, unexplained
 from solvers.linalg.symmetric import Symmetric
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
+
+
+@dataclass(frozen=True, eq=False)
+class FixedRows:
+    """What was eliminated: ``H_ff = L L'``, and what gives its weights back."""
+
+    factor: Symmetric = field(repr=False)
+    """L, (f, f)."""
+    across: Tensor = field(repr=False)
+    """``H_uf inv(L')``, (u, f)."""
+    target: Tensor = field(repr=False)
+    """``inv(L) G_f``, (f, m)."""
+
+    def refit(self, W: Tensor) -> Tensor:
+        """Return the optimal weights of the fixed rows, (f, m), for any of the others, (u, m)."""
+        found = self.target - self.across.T @ W
+        self.factor.backward(found)
+        return found
+
+
+def eliminate_fixed(
+    H: Symmetric, G: Tensor, e: float, count: int
+) -> tuple[FixedRows, Symmetric, Tensor, float]:
+    """Eliminate the first rows; return what gives them back, and H, G and e of the others.
+
+    H: Positive definite in these rows, at the end of which a panel starts; it is given up, and G is
+        written to.
+    """
+    H.factorize(count)
+    factor, across, rest = H.split(count)
+    target, own = G[:count], G[count:]
+    factor.forward(target)
+    own.addmm_(across, target, alpha=-1)
+    explained = float(torch.linalg.vector_norm(target)) ** 2
+    return FixedRows(factor, across, target.clone()), rest, own.clone(), e - explained
 
 
 def borderline_window(problem: SubsetProblem, support: Tensor, size: int) -> Tensor:
