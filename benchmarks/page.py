@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measuring import markdown, rows_in
 from osscar.base.printable import share
-from osscar.report.figures import file_of, legend, new_figure, shares
+from osscar.report.sections import file_of, legend, new_figure, shares
 
 DENSE, OURS = "dense", "this toolkit"
 

@@ -3,15 +3,15 @@
 from .checkpoint.directory import SavedCheckpoint as SavedCheckpoint, save as save
 from .checkpoint.reading import load as load
 from .export.gguf import export_gguf as export_gguf
-from .export.onnx import export_onnx as export_onnx
-from .export.pt2 import export_pt2 as export_pt2
-from .export.target import Exported as Exported
+from .export.traced import export_onnx as export_onnx
+from .export.traced import export_pt2 as export_pt2
+from .export.open_program import Exported as Exported
 from .base.errors import OsscarError as OsscarError
 from .data.loaders import load_batches as load_batches
 from .data.images import ImageSet as ImageSet, load_images as load_images
 from .data.preprocessing import Preprocessing as Preprocessing
 from .data.samples import SampleList as SampleList, TensorSet as TensorSet
-from .data.sample_files import load_tensors as load_tensors
+from .data.loaders import load_tensors as load_tensors
 from .data.text import (
     CalibrationSet as CalibrationSet,
     TextSet as TextSet,

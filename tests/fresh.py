@@ -1,7 +1,7 @@
 """New processes, forked from this one as it was before any test had run.
 
 To start Python and import torch and transformers takes seconds, and the tests save many models:
-`forked` stands in for `fresh_process.NewPython`, but for the tests that are about new processes.
+`forked` stands in for `read_back.NewPython`, but for the tests that are about new processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from osscar.checkpoint import fresh_process
+from osscar.checkpoint import read_back
 
 
 class _Template:
@@ -70,7 +70,7 @@ def _work(folder: str) -> None:
         said = os.open(f"{folder}/said", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(said, 1), os.dup2(said, 2)
         sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)
-        fresh_process.work(folder)
+        read_back.work(folder)
         status = 0
     except BaseException as error:
         print(type(error).__name__, error, flush=True)
@@ -94,7 +94,7 @@ class _Instead:
 
 def here(folder: Path) -> _Instead:
     """Return no new process at all, for a card that this one alone pretends to have."""
-    return _Instead(folder, lambda folder: fresh_process.work(str(folder)))
+    return _Instead(folder, lambda folder: read_back.work(str(folder)))
 
 
 @contextmanager
@@ -102,6 +102,6 @@ def forked() -> Iterator[None]:
     """Fork the processes that read checkpoints back, while the block runs."""
     template = _Template()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh_process, "NewPython", lambda folder: _Instead(folder, template.run))
+        patch.setattr(read_back, "NewPython", lambda folder: _Instead(folder, template.run))
         yield
     template.end()

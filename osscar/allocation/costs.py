@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 import graph
 from graph import CouplingGroup, Operand, Operator, Role, Size
 from osscar.base.errors import RequestError
-from osscar.checkpoint.formats import saved_format, written_tensors
+from osscar.checkpoint.builders import saved_format, written_tensors
 from osscar.data.batches import Batch
 from osscar.network.modules import named_tensors
 from osscar.network.operations import count_flops, flop_counter, multiplies

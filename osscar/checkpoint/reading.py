@@ -17,11 +17,9 @@ from transformers import PreTrainedModel
 from osscar.base.devices import FLOATS, default_torch
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import safe_repr
-from osscar.checkpoint.builders import TransformersOrigin, read_builder
-from osscar.checkpoint.first_pass import check_sample
-from osscar.checkpoint.formats import cast, tensors_of
-from osscar.checkpoint.manifest import Manifest, read_manifest
-from osscar.checkpoint.validation import check_tensors, readable
+from osscar.checkpoint.builders import TransformersOrigin, cast, read_builder, tensors_of
+from osscar.checkpoint.files import Manifest, read_manifest
+from osscar.checkpoint.validation import check_sample, check_tensors, readable
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
 from osscar.proof.lineage import LINEAGE, remember_structure

@@ -1,10 +1,14 @@
 """Checkpoints larger than memory: models whose parameters are read from files when they are needed.
 
 Only the structure of such a model is built; its parameters lie on disk (`osscar.offload.on_disk`).
+Files hold the matrices of experts one by one, and transformers stacks them when it reads them:
+where a tensor is its parts one after the other, byte by byte, it is read and written as these.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,16 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from osscar.base.errors import CheckpointError, NonFiniteError
+from osscar.base.memory import attempt
 from osscar.checkpoint.builders import TransformersOrigin, read_builder
-from osscar.checkpoint.first_pass import check_sample
-from osscar.checkpoint.manifest import read_manifest
-from osscar.checkpoint.regrouped import chained, parts_in_files
-from osscar.checkpoint.validation import check_tensors, names_of, readable, structure
-from osscar.network.tensor_files import read_headers
+from osscar.checkpoint.files import read_manifest
+from osscar.checkpoint.validation import check_sample, check_tensors, names_of, readable, structure
+from osscar.network.tensor_files import Part, read_headers
 from osscar.offload.on_disk import OnDisk
-from osscar.offload.places import Place, StoredTensor, WeightCache
+from osscar.offload.places import Chain, Place, StoredTensor, WeightCache
 from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 
@@ -128,3 +133,55 @@ def number_format_of(config: Any, stored: Mapping[str, StoredTensor]) -> torch.d
         return named
     formats = (tensor.dtype for tensor in stored.values())
     return next((dtype for dtype in formats if dtype.is_floating_point), torch.float32)
+
+
+# ---- tensors in parts --------------------------------------------------------------------
+
+
+def parts_in_files(model: nn.Module) -> dict[str, tuple[Part, ...]]:
+    """Return, for tensors that transformers stores as parts in a row, these parts, by name."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    rows = {name: (*shape[:-1], 1) for name, shape in shapes.items() if math.prod(shape)}
+    ends = dict(zip(rows, itertools.accumulate(map(math.prod, rows.values())), strict=True))
+    coded = {
+        name: torch.arange(ends[name] - math.prod(shape), ends[name]).view(shape)
+        for name, shape in rows.items()
+    }
+    converted: Mapping[str, Tensor] = {}
+    with attempt():  # what it makes of a model is its own affair
+        converted = revert_weight_conversion(model, dict(coded))
+    stretches = sorted(
+        ((int(codes.flatten()[0]), name, codes) for name, codes in converted.items()),
+        key=lambda one: one[:2],
+    )
+    found: dict[str, tuple[Part, ...]] = {}
+    for name, codes in coded.items():
+        first, end = ends[name] - codes.numel(), ends[name]
+        mine = [(stored, part) for at, stored, part in stretches if first <= at < end]
+        if [stored for stored, _ in mine] == [name] or not _in_a_row(codes, [p for _, p in mine]):
+            continue
+        width = shapes[name][-1:]
+        found[name] = tuple(Part(stored, (*part.shape[:-1], *width)) for stored, part in mine)
+    return found
+
+
+def _in_a_row(codes: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether parts are a tensor one after the other; of each row there is the first entry."""
+    if any(part.shape[-1:] != codes.shape[-1:] for part in parts):
+        return False
+    return bool(parts) and torch.equal(torch.cat([p.flatten() for p in parts]), codes.flatten())
+
+
+def chained(
+    name: str, shape: tuple[int, ...], parts: Sequence[Part], places: Mapping[str, StoredTensor]
+) -> StoredTensor | None:
+    """Return where a tensor is, given its parts; None where one is missing, or not as it should."""
+    found = [places.get(part.name) for part in parts]
+    slices = [one for one in found if one is not None]
+    alike = len({one.dtype for one in slices}) == 1 and len(slices) == len(parts)
+    if not alike or any(s.shape != p.shape for s, p in zip(slices, parts, strict=True)):
+        return None
+    stretches = [(one.source, one.offset, one.nbytes) for one in slices]
+    return StoredTensor(Chain(stretches), 0, shape, slices[0].dtype, name)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint asks for what it holds, before its weights are allocated.
+"""Whether a checkpoint asks for what it holds, and whether what was read computes what it should.
 
 The model is built on the device 'meta' first, where tensors have no memory, and compared with the
 tensors that the headers of the weights name.
@@ -15,12 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
-from osscar.base.errors import CheckpointError, first_line
+from osscar.base.errors import CheckpointError, ModelError, first_line
 from osscar.base.json_files import read_json
+from osscar.checkpoint.files import CONFIG_FILE
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
-from osscar.checkpoint.manifest import CONFIG_FILE
+from osscar.network.modules import context_length, device_of
+from osscar.network.predictions import named_logits
+from osscar.offload.on_disk import is_on_disk
 from osscar.offload.places import StoredTensor
+from osscar.proof.equivalence import call
+from osscar.proof.lineage import lineage_of, strays_from
 
 
 @contextmanager
@@ -122,3 +128,54 @@ def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
 def names_of(name: str, prefix: str) -> tuple[str, ...]:
     """Return what a tensor may be called in the model: with the name of its base, or without."""
     return (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+
+
+# ---- the first forward pass --------------------------------------------------------------
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Return how many tokens a causal language model of transformers knows; None of others."""
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if not (named and isinstance(model, PreTrainedModel)):
+        return None
+    size = getattr(model.config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def check_sample(model: nn.Module, source: str) -> None:
+    """Refuse a model that does not return what its checkpoint, called `source`, has recorded."""
+    sample = lineage_of(model).sample
+    strays = None if sample is None else strays_from(sample, model)
+    if strays is not None:
+        raise CheckpointError(
+            f"the outputs of {source} differ from those of the model that was saved: {strays}; "
+            "build the dense model with the code that it was pruned with, or download the "
+            "checkpoint again"
+        )
+
+
+def check_causal(model: nn.Module, source: str) -> None:
+    """Refuse a model that reads ahead, whose next tokens are no predictions."""
+    if is_on_disk(model):
+        return
+    length = min(2, context_length(model) or 2)
+    windows = torch.zeros(3, length, dtype=torch.int64, device=device_of(model))
+    windows[2, -1] = 1  # after two that are equal
+    logits = named_logits(call(model, {"input_ids": windows}))
+    if logits is None or logits.shape[1] < 2:
+        return
+    first, again, second = logits.float()
+    same = torch.finfo(next(model.parameters()).dtype).eps ** 0.5 * float(first[0].abs().max())
+    changed, noise = (float((first[0] - other[0]).abs().max()) for other in (second, again))
+    if changed > same >= noise:
+        raise ModelError(
+            f"{source} is a bidirectional {type(model).__name__}: its outputs depend on later "
+            f"tokens, so that it does not predict the next one; {OTHERS}"
+        )
+
+
+OTHERS = (
+    "build it with its own class, in code that returns (model, example inputs), and name that as "
+    "file.py:function; or give it to osscar.prune or osscar.recover in Python"
+)
+"""What to do with what is no causal language model."""

@@ -22,7 +22,7 @@ from osscar.base.errors import BusyError, OptionError, OsscarError, OutputError,
 from osscar.base.files import file_target, resolved
 from osscar.base.printable import capitalized, printable
 from osscar.report.sections import Section
-from osscar.report.terminal import print_section
+from osscar.report.shown import print_section
 
 _PIPE_WIDTH = 140
 """Columns where the output is not a terminal, which has no width of its own."""

@@ -13,12 +13,10 @@ import torch
 
 from osscar.base.files import write_text
 from osscar.base.timing import Stage, timed
-from osscar.checkpoint.atomic_directory import check_output
-from osscar.checkpoint.manifest import PAGE_FILE
+from osscar.checkpoint.files import PAGE_FILE, check_output
 from osscar.checkpoint.reading import load
 from osscar.cli.common import check_json_path, document, out, say, show, write_json
-from osscar.cli.opening import quiet
-from osscar.cli.saving import saved_line
+from osscar.cli.opening import quiet, saved_line
 from osscar.evaluation.evaluate import compare, comparison_table
 from osscar.models.load import load_model
 from osscar.models.names import DEMO

@@ -10,9 +10,8 @@ from osscar.cli.common import check_files, document, say, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import ExportOptions, refuse
 from osscar.export.gguf import export_gguf
-from osscar.export.onnx import export_onnx
-from osscar.export.pt2 import export_pt2
-from osscar.models import user_code
+from osscar.export.traced import export_onnx, export_pt2
+from osscar.models.load import build_from_code
 
 _TRACED = {"onnx": export_onnx, "pt2": export_pt2}
 """Formats of models of any sort, which are traced."""
@@ -31,7 +30,7 @@ def run(directory: Path, options: ExportOptions) -> None:
         if format == "gguf":
             written = export_gguf(directory, dtype=options.dtype or "f16", **how)
         else:
-            built, example, _ = (None, None, None) if dense is None else user_code.build(dense)
+            built, example, _ = (None, None, None) if dense is None else build_from_code(dense)
             given = example if options.inputs is None else options.inputs
             written = _TRACED[format](directory, dense=built, example_inputs=given, **how)
     named = f", {written.dtype}; llama.cpp calls it {written.architecture!r}"

@@ -1,23 +1,33 @@
-"""How commands open models and draw data, and what people are told of both."""
+"""How commands open models and draw data, run if they save a model, and what people are told."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from osscar.base.errors import OptionError
+from osscar.base.files import resolved
 from osscar.base.memory import in_words
 from osscar.base.printable import pluralize
-from osscar.cli.common import err, say, say_aside
+from osscar.base.ranks import Ranks
+from osscar.checkpoint.directory import SavedCheckpoint, weight_bytes
+from osscar.checkpoint.files import check_output
+from osscar.cli.common import err, named_files, say, say_aside, way_back, write_json
 from osscar.cli.options import (
     DataOptions,
     EvalOptions,
     InspectOptions,
     OpenOptions,
+    PruneOptions,
+    RecoverOptions,
     RunOptions,
     SweepOptions,
     refuse,
@@ -32,8 +42,10 @@ from osscar.models.load import fitting_memory, load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
 from osscar.proof.lineage import Computed
+from osscar.recovery.training import RecoveryLog
 from osscar.request import PruningRequest
 from osscar.run.memory import needs_memory
+from osscar.run.run_log import RunLog
 from osscar.walk.targets import Target
 
 _SHOWN_WARNINGS = 3
@@ -158,3 +170,93 @@ def limit_of(model: str, options: RunOptions, request: PruningRequest) -> str | 
 def chat_template_unused(tokenizer: Any) -> str:
     """Say, at the end of a sentence, that a chat template is not used, where there is one."""
     return ", no chat template" if getattr(tokenizer, "chat_template", None) else ""
+
+
+# ---- saving ------------------------------------------------------------------------------
+
+
+@dataclass
+class SavingJob(ABC):
+    """What one rank of a command does that saves a model; `where` is the output, as it was given.
+
+    The `logs` have what is done so far, beside the output; the first is the last to go.
+    """
+
+    options: Any
+    where: Path
+    used: Sequence[str | Path]
+    """What must not be replaced."""
+    request: Any
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.path = resolved(self.where)
+        # What is there where a run was ended is what it has saved, or was asked to replace.
+        goes_on = self.logs[0].exists and not self.options.restart
+        self.overwrite = self.options.overwrite or goes_on
+
+    @property
+    @abstractmethod
+    def logs(self) -> Sequence[RunLog | RecoveryLog]:
+        """The logs that are kept."""
+
+    @abstractmethod
+    def work(self) -> Callable[[], None]:
+        """Make the model, save it on the first rank, and return what tells of it."""
+
+    def beside(self, name: str) -> Path:
+        """Return a directory beside the output, called like it."""
+        return self.path.with_name(f"{self.path.name}.{name}")
+
+    def check_room(self, loaded: LoadedModel) -> None:
+        """Refuse an output that has no room for a model's weights."""
+        if self.ranks.first:
+            needed = weight_bytes(loaded.model, loaded.stored_dtype)
+            check_output(self.path, overwrite=self.overwrite, needed_bytes=needed)
+
+    def run(self) -> None:
+        """Run the command, from its logs on if there are any, and tell of the result."""
+        first, restart = self.ranks.first, self.options.restart
+
+        def kept() -> str:
+            return ", and ".join(filter(None, (log.kept for log in self.logs)))
+
+        def remove() -> None:
+            for log in reversed(self.logs):
+                log.remove()
+
+        if first:
+            inputs = [*self.used, *named_files(self.options), self.options.json]
+            check_output(self.path, overwrite=self.overwrite, inputs=inputs)
+        with ExitStack() as stack:
+            with way_back(kept, restarts=restart):
+                if first:
+                    for log in self.logs:
+                        stack.enter_context(log.locked())
+                stack.enter_context(quiet())
+                if restart and first:
+                    remove()
+                tell = self.work()
+            if first:
+                remove()
+        if first:
+            tell()
+
+
+def write_copy(
+    options: PruneOptions | RecoverOptions, content: Mapping[str, Any], saved: SavedCheckpoint
+) -> None:
+    """Write the report where ``--json`` wants it, too."""
+    where = {**dataclasses.asdict(saved), "path": str(saved.path)}
+    write_json(options.json, {**content, "saved": where})
+
+
+def saved_line(saved: SavedCheckpoint, where: Path) -> str:
+    """Say where a model was saved, as it was asked for, and who reads it."""
+    reader = "osscar.load reads it"
+    if saved.stock:
+        reader = "from_pretrained of transformers reads it"
+    elif saved.with_code:
+        reader += ", and so does from_pretrained(..., trust_remote_code=True)"
+    here = "" if saved.fresh else "; read back in this process alone"
+    return f"saved: {where} ({saved.bytes / 1e6:.1f} MB of weights; {reader}{here})"

@@ -13,12 +13,11 @@ from osscar.base.errors import OptionError
 from osscar.base.ranks import together
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.directory import SavedCheckpoint, renew_report
-from osscar.checkpoint.manifest import PAGE_FILE
+from osscar.checkpoint.files import PAGE_FILE
 from osscar.cli.common import check_files, out, say, say_verdict, show
-from osscar.cli.opening import limit_of, opened, tell_data
+from osscar.cli.opening import SavingJob, limit_of, opened, saved_line, tell_data, write_copy
 from osscar.cli.options import PruneOptions, recovery_of, refuse, request_of
 from osscar.cli.recover import LOG, tell_recovery
-from osscar.cli.saving import SavingJob, saved_line, write_copy
 from osscar.data.batches import CalibrationData, as_inputs
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
 from osscar.data.text import CalibrationSet

@@ -16,11 +16,10 @@ from osscar.base.printable import published
 from osscar.base.ranks import together
 from osscar.checkpoint.builders import builder_of
 from osscar.checkpoint.directory import save
-from osscar.checkpoint.manifest import PAGE_FILE, REPORT_FILE, checkpoint_directory
+from osscar.checkpoint.files import PAGE_FILE, REPORT_FILE, checkpoint_directory
 from osscar.cli.common import check_files, document, out, say, show
-from osscar.cli.opening import stated_preprocessing, tell_data
+from osscar.cli.opening import SavingJob, saved_line, stated_preprocessing, tell_data, write_copy
 from osscar.cli.options import RecoverOptions, request_of
-from osscar.cli.saving import SavingJob, saved_line, write_copy
 from osscar.data.batches import CalibrationData
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from osscar.cli.commands import asked_points
 from osscar.cli.common import check_files, say, show, way_back, write_json
 from osscar.cli.opening import held_out, limit_of, opened, quiet
 from osscar.cli.options import SweepOptions
-from osscar.cli.points import asked_points
 from osscar.report.run_tables import skipped_table
 from osscar.request import PruningRequest
 from osscar.run.sweep import PAGE_FILE, Sweep, SweepDirectory

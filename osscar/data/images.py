@@ -18,6 +18,7 @@ from osscar.base.files import file_digest, short_hash
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.memory import attempt
 from osscar.base.printable import listed, pluralize
+from osscar.data.loaders import read_tensors
 from osscar.data.preprocessing import (
     AnyPreprocessing,
     Preprocessing,
@@ -25,7 +26,6 @@ from osscar.data.preprocessing import (
     as_preprocessing,
     check_stated,
 )
-from osscar.data.sample_files import read_tensors
 from osscar.data.samples import (
     GROUPS,
     IMAGES,

@@ -1,12 +1,11 @@
 """GGUF, the file format of llama.cpp, for models of the LLaMA graph with layers of any width.
 
-Mixtures of experts are in `gguf_experts`.
-
 llama.cpp has one width for all layers in its architectures ``llama`` and ``qwen3``, and one for
 each in two others that compute the same: ``deci`` what ``llama`` does, and ``openelm`` what
 ``qwen3`` does, which normalizes queries and keys.  There ``attention.head_count``,
-``attention.head_count_kv`` and ``feed_forward_length`` are arrays over the layers.  Everything else
-of the format is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+``attention.head_count_kv`` and ``feed_forward_length`` are arrays over the layers.  Mixtures have
+one number of experts for all, and the gates of all experts in one tensor and what they multiply in
+another.  The rest is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 ``llama`` and ``deci`` rotate neighbouring features of a head together, transformers and the others
 those half a head apart, so that for these two the rows of the query and key projections are put in
@@ -30,17 +29,10 @@ from osscar.base.devices import default_torch
 from osscar.base.errors import EquivalenceError, ModelError, optional
 from osscar.base.files import atomic_write
 from osscar.base.inputs import checked
-from osscar.checkpoint.manifest import checkpoint_directory
+from osscar.checkpoint.files import checkpoint_directory
 from osscar.checkpoint.reading import load
-from osscar.export.gguf_experts import (
-    in_parts,
-    mixture_sizes,
-    mixtures,
-    pad_experts,
-    why_no_mixture,
-)
 from osscar.export.gguf_tokens import add_value, vocabulary_fields
-from osscar.export.target import Exported, checked_target
+from osscar.export.open_program import Exported, checked_target
 
 Format: TypeAlias = Literal["f32", "f16", "bf16"]
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
@@ -374,3 +366,69 @@ def _check_written(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
     other = next((key for key, equal in same.items() if not equal), None)
     if other is not None:
         raise EquivalenceError(f"{other!r} was not read back as it was written")
+
+
+# ---- mixtures of experts -----------------------------------------------------------------
+
+
+_FUSED = "experts.gate_up_proj"
+
+
+def mixtures(model: Any) -> list[Any]:
+    """Return the experts of each layer that is a mixture."""
+    found = (getattr(layer.mlp, "experts", None) for layer in model.model.layers)
+    return [experts for experts in found if experts is not None]
+
+
+def why_no_mixture(model: Any, architecture: str, normalized: bool) -> str | None:
+    """Say what about mixtures is not in an architecture of llama.cpp; None if nothing."""
+    counts = [len(experts.down_proj) for experts in mixtures(model)]
+    layers = len(model.model.layers)
+    if len(counts) < layers:
+        return f"{layers - len(counts)} of its {layers} layers are no mixtures"
+    if len(set(counts)) > 1:
+        return f"its layers have {counts} experts, and {architecture!r} has one number for all"
+    if getattr(model.config, "norm_topk_prob", True) is not normalized:
+        does = "divides" if normalized else "does not divide"
+        return f"{architecture!r} {does} the weights of a token's experts by their sum"
+    if getattr(model.config, "clip_qkv", None) is not None:
+        return "it clips queries, keys and values (clip_qkv)"
+    norms = [getattr(layer.self_attn, "k_norm", None) for layer in model.model.layers]
+    wide = {len(norm.weight) for norm in norms if norm is not None}
+    if architecture == "olmoe" and wide != {model.config.hidden_size}:
+        return (
+            f"its keys are normalized over {', '.join(map(str, sorted(wide)))} features, and "
+            f"'olmoe' takes these to be as many as the hidden size, {model.config.hidden_size}"
+        )
+    return None
+
+
+def mixture_sizes(model: Any) -> dict[str, int]:
+    """Return what a file says of mixtures, by key without the architecture."""
+    experts, block = mixtures(model)[0], model.model.layers[0].mlp
+    sizes = {
+        "expert_count": len(experts.down_proj),
+        "expert_used_count": model.config.num_experts_per_tok,
+        "expert_feed_forward_length": experts.down_proj.shape[2],
+    }
+    if hasattr(block, "shared_expert"):
+        sizes["expert_shared_feed_forward_length"] = block.shared_expert.down_proj.in_features
+    return sizes
+
+
+def in_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor of a model, that of gates and what they multiply as two."""
+    if not name.endswith(_FUSED):
+        yield (f"{name}.weight" if name.endswith("experts.down_proj") else name), tensor
+        return
+    for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
+        yield name.replace(_FUSED, f"experts.{part}_proj.weight"), half
+
+
+def pad_experts(experts: Any, block: int) -> int:
+    """Add neurons of zeros to each expert, up to whole blocks; return how many."""
+    count = -int(experts.down_proj.shape[2]) % block
+    gates = pad(experts.gate_up_proj.unflatten(1, (2, -1)), (0, 0, 0, count)).flatten(1, 2)
+    experts.gate_up_proj = nn.Parameter(gates)
+    experts.down_proj = nn.Parameter(pad(experts.down_proj, (0, count)))
+    return count * len(experts.down_proj)

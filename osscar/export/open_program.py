@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils import _pytree as pytree
 
 from graph.tracing.export import varies
 from graph.tracing.standalone import LARGEST
-from osscar.base.errors import DataError, EquivalenceError, ModelError, first_line
+from osscar.base.errors import DataError, EquivalenceError, ModelError, OutputError, first_line
+from osscar.base.files import file_target
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import attempt
+from osscar.checkpoint.files import checkpoint_directory
 from osscar.checkpoint.reading import load
 from osscar.data.batches import (
     Batch,
@@ -32,9 +35,9 @@ from osscar.data.batches import (
     needed_arguments,
     to_model,
 )
-from osscar.data.sample_files import load_tensors
+from osscar.data.loaders import load_tensors
+from osscar.data.preprocessing import recorded_example
 from osscar.data.samples import LABEL_NAMES
-from osscar.models.preprocessing import recorded_example
 from osscar.network.modules import check_usable, context_length, evaluating
 from osscar.network.onnx_runtime import program_of
 from osscar.network.predictions import ALONE, named_outputs, reads_sequences
@@ -42,6 +45,72 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
 from osscar.proof.lineage import Input, lineage_of
 from osscar.proof.program import ProgramModule, example_of, open_sizes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Parameters
+    ----------
+    path
+        The file.
+    bytes
+        Its size, with that of the weights beside it.
+    inputs, outputs
+        Of ONNX and pt2: what it takes, and of ONNX what it returns, by name: number format and
+        shape, such as ``float32 (batch, 3, 32, 32)``, where a word is a size that may vary.
+    weights
+        The file beside an ONNX file that holds its weights, where these are too large for one.
+    architecture
+        Of GGUF: ``llama`` or ``qwen3``, and ``deci`` or ``openelm`` where layers differ; of other
+        mixtures of experts ``qwen2moe``, ``qwen3moe`` or ``olmoe``.
+    dtype
+        Of GGUF: number format of the matrices.
+    padding
+        Of GGUF: neurons of zeros, which make up whole blocks of 32 in each layer: llama.cpp could
+        not quantize it otherwise.
+    """
+
+    path: Path
+    bytes: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    weights: Path | None = None
+    architecture: str | None = None
+    dtype: str | None = None
+    padding: int = 0
+
+
+def traced_target(
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None,
+    suffix: str,
+    *,
+    overwrite: bool,
+) -> Path:
+    """Return the file to write, by default that beside a checkpoint's directory called like it."""
+    if out is None:
+        if isinstance(model, nn.Module):
+            raise OutputError("a model in memory needs the name of the file to write; give out=")
+        source = checkpoint_directory(model)
+        out = source.with_name(f"{source.name}{suffix}")
+    return checked_target(out, suffix, overwrite=overwrite)
+
+
+def checked_target(out: str | os.PathLike[str], suffix: str, *, overwrite: bool) -> Path:
+    """Return the file to write, before any work; only files of the format are replaced."""
+    target = file_target(out)
+    if os.path.exists(target) and not (overwrite and target.suffix == suffix):
+        raise OutputError(
+            f"{target} is there already; give another, or replace it, which is for {suffix} files "
+            "alone (`--overwrite`, or overwrite=True in Python)"
+        )
+    return target
+
+
+# ---- open sizes --------------------------------------------------------------------------
+
 
 LeftOpen: TypeAlias = Mapping[str, Sequence[int]]
 """The dimensions of each input whose sizes are left open."""

@@ -1,35 +1,40 @@
-"""Whatever model a name stands for, opened or refused."""
+"""Whatever model a name stands for, opened or refused, code of a user's own included."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 
 from osscar.base.devices import default_torch, resolve_device, resolve_dtype
-from osscar.base.errors import FileError, ModelError, OptionError, warn
+from osscar.base.errors import FileError, ModelError, OptionError, of_part, warn
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import FOR_MODELS, memory_for, memory_of
 from osscar.base.printable import published
 from osscar.checkpoint import reading as checkpoint
-from osscar.checkpoint.builders import LibraryOrigin, builder_of
-from osscar.checkpoint.formats import cast
-from osscar.data.batches import needed_arguments, to_model
-from osscar.data.preprocessing import AnyPreprocessing, as_preprocessing
-from osscar.models import user_code
-from osscar.models.libraries import load_of_library, preprocessing_of
+from osscar.checkpoint.builders import LibraryOrigin, builder_of, cast
+from osscar.data.batches import Batch, named_example, needed_arguments, to_model
+from osscar.data.preprocessing import (
+    AnyPreprocessing,
+    as_preprocessing,
+    image_of,
+    of_directory,
+    recorded_example,
+    resolved,
+)
+from osscar.models.libraries import fill, load_of_library, preprocessing_of, read_state
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, LIBRARIES, ModelKind, directory_of, kind_of
-from osscar.models.preprocessing import image_of, of_directory, recorded_example, resolved
 from osscar.models.pretrained import class_names, image_processor, load_language_model, transform_of
-from osscar.models.weights import fill, read_state
-from osscar.network.modules import check_finite_weights, check_usable, in_evaluation
+from osscar.network.modules import check_finite_weights, check_usable, in_evaluation, uncompiled
 from osscar.network.tensor_files import read_headers
 from osscar.offload.on_disk import suspended_bytes
 from osscar.proof.lineage import lineage_of, note, stored_dtype
+from solvers.own_code import blamed, importable, imported
 
 
 @default_torch()
@@ -183,7 +188,7 @@ def _prepared(
 
 
 def _from_code(name: str, weights: str | Path | None) -> LoadedModel:
-    model, example, preprocessing = user_code.build(name)
+    model, example, preprocessing = build_from_code(name)
     check_usable(model)
     if weights is not None:
         fill(model, read_state(weights), str(weights))
@@ -209,7 +214,7 @@ def _from_directory(
     path, source = directory_of(name)
     built, example, brought, processor = None, None, None, None
     if dense is not None:
-        built, example, brought = user_code.build(dense)
+        built, example, brought = build_from_code(dense)
     classifier = kind is ModelKind.CLASSIFIER  # whose own number format nothing else records
     model = checkpoint.load(path, dense=built, dtype=None if classifier else dtype)
     lineage, builder = lineage_of(model), builder_of(model)
@@ -276,3 +281,32 @@ def fitting_memory(
         batches = suspended_bytes(positions, table.shape[-1], inputs, itemsize)
         needed = max(needed, _WALKED * weights + batches)
     return None if needed <= available else available * 9 // 10
+
+
+# ---- code of a user's own ----------------------------------------------------------------
+
+
+_Built: TypeAlias = tuple[nn.Module, Batch | None, AnyPreprocessing | None]
+"""A model in evaluation mode; its example inputs, and what is done to an image, if code says so."""
+
+_RETURNS = (
+    "return a torch.nn.Module, or (model, example inputs), or (model, example inputs, transform)"
+)
+
+
+def build_from_code(name: str) -> _Built:
+    """Import and call a function; return its model, with example inputs and transform if any."""
+    with importable(name):
+        found = imported(name, ModelError)
+        with blamed(name, ModelError):
+            built = found()
+    several = isinstance(built, tuple) and len(built) in (2, 3)
+    model, example, transform = (*built, None, None)[:3] if several else (built, None, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name} returned a {type(model).__name__}; {_RETURNS}")
+    with of_part(f"what {name} returned"):
+        named = None if example is None else named_example(model, example)
+    image = None if named is None else image_of(named)
+    channels = 3 if image is None else image.shape[1]
+    known = None if transform is None else as_preprocessing(transform, name, channels)
+    return in_evaluation(uncompiled(model)), named, known

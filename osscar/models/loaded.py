@@ -12,9 +12,21 @@ from torch import nn
 from osscar.base.errors import DataError, OptionError
 from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, find_images, has_images
-from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS, load_batches
-from osscar.data.preprocessing import OPTIONS, AnyPreprocessing, Transform, check_stated
-from osscar.data.sample_files import holds_images, load_tensors
+from osscar.data.loaders import (
+    DEFAULT_SAMPLES,
+    DEFAULT_WINDOWS,
+    holds_images,
+    load_batches,
+    load_tensors,
+)
+from osscar.data.preprocessing import (
+    OPTIONS,
+    AnyPreprocessing,
+    Transform,
+    check_stated,
+    image_of,
+    no_images,
+)
 from osscar.data.samples import SampleSet, TensorSet
 from osscar.data.text import (
     DEFAULT_SEQLEN,
@@ -25,7 +37,6 @@ from osscar.data.text import (
     load_text,
 )
 from osscar.models.names import DEMO_CALIBRATION, DEMO_HELD_OUT, DEMO_SOURCE
-from osscar.models.preprocessing import image_of, no_images
 from osscar.network.modules import context_length, count_parameters
 from osscar.proof.lineage import lineage_of
 

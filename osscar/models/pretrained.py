@@ -18,11 +18,10 @@ from osscar.base.memory import FOR_MODELS, attempt, memory_for
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import TransformersOrigin
-from osscar.checkpoint.first_pass import OTHERS, check_causal, check_sample
+from osscar.checkpoint.files import read_manifest
 from osscar.checkpoint.hf_config import SHAPES
-from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import number_format_of, read_streamed
-from osscar.checkpoint.validation import check_config, readable
+from osscar.checkpoint.validation import OTHERS, check_causal, check_config, check_sample, readable
 from osscar.data.preprocessing import Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of

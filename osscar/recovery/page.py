@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 from osscar.base.printable import pluralize, share
 from osscar.distance.distance import Compared
 from osscar.recovery.request import RecoveryRequest
-from osscar.report.figures import from_zero, legend, new_figure
-from osscar.report.html import page
 from osscar.report.sections import (
     Figure,
     Section,
@@ -23,11 +21,15 @@ from osscar.report.sections import (
     Text,
     described,
     facts,
+    from_zero,
+    legend,
+    new_figure,
     settings,
     settings_table,
     stages_table,
     table,
 )
+from osscar.report.shown import page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

@@ -3,32 +3,58 @@
 What is minimized is the divergence of the smaller model's predictions from the dense one's
 (distillation: Hinton, Vinyals and Dean, 2015, at temperature 1), over the weights that pruning has
 left; widths, plan and form of the model stay as they are.
+
+A step is tried as is asked.  If it takes too much memory, micro-batches are halved, then
+activations are checkpointed (Chen et al., 2016), then adapters are trained.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from osscar import __version__
-from osscar.base.devices import default_torch
-from osscar.base.errors import ModelError, NonFiniteError
-from osscar.base.memory import FOR_BATCHES, memory_for
+from osscar.base.devices import default_torch, multiplies_bfloat16
+from osscar.base.errors import (
+    ModelError,
+    NoMemoryError,
+    NonFiniteError,
+    OptionError,
+    OsscarError,
+    first_line,
+)
+from osscar.base.inputs import parse_size
+from osscar.base.memory import (
+    FOR_BATCHES,
+    DeviceMemory,
+    in_words,
+    is_shortage,
+    memory_for,
+    memory_of,
+)
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
 from osscar.distance.distance import Compared, Measure
 from osscar.network.model_state import model_state
-from osscar.network.modules import check_finite_weights, check_usable, named_tensors, sha256_of
+from osscar.network.modules import (
+    check_finite_weights,
+    check_usable,
+    device_of,
+    named_tensors,
+    sha256_of,
+)
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.journal import Fingerprint, JournalManifest, own_code
 from osscar.proof.lineage import (
@@ -38,12 +64,11 @@ from osscar.proof.lineage import (
     note_calibration,
     why_not_dense,
 )
-from osscar.recovery.memory import CHOSEN, first_options_that_fit
 from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup, samples_for
 from osscar.recovery.training import Check, Progress, RecoveryLog, Training, nearest
-from osscar.recovery.weights import as_it_came, trainable
+from osscar.recovery.weights import adaptable, as_it_came, blocks, has_peft, trainable
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import by_keywords
@@ -290,6 +315,98 @@ def _training(
 
     options = dataclasses.replace(setup.request, **ranks.broadcast("how to train", choose))
     return Training(setup, options, ranks)
+
+
+# ---- options that fit into memory ----------------------------------------------------------
+
+CHOSEN = ("micro_batch_size", "checkpointing", "lora", "mixed_precision")
+"""The fields of a request that are chosen here unless they are given."""
+
+_RANK = 16
+"""Rank of the adapters that are trained if the weights do not fit."""
+
+_USED = 0.9
+"""The share of free memory that a step may take: other processes may take some, and memory is
+looked at after each operator, which has made its result by then."""
+
+
+def first_options_that_fit(
+    setup: Setup, build: Callable[[RecoveryRequest], Training], tell: Callable[[str], None]
+) -> Training:
+    """Return what `build` makes, by trying a step, of the first options that fit into memory."""
+    asked, memory = setup.request, memory_of(device_of(setup.dense))
+    memory.give_back()
+    if asked.max_memory is not None:
+        memory.give_back_at_once()
+        limit: int | None = parse_size(asked.max_memory)
+    else:
+        free = memory.available()
+        limit = None if free is None else memory.resident() + int(_USED * free)
+    half = multiplies_bfloat16(device_of(setup.dense))
+    precision = asked.mixed_precision or ("bf16" if half else "no")
+    left, short = _options_by_memory(setup, precision), ""
+    while (options := next(left, None)) is not None:
+        try:
+            with nullcontext() if limit is None else _Limit(memory, limit):
+                built = build(options)
+            if short:
+                tell(f"memory: trains with {_in_words(options)}, as more does not fit")
+            return built
+        except (RuntimeError, MemoryError, OsscarError) as error:
+            if is_shortage(error):
+                short = f"{_in_words(options)}: {first_line(error):.200}"
+            elif options.mixed_precision == "bf16" and asked.mixed_precision is None:
+                left = _options_by_memory(setup, "no")
+            elif not (short and isinstance(error, OptionError)):  # of what was not asked for
+                raise
+        gc.collect()
+        memory.give_back()
+    raise NoMemoryError(
+        f"there is no memory for a step of the recovery of {type(setup.model).__name__}, with "
+        f"{short}; give more (max_memory, `--max-memory`, of the whole process), shorter or "
+        f"smaller samples, or "
+        "a machine with more memory"
+    )
+
+
+def _options_by_memory(setup: Setup, precision: Literal["bf16", "no"]) -> Iterator[RecoveryRequest]:
+    """Yield what is asked for, and then options that take less and less memory."""
+    asked, inputs = setup.request, setup.inputs
+    # A CPU multiplies several windows in float32 no faster than one after the other.
+    alone = inputs.tokens and device_of(setup.dense).type == "cpu" and precision == "no"
+    at_once = 1 if inputs.alone else asked.micro_batch_size or (1 if alone else setup.size)
+    options = dataclasses.replace(asked, mixed_precision=precision, micro_batch_size=at_once)
+    yield options
+    while asked.micro_batch_size is None and at_once > 1:
+        at_once //= 2
+        options = dataclasses.replace(options, micro_batch_size=at_once)
+        yield options
+    if not options.checkpointing and blocks(setup.model):
+        options = dataclasses.replace(options, checkpointing=True)
+        yield options
+    if options.lora is None and has_peft() and adaptable(setup.model):
+        yield dataclasses.replace(options, lora=_RANK)
+
+
+def _in_words(options: RecoveryRequest) -> str:
+    adapters = "" if options.lora is None else f", adapters of rank {options.lora}"
+    checkpointed = ", checkpointed activations" if options.checkpointing else ""
+    return f"micro-batches of {options.micro_batch_size}{checkpointed}{adapters}"
+
+
+class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Ends a pass after the first operator that leaves a device with more than a limit in use."""
+
+    def __init__(self, memory: DeviceMemory, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory, self._limit = memory, limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and look at what is in use."""
+        result = func(*args, **(kwargs or {}))
+        if self._memory.excess(0, self._limit) > 0:
+            raise NoMemoryError(f"it takes more than {in_words(self._limit)} in all")
+        return result
 
 
 def _chosen(options: RecoveryRequest) -> dict[str, Any]:

@@ -30,10 +30,9 @@ from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of, tensors_in
 from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.journal import Journal
-from osscar.recovery.memory import checkpointing
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import CHECKED, Setup, in_batches, shifted
-from osscar.recovery.weights import as_saved, formats, trainable
+from osscar.recovery.weights import as_saved, checkpointing, formats, trainable
 
 # ---- the learning rate -------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The copy of a model that is trained, with adapters or without, and what is saved of it.
+"""The copy of a model that is trained, with adapters or checkpoints or without, and what is saved.
 
 Adapters (LoRA: Hu et al., 2021) are peft's; once merged, nothing of them is left but other values.
 """
@@ -9,22 +9,26 @@ import importlib.util
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from graph.tracing.preserve import forget_derived
 from osscar.base.errors import OptionError, optional
+from osscar.network.hooks import other_forwards
 from osscar.network.modules import (
     copied,
     device_of,
     drawing_alike,
     in_evaluation,
     named_tensors,
+    tensors_in,
 )
 from osscar.proof.program import ProgramModule
 from osscar.recovery.request import RecoveryRequest
@@ -161,3 +165,45 @@ def _merge(layer: Any) -> None:
     weight = layer.get_base_layer().weight
     weight.data = weight.data.clone()
     layer.merge()
+
+
+# ---- activations that are computed again -------------------------------------------------
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a model: transformers' own, or of one class in a list."""
+    found = {one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)}
+    if not found:
+        for holder in model.modules():
+            if isinstance(holder, nn.ModuleList | nn.Sequential):
+                classes = Counter(map(type, holder))
+                found |= {one for one in holder if classes[type(one)] > 1 and any(one.children())}
+    inner = {below for one in found for below in one.modules() if below is not one}
+    return [one for one in model.modules() if one in found - inner]
+
+
+def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
+    """Let each block keep only its inputs for the backward pass, also in evaluation mode."""
+    repeated = blocks(model)
+    if not repeated:
+        raise OptionError(
+            f"checkpointing needs repeated blocks, and {type(model).__name__} has none; omit it"
+        )
+    return other_forwards([(block, _checkpointed(block)) for block in repeated])
+
+
+def _checkpointed(block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs = tensors_in((args, kwargs))
+        versions = [tensor._version for tensor in inputs]
+        result = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if [tensor._version for tensor in inputs] != versions:
+            raise OptionError(
+                f"{type(block).__name__} writes to its inputs, so that its activations cannot be "
+                "computed again; omit checkpointing"
+            )
+        return result
+
+    return call

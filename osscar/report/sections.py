@@ -1,7 +1,8 @@
-"""Tables, figures and texts, which pages and terminals show."""
+"""Tables, figures and texts, which pages and terminals show, and the look of all figures."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from osscar.base.printable import share
 from osscar.base.timing import OTHER
-from osscar.report.figures import file_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a terminal needs no matplotlib, which figures load when they are drawn
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
 
 
@@ -133,3 +134,67 @@ def _as_text(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_as_text(inner)}" for key, inner in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+# ---- the look of all figures, and how they become files --------------------------------
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "osscar",
+}
+
+
+def shares(value: float, _: object = None) -> str:
+    """Write the ticks of an axis in per cent."""
+    return share(value)
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, *, width: float = 4.4, height: float = 2.9, **sharing: Any
+) -> tuple[Drawing, list[Axes]]:
+    """Return an empty figure and its panels; a phone shows it at its default width in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
+    with matplotlib.rc_context(STYLE):
+        figure = Drawing(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
+
+
+def legend(figure: Drawing) -> None:
+    """Put one legend of all panels above them."""
+    shown: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(
+        shown.values(), shown, loc="outside upper left", ncols=3, frameon=False, fontsize=8
+    )
+
+
+def from_zero(axes: Axes) -> None:
+    """Begin the upward axis at zero, and end it above what is drawn, so that no marker is cut."""
+    top = axes.dataLim.ymax
+    axes.set_ylim(0, 1.08 * top if 0 < top < float("inf") else 1)
+
+
+FORMS = {"svg": "Date", "png": "Software", "pdf": "CreationDate"}
+"""Forms of files, with what would differ from one file to the next."""
+
+
+def file_of(figure: Drawing, kind: str) -> bytes:
+    """Return a figure as a file of a form, the same bytes each time."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    file, unstable = io.BytesIO(), FORMS[kind]
+    look: Any = {"dpi": 192, "transparent": kind == "svg", "metadata": {unstable: None}}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format=kind, **look)
+    return file.getvalue()

@@ -1,16 +1,24 @@
-"""Results that show themselves, and fields of dataclasses as columns of tables."""
+"""How results show themselves, in a terminal or as a page: one file, without anything to fetch."""
 
 from __future__ import annotations
 
+import base64
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from functools import cache, partial
+from typing import Any, get_type_hints
 
-if TYPE_CHECKING:
-    from osscar.report.sections import Section
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table as Grid
+from rich.text import Text as Line
+
+from osscar import __version__
+from osscar.base.printable import printable
+from osscar.report.sections import Figure, Section, Table, Text
 
 
 class Shown(ABC):
@@ -22,10 +30,6 @@ class Shown(ABC):
 
     def summary(self) -> str:
         """Return the texts and tables of a result as a terminal shows them."""
-        from rich.console import Console
-
-        from osscar.report.terminal import print_section
-
         file = io.StringIO()
         console = Console(file=file, width=140, color_system=None)
         for section in self.sections():
@@ -33,8 +37,6 @@ class Shown(ABC):
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
-        from osscar.report.html import page
-
         return page("", self.sections())
 
 
@@ -74,3 +76,95 @@ def _declared(of: type[Any]) -> Iterator[tuple[str, Column]]:
         for one in getattr(hints[name], "__metadata__", ()):
             if isinstance(one, Column):
                 yield name, one
+
+
+# ---- terminals ---------------------------------------------------------------------------
+
+
+def print_section(console: Console, section: Section) -> None:
+    """Print a section; a figure is for pages alone."""
+    match section:
+        case Text(lines=lines):
+            for line in lines:
+                console.print(_line(line), soft_wrap=True)
+        case Table(columns=("", ""), rows=rows):
+            for name, value in rows:
+                console.print(_line(f"{name}: {value}"), soft_wrap=True)
+        case Table(rows=rows) if rows:
+            console.print(_Rows(section), crop=False)
+        case Table() | Figure():
+            pass
+
+
+def _line(text: str) -> Line:
+    return Line(printable(text))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A table, or a list for each row where a terminal is too narrow; a file has no edge."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title = _line(self.table.title) if self.table.title else None
+        grid = Grid(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        widths, least = [], []
+        for index, column in enumerate(self.table.columns):
+            head, is_number = column.removesuffix(">").strip(), column.endswith(">")
+            cells = [head, *(printable(row[index]) for row in self.table.rows)]
+            widths.append(max(map(cell_len, cells)))
+            # Names are to be copied, and "6 of 8" is one number.
+            words = cells if index == 0 or is_number else " ".join(cells).split()
+            least.append(max(map(cell_len, words), default=0))
+            grid.add_column(_line(head), justify="right" if is_number else "left", overflow="fold")
+        for row in self.table.rows:
+            grid.add_row(*map(_line, row))
+        edges = 3 * len(widths) + 1  # the characters between cells
+        room = options.max_width - edges
+        if sum(least) > room and console.is_terminal:
+            yield from self._lists()
+            return
+        while sum(widths) > max(room, sum(least)):
+            widest = max(range(len(widths)), key=lambda i: (widths[i] > least[i], widths[i]))
+            widths[widest] -= 1
+        for one, width in zip(grid.columns, widths, strict=True):
+            one.width = width
+        yield from console.render(grid, options.update_width(sum(widths) + edges))
+
+    def _lists(self) -> RenderResult:
+        if self.table.title:
+            yield Line(printable(self.table.title), style="bold")
+        for row in self.table.rows:
+            for title, cell in zip(self.table.columns, row, strict=True):
+                yield Line(printable(f"{title.removesuffix('>').strip()}: {cell}"), overflow="fold")
+            yield Line("")
+
+
+# ---- pages -------------------------------------------------------------------------------
+
+
+def page(title: str, sections: Iterable[Section]) -> str:
+    """Return a page, or without a title a part of one, as for a notebook; all text is escaped."""
+    shown = [one for one in sections if not (isinstance(one, Table) and not one.rows)]
+    template = _environment().get_template("page.html.j2")
+    return str(template.render(title=title, sections=shown, version=__version__))
+
+
+@cache
+def _environment() -> Any:
+    import jinja2  # here, since help needs none
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("osscar.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        # Names come from strangers: nothing in them may move or hide what stands beside them.
+        finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.tests["figure"] = lambda section: isinstance(section, Figure)
+    environment.tests["table"] = lambda section: isinstance(section, Table)
+    return environment

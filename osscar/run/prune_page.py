@@ -22,8 +22,6 @@ from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.evaluate import comparison_rows
 from osscar.proof.plan import Certificate, fixed_in_words
 from osscar.recovery import page as recoveries
-from osscar.report.figures import from_zero, legend, new_figure, shares
-from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
     Figure,
@@ -32,13 +30,17 @@ from osscar.report.sections import (
     Text,
     described,
     facts,
+    from_zero,
+    legend,
     longest_stages,
+    new_figure,
     settings,
     settings_table,
+    shares,
     stages_table,
     table,
 )
-from osscar.report.shown import columns, notes
+from osscar.report.shown import columns, notes, page
 from osscar.request import AUTO, PruningRequest, TargetKind, round_width
 from osscar.run.target_search import (
     counted_in_words,

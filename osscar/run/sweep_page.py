@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import engineering, share
-from osscar.report.figures import legend, new_figure, shares
-from osscar.report.html import page
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
     Figure,
@@ -18,11 +16,15 @@ from osscar.report.sections import (
     Table,
     described,
     facts,
+    legend,
+    new_figure,
     settings,
     settings_table,
+    shares,
     stages_table,
     table,
 )
+from osscar.report.shown import page
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import PruningTask
 from osscar.allocation.times import Table as Times
 from osscar.allocation.times import time_operators
-from osscar.report.figures import from_zero, new_figure
-from osscar.report.sections import Table, table
+from osscar.report.sections import Table, from_zero, new_figure, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing

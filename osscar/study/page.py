@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING, Any
 import solvers
 from osscar.base.files import write_bytes, write_text
 from osscar.base.printable import are, decimals, percent, pluralize, share
-from osscar.report.figures import legend, new_figure, shares
-from osscar.report.html import page
 from osscar.report.sections import (
     Figure,
     Section,
     Table,
     Text,
     facts,
+    legend,
+    new_figure,
     settings,
     settings_table,
+    shares,
     stages_table,
     table,
 )
-from osscar.report.shown import Shown, columns
+from osscar.report.shown import Shown, columns, page
 from osscar.study.records import (
     ROOT_BOUND,
     SPARSITIES,

@@ -12,7 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 import osscar
 import solvers
 from osscar.base.files import PARTIAL
-from osscar.checkpoint.manifest import REPORT_FILE
+from osscar.checkpoint.files import REPORT_FILE
 from tests.osscar.families import CALIBRATION
 from tests.osscar.interruptions import Ended, Plan, content, hidden, run
 

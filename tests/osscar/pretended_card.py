@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph.tracing.patches import computes_shapes_alone
-from osscar.checkpoint import fresh_process
+from osscar.checkpoint import read_back
 from osscar.offload.on_disk import OnDisk
 from tests.fresh import here
 
@@ -236,7 +236,7 @@ def pretended() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.export, "export", _traced(places)))
-        stack.enter_context(mock.patch.object(fresh_process, "NewPython", here))
+        stack.enter_context(mock.patch.object(read_back, "NewPython", here))
         stack.enter_context(_Operators(places))
         stack.enter_context(_Functions(places))
         yield

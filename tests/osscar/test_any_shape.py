@@ -16,8 +16,8 @@ import graph
 import osscar
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import hf_config, modeling_pruned
+from osscar.checkpoint.files import read_manifest
 from osscar.checkpoint.hf_config import MODELLING_FILE, _change_widths
-from osscar.checkpoint.manifest import read_manifest
 from osscar.checkpoint.streamed import read_streamed
 from osscar.offload.places import WeightCache
 from osscar.proof.plan import GroupPlan, PruningPlan

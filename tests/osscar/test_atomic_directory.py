@@ -11,8 +11,7 @@ import osscar
 from osscar.base.errors import CheckpointError, OutputError
 from osscar.base.files import temporary_sibling
 from osscar.checkpoint import directory as checkpoint
-from osscar.checkpoint.atomic_directory import atomic_directory, check_output, finish_killed
-from osscar.checkpoint.manifest import Manifest
+from osscar.checkpoint.files import Manifest, atomic_directory, check_output, finish_killed
 from osscar.proof.lineage import Lineage
 from tests.osscar.forked import forked
 
@@ -96,8 +95,8 @@ SAVE = """
 import os, signal
 from pathlib import Path
 
-from osscar.checkpoint import atomic_directory as module
-from osscar.checkpoint.manifest import MANIFEST_FILE, Manifest
+from osscar.checkpoint import files as module
+from osscar.checkpoint.files import MANIFEST_FILE, Manifest
 from osscar.proof.lineage import Lineage
 
 proved, rename = lambda: None, Path.rename

@@ -15,7 +15,7 @@ import osscar
 from osscar.base.errors import CheckpointError, FileError
 from osscar.checkpoint.builders import LibraryOrigin
 from osscar.checkpoint.directory import save
-from osscar.checkpoint.manifest import MANIFEST_FILE
+from osscar.checkpoint.files import MANIFEST_FILE
 from osscar.proof.equivalence import proof_outputs
 from osscar.proof.lineage import lineage_of
 from tests.coverage.measure import half_of, shrink_by_half

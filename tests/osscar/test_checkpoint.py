@@ -15,8 +15,8 @@ import osscar
 from osscar.base.errors import DataError, EquivalenceError, OutputError
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import read_back
-from osscar.checkpoint.card import CARD_FILE
-from osscar.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from osscar.checkpoint.directory import CARD_FILE
+from osscar.checkpoint.files import MANIFEST_FILE, read_manifest
 from osscar.models.names import DEMO_DIRECTORY
 from osscar.network.modules import copied
 from osscar.proof.equivalence import finer_precision

@@ -20,8 +20,8 @@ from osscar.base.errors import (
     ModelError,
     OutputError,
 )
-from osscar.export import onnx as writer
-from osscar.models.user_code import build
+from osscar.export import traced as writer
+from osscar.models.load import build_from_code
 from tests.docs.json_schema import undescribed
 from tests.osscar.gpts import nano
 
@@ -66,7 +66,7 @@ def run_file(file, **inputs):
 def test_code_of_ones_own_with_several_inputs_and_outputs(run, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
-    osscar.save(build("mine.py:two")[0], "small")
+    osscar.save(build_from_code("mine.py:two")[0], "small")
     np.savez("data.npz", tokens=np.arange(48).reshape(8, 6) % 9, features=np.ones((8, 4), "f"))
     for form in EITHER:
         words = ("export", "small", "--format", form)
@@ -77,7 +77,7 @@ def test_code_of_ones_own_with_several_inputs_and_outputs(run, tmp_path, monkeyp
         document = json.loads(Path("out.json").read_text())
         assert undescribed(document) == set()
         assert document["inputs"]["features"] == "float32 (batch, 4)"
-    again = osscar.load("small", dense=build("mine.py:two")[0])
+    again = osscar.load("small", dense=build_from_code("mine.py:two")[0])
     x = {"tokens": torch.ones(5, 6).long(), "features": torch.randn(5, 4)}
     found = run_file(Path("small.onnx"), **x)
     assert all(map(torch.allclose, again(**x).values(), found))

@@ -17,7 +17,7 @@ from osscar.base.errors import (
     ModelError,
     RequestError,
 )
-from osscar.checkpoint.manifest import MANIFEST_FILE
+from osscar.checkpoint.files import MANIFEST_FILE
 from osscar.proof import program
 from osscar.proof.lineage import lineage_of, structure_of
 from osscar.proof.plan import Form, GroupPlan, PruningPlan

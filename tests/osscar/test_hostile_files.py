@@ -20,9 +20,9 @@ import osscar
 from osscar.base.errors import CheckpointError, FileError, ModelError, OsscarError
 from osscar.data.images import load_images
 from osscar.data.text import read_text
+from osscar.models.libraries import read_state
 from osscar.models.load import load_model
 from osscar.models.names import DEMO_DIRECTORY
-from osscar.models.weights import read_state
 from tests.osscar.families import tiny
 from tests.osscar.networks import plain
 

@@ -25,11 +25,16 @@ from osscar.base.errors import (
     ModelError,
     NonFiniteError,
 )
-from osscar.checkpoint.manifest import Manifest
-from osscar.models import packaged as packages
+from osscar.checkpoint.files import Manifest
+from osscar.models import names as packages
 from osscar.models.load import load_model
-from osscar.models.names import DEMO_CALIBRATION, DEMO_DIRECTORY
-from osscar.models.packaged import PACKAGED_MODELS, PackagedModel, fetch
+from osscar.models.names import (
+    DEMO_CALIBRATION,
+    DEMO_DIRECTORY,
+    PACKAGED_MODELS,
+    PackagedModel,
+    fetch,
+)
 from osscar.proof.lineage import Lineage, Origin
 from tests.osscar import test_gguf
 

@@ -12,7 +12,7 @@ from osscar.cli.common import _PlainConsole
 from osscar.evaluation.evaluate import Comparison, Evaluation, comparison_table, evaluation_table
 from osscar.evaluation.quality import SampleQuality, TextQuality
 from osscar.evaluation.speed import Footprint, SampleSpeed, Speed
-from osscar.report import html
+from osscar.report import shown as html
 from osscar.report.sections import (
     Table,
     Text,
@@ -22,8 +22,7 @@ from osscar.report.sections import (
     stages_table,
     table,
 )
-from osscar.report.shown import Column, columns, notes
-from osscar.report.terminal import print_section
+from osscar.report.shown import Column, columns, notes, print_section
 from osscar.request import PruningRequest
 from osscar.run import prune_page
 

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import osscar
 from osscar.base.errors import CheckpointError, EquivalenceError, ModelError
-from osscar.checkpoint import fresh_process
-from osscar.checkpoint.fresh_process import NewPython
-from osscar.checkpoint.manifest import read_manifest
+from osscar.checkpoint import read_back
+from osscar.checkpoint.files import read_manifest
+from osscar.checkpoint.read_back import NewPython
 from osscar.proof.lineage import lineage_of, why_not_dense
 
 WIDTH = 32
@@ -132,7 +132,7 @@ def test_code_that_no_other_process_can_import_is_read_here_alone_and_says_so(tm
 def test_a_new_python_searches_where_this_one_does(tmp_path, monkeypatch):
     # Files of the working folder, which a command does not search, have names of packages, too.
     (tmp_path / "graph.py").write_text("raise RuntimeError('not this one')")
-    monkeypatch.setattr(fresh_process, "NewPython", NewPython)
+    monkeypatch.setattr(read_back, "NewPython", NewPython)
     monkeypatch.setattr(sys, "path", [*(p for p in sys.path if p), tmp_path])  # no string: ignored
     monkeypatch.chdir(tmp_path)
     assert osscar.prune(Net(), X, **FEW).save(tmp_path / "small").fresh

@@ -25,9 +25,9 @@ from osscar.base.errors import (
 )
 from osscar.base.inputs import parse_size
 from osscar.base.memory import DeviceMemory, available_memory
-from osscar.checkpoint import regrouped
+from osscar.checkpoint import streamed as regrouped
 from osscar.checkpoint.directory import save
-from osscar.checkpoint.regrouped import parts_in_files
+from osscar.checkpoint.streamed import parts_in_files
 from osscar.models import load as loading
 from osscar.models.load import fitting_memory
 from osscar.models.names import DEMO_CALIBRATION, DEMO_DIRECTORY

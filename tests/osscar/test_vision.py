@@ -20,7 +20,7 @@ from osscar.base.json_files import validated
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing
 from osscar.evaluation.quality import score
-from osscar.models.weights import fill, read_state
+from osscar.models.libraries import fill, read_state
 from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from osscar.base.errors import DataError, OptionError
 from osscar.distance.distance import Likeness, Reference
 from osscar.network.modules import copied
-from osscar.recovery import memory
-from osscar.recovery.memory import blocks, checkpointing, first_options_that_fit
-from osscar.recovery.recover import Recovery, recover_as_asked
+from osscar.recovery import recover as module
+from osscar.recovery.recover import Recovery, first_options_that_fit, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup
 from osscar.recovery.training import Training
+from osscar.recovery.weights import blocks, checkpointing
 from tests.osscar.networks import images, small_net
 from tests.osscar.recovery.packages import needs_peft
 from tests.osscar.recovery.perturbed import numbers, perturbed
@@ -83,7 +83,7 @@ def test_held_out_samples_run_as_many_at_once_as_fit_and_few_at_each_check(monke
 
 @pytest.mark.parametrize("multiplies", ["bf16", "no"])
 def test_bfloat16_is_the_default_where_it_is_multiplied_and_runs(multiplies, monkeypatch):
-    monkeypatch.setattr(memory, "multiplies_bfloat16", lambda device: multiplies == "bf16")
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: multiplies == "bf16")
     seen, code = set(), {"refuses": False}
 
     class Seen(nn.Linear):
