@@ -59,27 +59,6 @@ def _with_bias(call: Call, dims: tuple[Layout, ...], space: int, bias: Value) ->
     return Value((*lead, channels, *around))
 
 
-@rule("torchvision.deform_conv2d")
-def deformed(call: Call) -> Value:
-    """Contract channels read at offsets; each group of channels has an offset field of its own."""
-    value, weight = call.value("input"), call.value("weight")
-    names = ("offset", "mask") if call.flag("use_mask") else ("offset",)
-    read = [call.value(name) for name in names]
-    fields = call.integer("offset_groups")
-    parts = [_grouped(call, of.dims[1], fields) for of in (value, *read)]
-    produced = _filtered(call, value.dims[1], weight)
-    if produced is None or any(part is None for part in parts):
-        return call.opaque(_CROSSED)[0]
-    (field, _), *others = (part for part in parts if part is not None)
-    batch = value.dims[0]
-    for of, (outer, inner) in zip(read, others, strict=True):
-        batch, field = call.unify(batch, of.dims[0]), call.unify(field, outer)
-        call.freeze((inner, *of.dims[2:]), _PLACES)
-    call.freeze((*value.dims[2:], *weight.dims[2:]), _PLACES)
-    around = (call.unknown(size, _PLACES) for size in call.shapes[0][2:])
-    return _with_bias(call, (batch, produced, *around), 2, call.value("bias"))
-
-
 def _around(
     call: Call, space: tuple[Layout, ...], taps: tuple[Layout, ...], transposed: bool
 ) -> tuple[Layout, ...]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from osscar.base.errors import NonFiniteError
 from osscar.consumers.layers import layer_of, positions
 from osscar.consumers.mixtures import Mixture
-from osscar.consumers.products import Contraction, Taken, is_station, station
+from osscar.consumers.products import Contraction, Taken
 from osscar.offload.on_disk import written
 from osscar.routing.routed import Routed
 
@@ -36,7 +36,7 @@ class LinearMap:
     """One consumer of a coupling group."""
 
     name: str
-    """The module, or the product (`products.station`), that is observed."""
+    """The module, or the weight of products (`Station`), that is observed."""
     module: nn.Module
     """The module that has the weight."""
     weight: str
@@ -52,8 +52,6 @@ class LinearMap:
     part: int = 0
     """Which group of a convolution, or direction of a recurrent layer.  Outputs of one group depend
     on no other group's inputs, so that each is a linear map of its own."""
-    tied: bool = False
-    """Whether the weight is read in another way, too, so that only rows of units may change."""
 
     @property
     def label(self) -> str:
@@ -63,7 +61,7 @@ class LinearMap:
     @property
     def holder(self) -> str:
         """What holds the tensors that are refitted, by the name of `products.holder`."""
-        return station(self.name.tensor, ()) if is_station(self.name) else self.name
+        return self.name
 
     @property
     def parameters(self) -> tuple[str, ...]:

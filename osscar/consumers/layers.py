@@ -7,10 +7,8 @@ one.  Weights that code only multiplies by need none: see `osscar.consumers.prod
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
-from osscar.consumers.products import DEFORMED, UNFOLDED_BYTES, Contraction, Taken
+from osscar.consumers.products import UNFOLDED_BYTES, Contraction
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,6 @@ class Layer:
     """Names the weights that multiply what the layer reads, each with its bias."""
     output: Callable[[Any, Tensor], Tensor] | None = None
     """Given what the layer is called with: Y with the bias.  None where the layer puts that out."""
-    product: Callable[[Any, Sequence[Any], Mapping[str, Any]], Taken] | None = None
-    """Given positional and keyword arguments: the product that the layer takes, where X is not made
-    by `read` but by taking the product with other weights."""
 
 
 ROWS = Contraction((1,), (0,), (-1,))
@@ -124,14 +119,6 @@ def _transposed(layer: Any) -> Contraction:
     return Contraction((0, *range(2, dims)), (1,), (1 - dims,), int(layer.groups), flipped=True)
 
 
-def _deformed(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Taken:
-    read = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    held = {name: getattr(module, name) for name in DEFORMED.names if hasattr(module, name)}
-    given = {name: {"mask": None, **held, **read}[name] for name in DEFORMED.names}
-    function = importlib.import_module("torchvision.ops").deform_conv2d
-    return Taken(function, DEFORMED, given, "weight", (0, 1, 2, 3), _filters(module))
-
-
 # ---- recurrent layers --------------------------------------------------------------------
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -162,7 +149,6 @@ _LINEAR = Layer(lambda _: ROWS, features)
 _CONVOLUTION = Layer(_filters, _channels)
 _TRANSPOSED = Layer(_transposed, _channels)
 _RECURRENT = Layer(lambda _: ROWS, features, _gates, input_gates)
-_DEFORMED = Layer(_filters, _channels, product=_deformed)
 
 LAYERS: dict[Callable[..., Any] | str, Layer] = {
     nn.Linear.forward: _LINEAR,
@@ -175,6 +161,5 @@ LAYERS: dict[Callable[..., Any] | str, Layer] = {
     **{kind.forward: _RECURRENT for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)},
     "timm.layers.linear.Linear.forward": _LINEAR,
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": _LINEAR,
-    "torchvision.ops.deform_conv.DeformConv2d.forward": _DEFORMED,
 }
 """By the function of the forward pass; by its full name where a library may not be installed."""

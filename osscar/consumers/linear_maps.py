@@ -12,7 +12,7 @@ from graph.groups import CouplingGroup, Freeze, Slot
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.layers import RECURRENT, ROWS, layer_of
 from osscar.consumers.mixtures import ListedMixture, Mixture, sound_mixtures
-from osscar.consumers.products import Contraction, Product, holder, products_of, station
+from osscar.consumers.products import Contraction, Product, Station, holder, products_of
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.lineage import stored_dtype
 from osscar.routing.find import ExpertMixture, WholeMixture, whole_mixture
@@ -58,21 +58,17 @@ def linear_maps(
 
 
 def _of_product(model: nn.Module, slots: Sequence[Slot], product: Product) -> Iterator[LinearMap]:
-    form = product.form(slots[0].dim)
-    assert form is not None
-    name = station(product.tensor, form.summed)
-    bias = product.forms[form]
-    for part in range(form.groups):
+    name, bias = Station(product.tensor), product.bias
+    for part in range(product.form.groups):
         yield LinearMap(
             name,
             holder(model, name),
             product.tensor.rpartition(".")[2],
             None if bias is None else bias.rpartition(".")[2],
             slots[0].dim,
-            form,
+            product.form,
             _owned(slots),
             part,
-            tied=len(product.forms) > 1,
         )
 
 
@@ -208,8 +204,8 @@ def _may_be_product(model: nn.Module, slot: Slot, mixtures: Collection[str]) -> 
 
 def _is_matrix(weight: Tensor, product: Product, dim: int) -> bool:
     """Whether products that sum over a dimension of a weight are linear maps with a view of it."""
-    form = product.form(dim)
-    if form is None or (form.groups > 1 and (form.made != (0,) or dim != 1)):
+    form = product.form
+    if dim not in form.summed or (form.groups > 1 and (form.made != (0,) or dim != 1)):
         return False
     columns = weight.permute(*form.made, *form.summed).flatten(0, len(form.made) - 1)
     return columns.data_ptr() == weight.data_ptr()
@@ -265,8 +261,8 @@ def _reason(
         return (
             f"is read by {tensor!r} in {name!r}, a {kind}, whose forward pass needs a row in "
             "osscar.consumers.layers.LAYERS: only Linear, Conv1D, convolution and recurrent "
-            "layers, mixtures of experts, and weights that code only multiplies by (linear, "
-            "matmul, einsum, conv) can be refitted without one"
+            "layers, mixtures of experts, and weights that code only multiplies by, in one way "
+            "(linear, matmul, einsum, conv), can be refitted without one"
         )
     if layer is not None and known and slots[0].dim not in layer.form(module).summed:
         return (

@@ -18,10 +18,7 @@ from osscar.routing.routed import Routed
 
 
 def argument(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what a module reads: `Routed`, `Taken`, or its argument, the first beside states."""
-    layer = layer_of(module)
-    if layer is not None and layer.product is not None:
-        return layer.product(module, args, kwargs)
+    """Return what a module reads: `Routed`, or its argument, the first beside states."""
     if len(args) + len(kwargs) > 1:
         routed = Routed.of(module, args, kwargs)
         if routed is not None:

@@ -186,12 +186,6 @@ def _einsum(given: _Given, weight: str) -> Contraction | None:
 _SPACE = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LINEAR = _Kind(("input", "weight", "bias"), _linear, defaults=(None,))
 _CONVOLUTION = _Kind(_SPACE, _convolution, defaults=(None, 1, 0, 1, 1), by_sample=True)
-DEFORMED = _Kind(
-    ("input", "offset", "weight", "bias", "stride", "padding", "dilation", "mask"),
-    _convolution,
-    ("input", "offset", "mask", "weight"),
-    by_sample=True,
-)
 _MATRICES = _Kind(("input", "other"), _matrix_product, ("input", "other"))
 _EINSUM = _Kind(("equation", "left", "right"), _einsum, ("left", "right"))
 
@@ -348,26 +342,21 @@ def _watching(
 
 @dataclass(frozen=True)
 class Product:
-    """A weight that code multiplies by.
+    """A weight that code multiplies by, always in one form.
 
-    forms: In what forms, each with the name of a bias that every product of it adds, which the same
-        module has and nothing else reads; None where there is no such.
+    bias: What every product adds, which the same module has and nothing else reads, if anything.
     """
 
     tensor: str
-    forms: Mapping[Contraction, str | None]
-
-    def form(self, dim: int) -> Contraction | None:
-        """Return the one form that sums over a dimension."""
-        found = [form for form in self.forms if dim in form.summed]
-        return found[0] if len(found) == 1 else None
+    form: Contraction
+    bias: str | None
 
 
 @torch.no_grad()
 def products_of(
     model: nn.Module, example: Mapping[str, Any], names: Collection[str]
 ) -> dict[str, Product]:
-    """Run the model, and return by name those parameters of which it takes nothing but products."""
+    """Run the model, and return by name the parameters of which it takes products of one form."""
     if not names:
         return {}
     homes = {name.rpartition(".")[0] for name in names}
@@ -396,35 +385,25 @@ def products_of(
     with _watching(model, {*names, *vectors}, take, others.add):
         forward(model, example)
     return {
-        name: Product(name, {form: own_bias(name, form) for form in found})
+        name: Product(name, form, own_bias(name, form))
         for name, found in forms.items()
-        if found and name not in others
+        if len(found) == 1 and name not in others
+        for form in found
     }
 
 
-class _Station(str):
-    """The name of a product; that of a module may look the same."""
-
-    @property
-    def tensor(self) -> str:
-        """The name of the weight."""
-        return self.rpartition("[")[0]
+class Station(str):
+    """The name of a weight whose products are observed; that of a module may look the same."""
 
 
-def station(tensor: str, summed: Sequence[int]) -> str:
-    """Return what products are called that sum over some dimensions of a weight."""
-    return _Station(f"{tensor}[{','.join(map(str, summed))}]")
-
-
-def is_station(name: str) -> TypeGuard[_Station]:
-    """Whether a name is of a product, and not of a module."""
-    return isinstance(name, _Station)
+def is_station(name: str) -> TypeGuard[Station]:
+    """Whether a name is of products, and not of a module."""
+    return isinstance(name, Station)
 
 
 def holder(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of a name, or that which has the tensor of a product."""
-    path = name.tensor.rpartition(".")[0] if is_station(name) else name
-    return model.get_submodule(path)
+    """Return the module of a name, or that which has the weight of products."""
+    return model.get_submodule(name.rpartition(".")[0] if is_station(name) else name)
 
 
 def watched_products(
@@ -438,13 +417,10 @@ def watched_products(
         return nullcontext()
 
     def take(tensor: str, taken: Taken, _: str | None) -> Any:
-        name = station(tensor, taken.form.summed)
-        if name not in stations:
-            return taken.output()
+        name = Station(tensor)
         before(name, taken)
         output = taken.output()
         other = after(name, taken, output)
         return output if other is None else other
 
-    tensors = {name.tensor for name in stations if is_station(name)}
-    return _watching(model, tensors, take, lambda _: None)
+    return _watching(model, stations, take, lambda _: None)

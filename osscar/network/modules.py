@@ -88,12 +88,6 @@ def known_of_class(module: nn.Module, known: Mapping[str, T]) -> T | None:
     return next((known[name] for name in names if name in known), None)
 
 
-def is_deformable(module: nn.Module) -> bool:
-    """Whether a module is a deformable convolution of torchvision, which may not be installed."""
-    names = map(full_name, type(module).__mro__)
-    return "torchvision.ops.deform_conv.DeformConv2d" in names
-
-
 def check_module(model: object) -> None:
     """Refuse what is no module."""
     if not isinstance(model, nn.Module):

@@ -294,14 +294,6 @@ def _convolved(call: _Call) -> None:
         call.replace("groups", many.kept // weight[1].kept)
 
 
-def _deformed(call: _Call) -> None:
-    """Count besides the fields of offsets that stay."""
-    _convolved(call)
-    offset, weight = call.input("offset")[1], call.input("weight")
-    if not offset.whole:
-        call.replace("offset_groups", offset.kept // (2 * weight[2].size * weight[3].size))
-
-
 def _normalized_by_group(call: _Call) -> None:
     channels, groups = call.input("input")[1], call.argument("num_groups")
     if not channels.whole:
@@ -346,7 +338,6 @@ _RULES: Mapping[str, Rule] = {
         aten("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"),
         _convolved,
     ),
-    "torchvision.deform_conv2d": _deformed,
     "aten.group_norm": _normalized_by_group,
     "aten.index": _looked_up,
     **dict.fromkeys(aten("arange eye linspace logspace"), lambda call: call.program.cut(call.node)),

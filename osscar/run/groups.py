@@ -165,13 +165,6 @@ def warn_of_refits(reports: Sequence[LayerReport]) -> None:
             f"since a refit is worse on {'held-out' if held_out else 'calibration'} samples: "
             f"{listed(dense, 8)}; give more calibration data"
         )
-    tied = [label for report in reports for label in report.tied]
-    if tied:
-        warn(
-            f"{listed(tied, 8)} cannot be refitted, as other code uses the same weight: removed "
-            "units are cut out of it, and its other values stay as they are; to have it refitted, "
-            "give the other code a weight of its own"
-        )
     grown = sorted(
         (report for report in reports if report.growth > GROWN), key=lambda report: -report.growth
     )
@@ -211,7 +204,6 @@ def solved(
         unread=len(layer.unread),
         held_out=refits.held_out,
         unrefitted=refits.unrefitted,
-        tied=refits.tied,
         fixed=sum(gram.linear_map.fixed_inputs[0] for gram in layer.known),
         fixed_dense=sum(gram.linear_map.fixed_inputs[1] for gram in layer.known),
         growth=refits.growth,

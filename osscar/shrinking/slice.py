@@ -31,7 +31,6 @@ from osscar.network.modules import (
     check_module,
     class_name,
     identity_of,
-    is_deformable,
     known_of_class,
 )
 from osscar.proof.lineage import lineage_of, note, remember_structure
@@ -143,7 +142,7 @@ def _leave_groups(module: nn.Module, passing: Tensor) -> None:
     Units also pass through the rows of a weight that is scaled or standardized before it is used;
     these are no groups, unless all rows of one go.
     """
-    filters = isinstance(module, nn.modules.conv._ConvNd) or is_deformable(module)
+    filters = isinstance(module, nn.modules.conv._ConvNd)
     groups = int(getattr(module, "groups", 1))
     if filters and groups > 1:
         vars(module)["groups"] = int(passing.view(groups, -1).any(1).sum())
@@ -387,8 +386,6 @@ def refresh(modules: Iterable[nn.Module]) -> None:
         for kind, sizes in _LAYERS.items():
             if isinstance(module, kind):
                 vars(module).update(sizes(module))
-        if is_deformable(module):
-            vars(module).update(_convolution(module))
 
 
 def _weight(layer: Any) -> Tensor:

@@ -67,8 +67,6 @@ class LayerReport(SolutionRecord):
         stay, at the consumer with the fewest.
     unrefitted
         The consumers that keep those, since the refit did worse there; `loss` is that of the refit.
-    tied
-        The consumers that keep those, since other code reads the same weight in another way.
     fixed
         Inputs of its consumers that no unit owns, and that were refitted, too.
     fixed_dense
@@ -125,14 +123,6 @@ class LayerReport(SolutionRecord):
             "unrefitted",
             ", ".join,
             note="layers whose dense weights did better than a refit on held-out samples",
-        ),
-    ]
-    tied: Annotated[
-        tuple[str, ...],
-        Column(
-            "tied",
-            ", ".join,
-            note="layers that are not refitted, since other code reads the weight in another way",
         ),
     ]
     growth: Annotated[

@@ -177,8 +177,7 @@ class Refits:
     unrefitted: tuple[str, ...]
     growth: float
     held_out: int
-    tied: tuple[str, ...] = ()
-    """These four as `osscar.LayerReport` has them."""
+    """These three as `osscar.LayerReport` has them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,17 +262,13 @@ class LayerStep:
         """
         chosen: list[Tensor] = []
         unrefitted: list[str] = []
-        tied: list[str] = []
         growth, held_out = 0.0, min(gram.held_out_rows for gram in self.known)
         for gram, refitted in zip(self.known, self.all_rows(weights), strict=True):
             dense, plain = gram.linear_map.read_weight(), self._without(gram.linear_map, kept)
             rows = _rows(gram.linear_map, kept)
             silent = rows[(refitted[rows] == 0).all(1)]
             W = refitted.index_copy(0, silent, dense[silent]) if len(silent) else refitted
-            if gram.linear_map.tied:
-                tied.append(gram.linear_map.label)
-                W = plain
-            elif gram.held_out_rows and not gram.held_out_rise(dense, plain, W) <= 0:
+            if gram.held_out_rows and not gram.held_out_rise(dense, plain, W) <= 0:
                 # What is no number is no improvement.
                 unrefitted.append(gram.linear_map.label)
                 W = plain
@@ -282,7 +277,7 @@ class LayerStep:
             chosen.append(W)
             if not more:
                 gram.held_out = None
-        return Refits(tuple(chosen), tuple(unrefitted), growth, held_out, tuple(tied))
+        return Refits(tuple(chosen), tuple(unrefitted), growth, held_out)
 
     def commit(self, weights: Sequence[Tensor], kept: Sequence[int] | None = None) -> None:
         """Write one refitted matrix (p, m) for each `known` consumer; a bias takes up means."""

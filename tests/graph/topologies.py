@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from torchvision.ops import DeformConv2d
 
 linear, conv = partial(partial, nn.Linear), partial(partial, nn.Conv2d)
 
@@ -260,26 +259,6 @@ def tied_autoencoder(net, x):
     x = torch.tanh(net.inner(torch.tanh(net.outer(x))))
     x = torch.tanh(F.linear(x, net.inner.weight.t(), net.back))
     return F.linear(x, net.outer.weight.t(), net.shift)
-
-
-class Deformable(nn.Module):
-    """A modulated deformable convolution, whose filters read two fields of offsets."""
-
-    def __init__(self, fields=2, groups=1, masked=True):
-        super().__init__()
-        self.enter = nn.Conv2d(3, 8, 1)
-        self.offset = nn.Conv2d(8, fields * 18, 3, padding=1)
-        self.mask = nn.Conv2d(8, fields * 9, 3, padding=1) if masked else None
-        self.deform = DeformConv2d(8, 6, 3, padding=1, groups=groups, bias=masked)
-        self.leave = nn.Conv2d(6, 4, 1)
-
-    def forward(self, x):
-        x = torch.relu(self.enter(x))
-        mask = None if self.mask is None else torch.sigmoid(self.mask(x))
-        return self.leave(torch.relu(self.deform(x, self.offset(x), mask)))
-
-
-PRUNABLE["deformable"] = Deformable, (_IMAGE,), {"enter.channels": 4, "deform.channels": 6}
 
 
 @prunable(_IMAGE, {"enter.channels": 3})

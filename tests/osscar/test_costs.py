@@ -103,7 +103,7 @@ class ConvLSTM(nn.Module):
 
 OF_TOPOLOGIES = (
     *("residual", "concat", "depthwise", "grouped", "called-twice", "bare-parameters", "shuffle"),
-    *("gate", "tied-autoencoder", "up-and-down", "stacked"),
+    *("gate", "up-and-down", "stacked"),
 )
 OF_BLOCKS = ("attention", "enable-gqa", "recurrent", "conv3d")
 NETWORKS = {

@@ -14,11 +14,8 @@ import osscar
 from osscar.consumers.layers import LAYERS, Layer, features
 from osscar.consumers.layers import ROWS as ROWS_OF_LINEAR
 from osscar.consumers.observe import reads
-from osscar.network.operations import count_flops
 from osscar.preparation.prepare import prepare
-from tests.graph.topologies import Deformable, randomized, tied_autoencoder
-
-PLAIN = {"device": "cpu", "backend": "magnitude"}
+from tests.graph.topologies import randomized
 
 
 class Bare(nn.Module):
@@ -102,8 +99,6 @@ MULTIPLIED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "groups": (lambda: Bare(lambda x, w: F.conv2d(x, w, groups=2), (4, 4, 2, 2), space=2), IMAGE),
     "padding of its own": (lambda: nn.Sequential(nn.Conv1d(3, 8, 1), Causal(8, 5, 3)), SERIES),
-    "deformable in groups": (lambda: Deformable(fields=4, groups=2), IMAGE),
-    "deformable, a field each": (lambda: Deformable(fields=8, masked=False), IMAGE),
     "a row of the table": (
         lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), ScaledLinear(8, 5)),
         ROWS,
@@ -157,7 +152,7 @@ def test_it_is_refitted_and_the_smaller_model_is_the_masked_one(name: str) -> No
     result = osscar.prune(model, x, groups=keep, device="cpu", **asked)
     assert result.certificate.error < 1e-10
     (layer,), (plan,) = result.layers, result.plan.groups
-    assert (layer.kept, layer.tied, layer.unrefitted) == (group.units // 2, (), ())
+    assert (layer.kept, layer.unrefitted) == (group.units // 2, ())
     slot = group.consumers[-1]
     stays = torch.tensor(slot.indices(plan.kept))
     left = before[slot.tensor].index_select(slot.dim, stays)
@@ -178,6 +173,7 @@ OTHERWISE: dict[str, Callable[[], Bare]] = {
     ),
     "in place": lambda: Bare(lambda x, w: (x @ w).addmm_(x, w), (8, 5)),
     "as inputs": lambda: Bare(lambda x, w: F.linear(w, x).t(), (5, 8)),
+    "in two ways": lambda: Bare(lambda x, w: x @ w @ w.t(), (8, 5)),
     "no view": lambda: Bare(lambda x, w: torch.einsum("bi,hik->bhk", x, w), (2, 8, 3)),
 }
 """Code that does with a weight what is no product, or none that could be written back."""
@@ -199,55 +195,3 @@ def test_a_layer_with_code_of_its_own_says_where_its_row_is_missing(
     with prepare(made("a row of the table")[0], torch.randn(40, 3).double()) as prepared:
         (freeze,) = (f for g in prepared.groups for f in g.frozen if f.module == "2")
     assert "needs a row in osscar.consumers.layers.LAYERS" in freeze.reason
-
-
-# ---- deformable convolutions -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("fields", "groups", "masked"), [(2, 2, True), (2, 1, False)])
-def test_deformable_convolutions_lose_channels_on_both_sides(
-    fields: int, groups: int, masked: bool
-) -> None:
-    torch.manual_seed(0)
-    model = randomized(Deformable(fields, groups, masked)).double()
-    x = torch.randn(6, 3, 5, 5, dtype=torch.float64)
-    keep = {"enter.channels": 2, "deform.channels": 6 // groups // 2}
-    result = osscar.prune(model, x, groups=keep, **PLAIN)
-    assert result.certificate.error < 1e-10
-    assert {layer.name: layer.units for layer in result.layers} == {
-        "enter.channels": 4,
-        "deform.channels": 6 // groups,
-    }
-    small, left = result.model, groups * (6 // groups // 2)
-    assert small.deform.weight.shape == (left, 4 // groups, 3, 3)
-    shown = small.deform.in_channels, small.deform.out_channels, small.deform.groups
-    assert shown == (4, left, groups)
-    dense, less = (count_flops(one, {"x": x}) for one in (model, small))
-    assert dense - less > 6 * 25 * 9 * 2 * (6 * 8 - left * 4) // groups
-    twice = osscar.prune(small, x, channels=0.5, **PLAIN)
-    assert twice.certificate.error < 1e-10
-
-
-# ---- weights that are read twice ---------------------------------------------------------
-
-
-def tied() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return tied_autoencoder().double(), torch.randn(200, 4, dtype=torch.float64)
-
-
-def test_units_of_a_tied_autoencoder_leave_both_sides_and_no_weight_is_refitted() -> None:
-    model, x = tied()
-    before = copy.deepcopy(model.state_dict())
-    keep = {"outer.hidden": 6, "neurons": 3}
-    with pytest.warns(UserWarning, match="as other code uses the same weight"):
-        result = osscar.prune(model, x, groups=keep, device="cpu")
-    assert result.certificate.error < 1e-10
-    outer, inner = (plan.kept for plan in result.plan.groups)
-    small = result.model.state_dict()
-    assert torch.equal(small["outer.weight"], before["outer.weight"][list(outer)])
-    assert torch.equal(small["inner.weight"], before["inner.weight"][list(inner)][:, list(outer)])
-    assert {layer.name: layer.tied for layer in result.layers} == {
-        "outer.hidden": ("inner.weight[1]", "outer.weight[0]"),
-        "neurons": ("inner.weight[0]",),
-    }
