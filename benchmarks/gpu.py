@@ -94,7 +94,8 @@ def pruned(name: str, device: torch.device) -> Found:
     with profiled() as spent:
         result = osscar.prune(model.to(device), data, device=str(device), **asked)
     seconds = {str(stage): spent.seconds[stage] for stage in Stage if stage in spent.seconds}
-    return seconds, [list(layer.support) for layer in result.layers], result.loss
+    loss = sum(layer.relative_loss for layer in result.layers)
+    return seconds, [list(layer.support) for layer in result.layers], loss
 
 
 # ---- rows --------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def model_row(row: Model, place: Path) -> dict[str, Any]:
     return {
         "weights": sum(file.stat().st_size for file in (place / row.name).glob("*.safetensors")),
         "layers_solved": len(content["layers"]),
-        "relative_loss": content["summed_relative_loss"],
+        "relative_loss": sum(one["relative_loss"] for one in content["layers"]),
         "peak_bytes": found.peak,
         "cpu_seconds": found.cpu_seconds,
     }

@@ -41,7 +41,7 @@ from osscar.report.sections import (
     table,
 )
 from osscar.report.shown import columns, notes, page
-from osscar.request import AUTO, PruningRequest, TargetKind, round_width
+from osscar.request import AUTO, PruningRequest, TargetKind
 from osscar.run.target_search import (
     counted_in_words,
     reported_in_words,
@@ -186,7 +186,6 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         removes = f"removes {share(sparsity)} of the parameters of heads, neurons and channels"
         yield "sparsity", removes
     yield "time", f"{document['seconds']:.1f} s{longest_stages(document['stages'])}"
-    yield "summed relative loss", f"{document['summed_relative_loss']:.4f}"
     budget = document.get("budget")
     if target := document.get("target"):
         yield "quality target", target_in_words(target)
@@ -200,22 +199,13 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         each = "the sum over groups, each measured alone"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}, {each}{within}"
-    wide = any(
-        one["kind"] in ("neurons", "channels") and round_width(one["units"]) > 1 for one in layers
-    )
-    if document["settings"]["round_to"] == AUTO and wide:
-        yield (
-            "widths",
-            "rounded to multiples of 16, narrow ones of 8; `osscar prune --round-to 1` allows any",
-        )
+    rounded = "rounded to multiples of 16, narrow ones of 8; `osscar prune --round-to 1` allows any"
+    yield "widths", rounded if document["settings"]["round_to"] == AUTO else ""
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     yield "distance", str(Compared(**document["distance"]))
     far = _measured(document)
     yield "measured distance", f"{far}{agree}{', of the whole model after all refits' * bool(far)}"
-    if layers:
-        held = "no samples, so that no refit was compared with the dense weights on unseen data"
-        yield "held out", "" if document["held_out"] else held
     dead = sum(layer["dead"] for layer in layers if not UnitKind(layer["kind"]).routed)
     yield "dead units", f"{dead} (zero on all calibration data)" if dead else ""
     if any(layer["lower_bound"] is not None for layer in layers):
@@ -234,12 +224,9 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "inputs", fixed_in_words(document.get("inputs", ()))
     if norms := document["batch_norms"]:
         yield "batch norm", f"new running statistics of {pluralize(norms, 'layer')}"
-    if folded := document.get("folded"):
-        yield (
-            "folded",
-            f"{pluralize(len(folded), 'weight')} that the dense model computes at every call, such "
-            f"as by weight normalization: {listed(folded, 4)}",
-        )
+    folded = document["folded"]
+    computed = f"{pluralize(len(folded), 'weight')} that the dense model computes at every call"
+    yield "folded", f"{computed}: {listed(folded)}" * bool(folded)
     yield "in bfloat16", ", ".join(document["bfloat16"])
     yield "not measured", document.get("unmeasured", "")
 

@@ -127,21 +127,6 @@ class PruningResult(Shown):
         """What of the model was shrunk: its modules, or its exported program."""
         return self.plan.form
 
-    @property
-    def loss(self) -> float:
-        """Sum of the relative losses of all layers."""
-        return sum(layer.relative_loss for layer in self.layers)
-
-    @property
-    def solve_seconds(self) -> float:
-        """Wall time spent in solvers."""
-        return sum(layer.solve_seconds for layer in self.layers)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The request as JSON-able data."""
-        return self.request.to_json()
-
     def sections(self) -> Iterator[Section]:
         """Return what a page shows that is known without the dense model."""
         return sections(self.record())
@@ -153,7 +138,7 @@ class PruningResult(Shown):
             "osscar_version": __version__,
             "model": lineage_of(self.model).source or type(self.model).__name__,
             "calibration": dict(self.calibration),
-            "settings": self.settings,
+            "settings": self.request.to_json(),
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "budget": None if self.budget is None else self.budget.to_json(),
@@ -164,9 +149,7 @@ class PruningResult(Shown):
             "held_out": self.held_out,
             "certificate": dataclasses.asdict(self.certificate),
             "batch_norms": self.batch_norms,
-            "summed_relative_loss": self.loss,
             "seconds": self.seconds,
-            "solve_seconds": self.solve_seconds,
             "stages": dict(self.stages),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "form": str(self.form),

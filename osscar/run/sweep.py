@@ -110,12 +110,11 @@ class SweepPoint:
     seconds_between: Its quartiles.
     speedup: Over the dense model.
     distance, divergence, agreement, predicted: As in a document of one run.
-    loss: Summed relative loss of the layers.
     prune_seconds: Of pruning.
     widths: Units kept, by group.
     """
 
-    schema: Literal["osscar.sweep-point/10"]
+    schema: Literal["osscar.sweep-point/11"]
     method: str
     budget: str
     value: float
@@ -133,7 +132,6 @@ class SweepPoint:
     divergence: float | None
     agreement: float | None
     predicted: float | None
-    loss: float
     prune_seconds: float
     widths: dict[str, int]
     skipped: tuple[SkippedGroup, ...]
@@ -370,7 +368,7 @@ class Sweep:
         budget = None if result is None else result.budget
         limit = None if budget is None else budget.of(job.budget)
         return SweepPoint(
-            "osscar.sweep-point/10",
+            "osscar.sweep-point/11",
             job.method,
             str(job.budget),
             job.value,
@@ -384,7 +382,6 @@ class Sweep:
             divergence=0.0 if result is None else result.divergence,
             agreement=1.0 if result is None else result.agreement,
             predicted=None if budget is None else budget.predicted,
-            loss=0.0 if result is None else result.loss,
             prune_seconds=0.0 if result is None else result.seconds,
             widths={} if result is None else {one.name: one.kept for one in result.layers},
             skipped=() if result is None else result.skipped,

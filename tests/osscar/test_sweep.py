@@ -143,11 +143,11 @@ def manifest(**more):
 
 
 POINT = SweepPoint(
-    schema="osscar.sweep-point/10", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
+    schema="osscar.sweep-point/11", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
     reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
     seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
     distance=Compared("own", "far", "it is given", 0.5),
-    divergence=None, agreement=None, predicted=None, loss=0.25, prune_seconds=1.0,
+    divergence=None, agreement=None, predicted=None, prune_seconds=1.0,
     widths={"a": 3}, skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
     stages={"solver and refit": 0.75, "other": 0.25},
 )  # fmt: skip
