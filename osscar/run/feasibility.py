@@ -24,7 +24,7 @@ from osscar.allocation.limits import allowances
 from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.errors import AdapterError, RequestError, warn, warn_of
 from osscar.base.printable import listed, pluralize
-from osscar.base.progress import progress_bar
+from osscar.base.timing import progress_bar
 from osscar.network.model_state import model_state
 from osscar.network.modules import low_rank, own_methods
 from osscar.offload.on_disk import is_on_disk

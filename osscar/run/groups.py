@@ -13,8 +13,7 @@ from osscar.allocation.task import PruningTask
 from osscar.base.errors import NonFiniteError, warn, warn_of
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
-from osscar.base.progress import progress_bar
-from osscar.base.timing import Stage, timed
+from osscar.base.timing import Stage, progress_bar, timed
 from osscar.offload.on_disk import room_for, values_of
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan

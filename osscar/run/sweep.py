@@ -21,8 +21,7 @@ from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, resolved, write_json, write_text
 from osscar.base.json_files import STRICT
 from osscar.base.printable import are, pluralize, published
-from osscar.base.progress import progress_bar
-from osscar.base.timing import Stage, profiled, timed
+from osscar.base.timing import Stage, profiled, progress_bar, timed
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.loaders import read_once

@@ -27,8 +27,7 @@ from osscar.base.files import atomic_write, digest, resolved
 from osscar.base.inputs import checked, count_from
 from osscar.base.json_files import parse_json
 from osscar.base.printable import pluralize
-from osscar.base.progress import progress_bar
-from osscar.base.timing import Stage, timed
+from osscar.base.timing import Stage, progress_bar, timed
 from osscar.preparation.journal import Fingerprint, Journal, JournalManifest
 from osscar.preparation.prepare import prepare
 from osscar.request import DAMP

@@ -10,7 +10,7 @@ from typing import IO
 import pytest
 from matplotlib.figure import Figure
 
-from osscar.base import progress
+from osscar.base import timing
 from osscar.cli import main
 from osscar.cli.commands import app
 from tests.osscar.interrupted_cases import tiny_model
@@ -69,7 +69,7 @@ def _filled(file: Path | IO[bytes]) -> None:
 @pytest.fixture(autouse=True)
 def no_lines_for_earlier_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count the seconds without a line of progress from here on: this process has done others."""
-    monkeypatch.setattr(progress, "_untold", 0.0)
+    monkeypatch.setattr(timing, "_untold", 0.0)
 
 
 def lacking(arguments: Sequence[str], said: str) -> set[str]:
@@ -97,7 +97,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run a command in this process; return status, standard output and standard error."""
-    monkeypatch.setattr(progress, "SECONDS_A_LINE", math.inf)  # of however slow a machine
+    monkeypatch.setattr(timing, "SECONDS_A_LINE", math.inf)  # of however slow a machine
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["osscar", *map(str, arguments)])

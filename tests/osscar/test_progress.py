@@ -7,22 +7,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from osscar.base import progress, timing
-from osscar.base.timing import Profile, Stage, profiled, timed
+from osscar.base import timing
+from osscar.base.timing import Profile, Stage, profiled, progress_bar, timed
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Let time pass only by hand: add to its ``now``."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(progress, "_untold", 0.0)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(timing, "_untold", 0.0)
     return clock
 
 
 def test_work_writes_a_line_now_and_then(capsys, clock):
-    with progress.progress_bar("outer [red]", 2) as bar:
-        with progress.progress_bar("inner", 100) as inner:
+    with progress_bar("outer [red]", 2) as bar:
+        with progress_bar("inner", 100) as inner:
             for _ in range(100):
                 clock.now += 1
                 inner.advance()
@@ -35,7 +35,7 @@ def test_work_writes_a_line_now_and_then(capsys, clock):
     )
     for _ in range(4):  # after the 10 seconds that are left over
         clock.now += 3600  # of no work
-        with progress.progress_bar("short") as bar:
+        with progress_bar("short") as bar:
             clock.now += 10
             bar.advance()
     assert capsys.readouterr().err == "progress: short (0:00:10)\n"
@@ -59,8 +59,8 @@ def test_stages_within_others_are_counted_once(monkeypatch):
 
 
 def test_one_rank_writes_for_all(capsys, clock, monkeypatch):
-    monkeypatch.setattr(progress, "launched", lambda: (1, 2))
-    with progress.progress_bar("outer") as bar:
+    monkeypatch.setattr(timing, "launched", lambda: (1, 2))
+    with progress_bar("outer") as bar:
         clock.now += 100
         bar.advance()
     assert capsys.readouterr() == ("", "")

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from graph.tracing.preserve import without_cache
 from osscar.allocation.measured import dense_references
-from osscar.distance.resumed import Recording
+from osscar.network.hooks import Recording
 from osscar.network.modules import forward
 from osscar.preparation.prepare import prepare
 from tests.graph.topologies import conv, network
