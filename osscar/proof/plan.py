@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -87,43 +87,27 @@ class TracedInput:
     """The form of a tensor that a program was traced with.
 
     varies: Dimensions whose sizes were left open.
-    fixed: Dimensions of which the program takes no other size, where the dense model does.
     """
 
     name: _Identifier
     shape: Annotated[tuple[Annotated[int, Interval(gt=0, lt=_MOST)], ...], Len(1)]
     dtype: str
     varies: tuple[int, ...]
-    fixed: tuple[int, ...] = ()
 
     @classmethod
-    def of(
-        cls, name: str, tensor: Tensor, varies: Iterable[int] = (), fixed: Iterable[int] = ()
-    ) -> TracedInput:
+    def of(cls, name: str, tensor: Tensor, varies: Iterable[int] = ()) -> TracedInput:
         """Describe a tensor."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return cls(name, tuple(tensor.shape), dtype, tuple(varies), tuple(fixed))
+        return cls(name, tuple(tensor.shape), dtype, tuple(varies))
 
     def example(self) -> Tensor:
         """Return zeros of that form."""
         return torch.zeros(self.shape, dtype=getattr(torch, self.dtype))
 
 
-def fixed_in_words(traced: Iterable[Mapping[str, Any]]) -> str:
-    """Say to which sizes a program is fixed; nothing if it takes all that its model does."""
-    dims: dict[int, list[str]] = {}
-    for given in traced:
-        for dim in given["fixed"]:
-            dims.setdefault(given["shape"][dim], []).append(f"dimension {dim} of {given['name']}")
-    said = [f"{size} alone along {' and '.join(where)}" for size, where in dims.items()]
-    if not said:
-        return ""
-    return f"the exported program takes {', '.join(said)}, where the dense model takes other sizes"
-
-
 def _checked_input(given: TracedInput) -> TracedInput:
     known = isinstance(getattr(torch, given.dtype, None), torch.dtype)
-    if not known or not {*given.varies, *given.fixed}.issubset(range(len(given.shape))):
+    if not known or not {*given.varies}.issubset(range(len(given.shape))):
         raise ValueError(f"{given.name!r} is no input of a model")
     return given
 

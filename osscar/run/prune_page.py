@@ -20,7 +20,7 @@ from osscar.base.printable import (
 from osscar.distance.distance import UNITS, Compared
 from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.evaluate import comparison_rows
-from osscar.proof.plan import Certificate, fixed_in_words
+from osscar.proof.plan import Certificate
 from osscar.recovery import page as recoveries
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -221,7 +221,6 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         chosen = document["settings"]["form"] == "auto"
         why = ", in which more groups can be pruned than in the modules" if chosen else ""
         yield "form", f"the exported program{why}"
-    yield "inputs", fixed_in_words(document.get("inputs", ()))
     if norms := document["batch_norms"]:
         yield "batch norm", f"new running statistics of {pluralize(norms, 'layer')}"
     folded = document["folded"]

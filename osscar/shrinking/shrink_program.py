@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.extents import TracedProgram
 from graph.tracing.preserve import preserved
-from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line, warn
+from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.base.inputs import safe_repr
 from osscar.base.memory import attempt
 from osscar.network.model_state import model_state
@@ -25,7 +24,6 @@ from osscar.proof.plan import (
     Form,
     PruningPlan,
     TracedInput,
-    fixed_in_words,
 )
 from osscar.proof.program import ProgramModule, shrunk_graph, smaller, trace_dense, traced_as_open
 from osscar.proof.structural import by_construction
@@ -103,14 +101,6 @@ def shrink_program(
                 "modules (form eager, `--form eager`), where @osscar.adapter teaches one to follow"
             ) from failure
         plan = dataclasses.replace(plan, traced=trial.traced())
-        fixed = fixed_in_words(map(dataclasses.asdict, plan.traced))
-        if fixed:
-            warn(
-                f"{fixed}: its code turns them into numbers, as int, math.sqrt and loops do, or "
-                "they are the resolution of images for attention, which stays fixed; calibrate on "
-                "the sizes that the model will read, or prune the modules (form eager, `--form "
-                "eager`)"
-            )
         made = _noted(program, model, plan)
         certificates = (*lineage_of(model).certificates, proof.certificate)
         note(made, certificates=certificates)
@@ -162,19 +152,8 @@ class ProgramTrial:
 
     def traced(self) -> tuple[TracedInput, ...]:
         """Return the form of the inputs that the model was traced with."""
-
-        def taken(shapes: Mapping[str, Sequence[int]]) -> bool:
-            drawn = {name: _drawn(self.example[name], shape) for name, shape in shapes.items()}
-            return runs(self.model, drawn)
-
-        fixed = _sizes_given_up(self.program.standalone.sizes.shapes, self.example, taken)
         return tuple(
-            TracedInput.of(
-                name,
-                x,
-                varies=(dim for dim in self.left_open[name] if dim < x.dim()),
-                fixed=fixed.get(name, ()),
-            )
+            TracedInput.of(name, x, (dim for dim in self.left_open[name] if dim < x.dim()))
             for name, x in self.example.items()
         )
 
@@ -201,41 +180,3 @@ class ProgramTrial:
         raise AdapterError(
             f"the exported program fails on the inputs of the proof: {first_line(tried.error)}"
         ) from tried.error
-
-
-def _sizes_given_up(
-    shapes: Mapping[str, Sequence[int | None]],
-    example: Mapping[str, Tensor],
-    runs: Callable[[Mapping[str, Sequence[int]]], bool],
-) -> dict[str, tuple[int, ...]]:
-    """Return the dimensions of which a model takes other sizes, and its program does not.
-
-    Dimensions of one size may have to be alike: all are tried together, and then each alone.
-    """
-    sizes: dict[int, list[tuple[str, int]]] = {}
-    for name, shape in shapes.items():
-        for dim, size in enumerate(shape):
-            if dim and size is not None:
-                sizes.setdefault(size, []).append((name, dim))
-    found: set[tuple[str, int]] = set()
-    for size, dims in sizes.items():
-        for some in (dims, *([dim] for dim in dims)):
-            for other in (2 * size, size // 2) if size > 3 else (2 * size,):
-                tried = {
-                    name: [other if (name, d) in some else n for d, n in enumerate(t.shape)]
-                    for name, t in example.items()
-                }
-                if not found.issuperset(some) and runs(tried):
-                    found.update(some)
-    return {
-        name: those
-        for name in shapes
-        if (those := tuple(sorted(dim for of, dim in found if of == name)))
-    }
-
-
-def _drawn(example: Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw a tensor of another shape from the values of an example."""
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randint(example.numel(), tuple(shape), generator=generator)
-    return example.flatten()[places.to(example.device)]
