@@ -5,7 +5,6 @@ The fields of `PruningRequest`, with their types, ranges, choices and docstring,
 """
 
 import dataclasses
-import difflib
 import enum
 import inspect
 import itertools
@@ -201,15 +200,6 @@ def _keep(value: Any) -> Any:
     return value
 
 
-def _group_name(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError(
-        "give names of groups, such as {'encoder.layers.0.neurons': 0.5, 'encoder.layers.0."
-        "self_attn.heads': 0.5}; `osscar inspect` lists them"
-    )
-
-
 def _size(value: Any) -> Any:
     parse_size_kept(value)
     return value
@@ -397,9 +387,7 @@ class PruningRequest:
     channels: KeepOption = None
     residual: KeepOption = None
     experts: Annotated[Keep | None, Read(_experts)] = None
-    groups: Mapping[Annotated[str, Read(_group_name)], Annotated[Keep, Read(_keep)]] = field(
-        default_factory=dict
-    )
+    groups: Mapping[str, Annotated[Keep, Read(_keep)]] = field(default_factory=dict)
     round_to: Annotated[RoundTo, Read(_round_to)] = AUTO
     at_least: KeepOption = None
     skip: Sequence[str] = ()
@@ -476,23 +464,17 @@ class PruningRequest:
             yield (
                 value != usual and not shared,
                 f"{option} is {value}, which needs a budget; give one, such as sparsity "
-                f"(`--sparsity`), or omit "
-                f"{option} (`--{option}`)",
+                f"(`--sparsity`), or omit {option} (`--{option}`)",
             )
+        cached = self.memory is not None or self.timed == "decode"
         yield (
-            self.memory is not None and self.context is None,
-            f"memory is {self.memory}, which needs the length of the key/value cache; give "
-            "the context, too (`--context 4096`, or context=4096 in Python)",
+            cached and self.context is None,
+            f"{'timed decode' if self.memory is None else f'memory {self.memory}'} needs the "
+            "length of the key/value cache; give the context, too (`--context 4096`, or "
+            "context=4096 in Python)",
         )
         yield (
-            self.timed == "decode" and self.context is None,
-            "timed is decode, which needs the length of the key/value cache; give the context, too "
-            "(`--context 4096`, or context=4096 in Python)",
-        )
-        yield (
-            self.memory is None
-            and self.timed != "decode"
-            and (self.context is not None or self.batch != 1),
+            not cached and (self.context is not None or self.batch != 1),
             "context and batch are for memory (`--memory`) and for timed decode (`--timed "
             "decode`); give one of these, or omit both",
         )
@@ -507,25 +489,25 @@ class PruningRequest:
             "timed decode does not go with timed_in onnxruntime, as models are exported without a "
             "key/value cache; omit one of them",
         )
-        yield (
-            self.memory is not None and self.form == "exported",
-            "memory counts the key/value cache of a model that generates text, which one of form "
-            "'exported' cannot; give size as the budget",
-        )
-        yield (
-            bool(self.timing) and self.form == "exported",
-            f"{self.timing} does not go with form 'exported', as it is timed on modules; give "
-            f"{self.instead_of_time('flops')}",
-        )
+        for given, why in (
+            (
+                "memory" * (self.memory is not None),
+                "it needs a model that generates text; give size",
+            ),
+            (self.timing, f"modules are timed; give {self.instead_of_time('flops')}"),
+            (
+                "experts" * experts,
+                "they are removed from modules only; give form 'eager' or 'auto'",
+            ),
+        ):
+            yield (
+                bool(given) and self.form == "exported",
+                f"{given} does not go with form 'exported', as {why}",
+            )
         yield (
             bool(self.timing) and experts,
             f"{self.timing} does not go with experts, as it is timed on models with all their "
             f"experts; give {self.instead_of_time('params')}",
-        )
-        yield (
-            experts and self.form == "exported",
-            "form 'exported' does not go with experts: whole experts are removed from modules "
-            "only; give form 'eager' or 'auto'",
         )
         yield (
             experts and not self.experts_alone and not isinstance(self.backend, str),
@@ -703,19 +685,8 @@ def by_keywords(request: Callable[..., Any], run: Callable[..., Any]) -> Any:
     signature = own.replace(parameters=[*first, *fields])
 
     def keywords(*args: Any, **asked: Any) -> Any:
-        for unknown in asked.keys() - signature.parameters:
-            alike = difflib.get_close_matches(unknown, signature.parameters, 1)
-            name, more = keywords.__name__, f"; did you mean {alike[0]!r}?" if alike else ""
-            raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}{more}")
         from osscar.base.devices import default_torch  # loads torch
 
-        if len(args) > len(first):
-            takes = ", ".join(one.name for one in first)
-            raise TypeError(
-                f"{keywords.__name__}() takes {len(first)} positional arguments ({takes}) but "
-                f"{len(args)} were given; name all others, such as {fields[0].name}="
-                f"{safe_repr(args[len(first)])}"
-            )
         given = signature.bind(*args, **asked).arguments
         leading = [given.pop(one.name) for one in first]
         # Of what `torch.compile` has made, the model.

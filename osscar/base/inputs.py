@@ -66,10 +66,12 @@ def count_from(least: int) -> Interval:
 
 @dataclass(frozen=True)
 class Read:
-    """Stands in an annotation, and reads what is given in the place of its type."""
+    """Stands in an annotation, and reads what is given in the place of its type, or before it."""
 
     read: Callable[[Any], Any]
     """Returns what the field holds; a ValueError or OsscarError says what to give."""
+    first: bool = False
+    """Whether the type is checked then."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Have pydantic call it, and name the field where it raises an error."""
@@ -81,6 +83,8 @@ class Read:
             except OsscarError as error:
                 raise ValueError(str(error)) from error
 
+        if self.first:
+            return core_schema.no_info_before_validator_function(read, handler(source))
         return core_schema.no_info_plain_validator_function(read)
 
 
@@ -92,18 +96,8 @@ def from_percent(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Percent:
-    """Stands in the annotation of a fraction, which may be given in per cent, such as ``"30%"``."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Have pydantic read a percentage before it checks the number."""
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_before_validator_function(from_percent, handler(source))
-
-
-PERCENT = Percent()
+PERCENT = Read(from_percent, first=True)
+"""Stands in the annotation of a fraction, which may be given in per cent, such as ``"30%"``."""
 
 
 def check_fields(filled: Any) -> None:
