@@ -27,6 +27,12 @@ class VerificationError(SolverError):
     """A solution claims something that recomputation from its problem contradicts."""
 
 
+def require(condition: bool, otherwise: str) -> None:
+    """Refuse a claim (VerificationError) unless a condition holds; with NaN none does."""
+    if not condition:
+        raise VerificationError(otherwise)
+
+
 def warn(message: str) -> None:
     """Warn at the line outside of these packages that led to it, however deep they are nested.
 

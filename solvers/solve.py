@@ -140,7 +140,7 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
             history=tuple(map(float, selection.history)),
             windows=tuple(selection.windows),
         )
-        check_fields(checked, [field.name for field in dataclasses.fields(Selection)])
+        check_fields(checked)
         check_support(problem, checked.support)
     except (AttributeError, ValueError, VerificationError, TypeError) as error:
         raise BackendError(f"backend {name!r} did not return a valid selection: {error}") from error

@@ -6,24 +6,20 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import solvers
-from osscar.base.files import write_bytes, write_text
+from osscar.base.files import write_text
 from osscar.base.printable import are, decimals, percent, pluralize, share
 from osscar.report.sections import (
-    Figure,
     Section,
     Table,
     Text,
     facts,
-    legend,
-    new_figure,
     settings,
     settings_table,
-    shares,
     stages_table,
     table,
 )
@@ -165,8 +161,6 @@ def proofs_in_words(proofs: Iterable[ProofBasis]) -> str:
 
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
-
     from osscar.study.directory import Study
     from osscar.study.records import StudyDesign
 
@@ -285,7 +279,7 @@ def write_report(
     jobs: int = 1,
     stages: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write the page into the study's directory, and its figure as gaps.svg; return its path."""
+    """Write the page into the study's directory; return its path."""
     source = dict(study.source)
     removed = ", ".join(map(share, SPARSITIES))
     if "problems" in source:
@@ -306,9 +300,6 @@ def write_report(
             settings(asdict(design), type(design), chosen={"sparsities": removed}),
         ),
     ]
-    for section in shown:
-        if isinstance(section, Figure):
-            write_bytes(study.directory / f"{section.name}.svg", section.svg)
     path = study.directory / REPORT_FILE
     write_text(path, page("How far from optimal?", shown))
     return path
@@ -319,16 +310,6 @@ def sections(summary: Summary) -> Iterator[Section]:
     yield Text((summary.answer,), look="answer")
     yield overview_table(summary)
     yield facts("What else was found", summary.facts())
-    gaps = [case for case in summary.layers if case.gap is not None]
-    if any(not case.closed or (case.root_gap or 0.0) > HIT for case in gaps):
-        yield Figure(
-            "gaps",
-            "The gap between the loss of each answer and the best lower bound, as a share of the "
-            "loss. Filled: what remains; outline: with the root bound alone. An answer without a "
-            "filled bar is proved optimal.",
-            partial(gaps_figure, gaps),
-            wide=len(gaps) > 16,
-        )
     yield scores_table(summary)
     yield cases_table(summary.layers)
     yield cases_table(summary.windows, "Windows")
@@ -430,32 +411,3 @@ def scores_table(summary: Summary) -> Table:
         },
         pairs.items(),
     )
-
-
-# ---- the figure --------------------------------------------------------------------------
-
-_LONGEST_NAME = 40
-
-
-def gaps_figure(cases: Sequence[Case]) -> Drawing:
-    """Draw the gap of each problem as bars, solid what is open, hollow what the root bound left."""
-    names = list(dict.fromkeys(case.best.instance for case in cases))
-    sparsities = sorted({sparsity for case in cases for sparsity in case.sparsities})
-    step = 0.8 / len(sparsities)
-    figure, (axes,) = new_figure(width=max(4.4, 0.26 * len(names) + 2), height=3.8)
-    for index, sparsity in enumerate(sparsities):
-        offset = (index - (len(sparsities) - 1) / 2) * step
-        mine = [case for case in cases if sparsity in case.sparsities]
-        x = [names.index(case.best.instance) + offset for case in mine]
-        axes.bar(x, [case.root_gap or 0.0 for case in mine], step * 0.9, facecolor="none",
-                 edgecolor=f"C{index}", linewidth=0.7)  # fmt: skip
-        axes.bar(x, [0.0 if case.closed else case.gap or 0.0 for case in mine], step * 0.9,
-                 color=f"C{index}", label=f"{share(sparsity)} removed")  # fmt: skip
-    cut = 1 - _LONGEST_NAME
-    short = [name if len(name) <= _LONGEST_NAME else f"…{name[cut:]}" for name in names]
-    axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7, parse_math=False)
-    axes.yaxis.set_major_formatter(shares)
-    axes.set_ylabel("gap to the lower bound")
-    axes.grid(axis="x", visible=False)
-    legend(figure)
-    return figure

@@ -1,12 +1,7 @@
-"""Convex relaxations of small layers by interior-point solvers, through cvxpy.
+"""The semidefinite relaxation of small layers by interior-point solvers, through cvxpy.
 
 For fixed multipliers the cost of a removal is at least ``2 a'x - x'Q x`` on binary x
-(`solvers.bounds.removal`).  Two relaxations of that minimum are offered:
-
-- second-order cone: a fixed diagonal q >= Q flattens it to ``(2 a - q)'x + |F x|^2`` with
-  ``F'F = Diag(q) - Q`` (the perspective of Dong, Chen and Linderoth, 2015);
-- semidefinite: Shor's relaxation, whose dual optimizes q.
-
+(`solvers.bounds.removal`).  The dual of Shor's relaxation of that minimum is the best diagonal q.
 The solver's objective is never reported: its x and q give a linearization whose value is evaluated
 and certified in float64, so that an inexact solve costs tightness and not validity.
 """
@@ -15,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,12 +39,10 @@ _SOLVED = ("optimal", "optimal_inaccurate")
 
 @dataclass(frozen=True)
 class Conic(Backend):
-    """Bound small layers by convex relaxations, and round them to a support.
+    """Bound small layers by a semidefinite relaxation, and round it to a support.
 
     Parameters
     ----------
-    relaxation
-        ``"semidefinite"``, which optimizes the diagonal, or ``"second_order"``.
     solver
         What cvxpy calls the solver: CLARABEL, SCS, or MOSEK where installed.
     rounds
@@ -57,9 +50,8 @@ class Conic(Backend):
     """
 
     kind: ClassVar[BackendKind] = BackendKind.BOUND
-    summary: ClassVar[str] = "convex relaxations by an interior-point solver; for small layers"
+    summary: ClassVar[str] = "semidefinite relaxation by an interior-point solver; for small layers"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=80, devices=("cpu",))
-    relaxation: Literal["semidefinite", "second_order"] = "semidefinite"
     solver: str = "CLARABEL"
     rounds: Positive = 2
 
@@ -98,36 +90,22 @@ class Conic(Backend):
             support,
             Status.BOUNDED,
             lower_bound=bound,
-            bound_from=f"{self.relaxation} relaxation by {self.solver}, re-evaluated in float64",
+            bound_from=f"semidefinite relaxation by {self.solver}, re-evaluated in float64",
             iterations=self.rounds,
             history=(loss,),
             certificate=certificate,
         )
 
     def _solve(self, relaxation: Relaxation) -> Relaxation:
-        """Return the relaxation with the solver's point, and its diagonal where it has one."""
-        solve = _second_order if self.relaxation == "second_order" else _semidefinite
+        """Return the relaxation with the solver's point and diagonal."""
         bound = relaxation.bound
-        x, q = solve(bound, self.solver)
+        x, q = _semidefinite(bound, self.solver)
         point = torch.from_numpy(np.clip(x, 0.0, 1.0)).to(bound.point)
         q = torch.maximum(torch.from_numpy(q).to(bound.q), bound.Q.diagonal())
         scale = q.rsqrt()
         largest = float(torch.linalg.eigvalsh(bound.Q * scale[:, None] * scale)[-1])
         moved = replace(bound, point=point, q=q * max(largest, 1e-3))
         return replace(relaxation, bound=made_dominating(moved))
-
-
-def _second_order(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
-    import cvxpy as cp
-
-    unit = float(bound.q.mean())
-    a, Q, q = (tensor.numpy() / unit for tensor in (bound.a, bound.Q, bound.q))
-    values, vectors = np.linalg.eigh(np.diag(q) - Q)
-    root = np.sqrt(np.clip(values, 0.0, None))[:, None] * vectors.T
-    x = cp.Variable(len(a))
-    objective = cp.Minimize((2 * a - q) @ x + cp.sum_squares(root @ x))
-    _run(cp.Problem(objective, [x >= 0, x <= 1, cp.sum(x) == bound.removals]), solver)
-    return x.value, bound.q.numpy()
 
 
 def _semidefinite(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
@@ -141,12 +119,7 @@ def _semidefinite(bound: QuadraticBound, solver: str) -> tuple[Any, Any]:
     x, X = Z[0, 1:], Z[1:, 1:]
     diagonal = cp.diag(X) == x
     constraints = [Z[0, 0] == 1, diagonal, x <= 1, x >= 0, cp.sum(x) == bound.removals]
-    objective = cp.Minimize(2 * a @ x - cp.trace(Q @ X))
-    _run(cp.Problem(objective, constraints), solver)
-    return x.value, diagonal.dual_value * unit
-
-
-def _run(problem: Any, solver: str) -> None:
+    problem = cp.Problem(cp.Minimize(2 * a @ x - cp.trace(Q @ X)), constraints)
     with warnings.catch_warnings():
         # An inexact answer is as valid as any: the bound is evaluated afresh.
         warnings.filterwarnings("ignore", message="Solution may be inaccurate")
@@ -155,3 +128,4 @@ def _run(problem: Any, solver: str) -> None:
         raise BackendError(
             f"cvxpy: {solver} ended with status {problem.status!r}; try another solver"
         )
+    return x.value, diagonal.dual_value * unit

@@ -33,25 +33,20 @@ class Perspective(Backend):
         The most updates of multipliers and diagonal together; 0 finds one after the other.
     steps
         The most gradient steps in each minimization over the polytope.
-    polish
-        Whether the support that comes with the bound is improved by exchanges; if not, it is the
-        relaxation rounded.
     """
 
     kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "certified lower bound for layers of any size, with a rounded support"
     rounds: Natural = Effort.rounds
     steps: Positive = Effort.steps
-    polish: bool = True
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Bound, round, and improve what rounding gives."""
         claims, relaxation = self.bound(problem)
         support = torch.arange(problem.units, device=problem.device)
         if relaxation is not None:
-            support = relaxation.support
-            if self.polish:
-                support = LocalSearch(start=tuple(support.tolist())).select(problem).support
+            rounded = tuple(relaxation.support.tolist())
+            support = LocalSearch(start=rounded).select(problem).support
         return Selection(
             support,
             Status.BOUNDED,

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from solvers.errors import VerificationError
+from solvers.errors import require
 from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import NO_ROW, Consumer, SubsetProblem
 
@@ -92,8 +92,8 @@ class Inverses:
 
     def proved(self, loss: float) -> float:
         """Turn a lower bound of computed losses into one of exact ones (VerificationError)."""
-        if not (math.isfinite(loss) and math.isfinite(self.constant)):
-            raise VerificationError(f"the certificate proves {loss}, which is no bound")
+        finite = math.isfinite(loss) and math.isfinite(self.constant)
+        require(finite, f"the certificate proves {loss}, which is no bound")
         cost = torch.tensor(loss - self.constant, dtype=torch.float64)
         return float(self.rounding.certified(self.constant, cost))
 
@@ -178,8 +178,8 @@ class ConditionedNodes:
             self.spent[:, None] + (base + (g - last).clamp(min=0.0)).clamp(min=0.0),
             self.spent[:, None] + (base + (following - g).clamp(min=0.0)).clamp(min=0.0),
         )
-        if not all(bool(torch.isfinite(part).all()) for part in bounds):
-            raise VerificationError("the certificate's numbers overflow: no bound follows")
+        finite = all(bool(torch.isfinite(part).all()) for part in bounds)
+        require(finite, "the certificate's numbers overflow: no bound follows")
         return bounds
 
     def cheapest(self, choices: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ def check_definite(scaled: Tensor, otherwise: str) -> None:
     n = scaled.shape[1]
     scaled.diagonal(dim1=1, dim2=2).sub_(2 * n * (n + 2) * _EPS)
     finite = bool(torch.isfinite(scaled).all())
-    if not (finite and bool((torch.linalg.cholesky_ex(scaled).info == 0).all())):
-        raise VerificationError(f"the certificate's {otherwise}")
+    definite = finite and bool((torch.linalg.cholesky_ex(scaled).info == 0).all())
+    require(definite, f"the certificate's {otherwise}")
 
 
 def moment_ratio(x: Tensor, correlation: Tensor) -> Tensor:
@@ -243,8 +243,8 @@ def by_row(ratio: Tensor, width: int) -> Tensor:
 def cholesky(matrices: Tensor) -> Tensor:
     """Return Cholesky factors of matrices, (b, p, p)."""
     factored = torch.linalg.cholesky_ex(matrices)
-    if not bool((factored.info == 0).all()):
-        raise VerificationError("the certificate's moments give no multipliers")
+    definite = bool((factored.info == 0).all())
+    require(definite, "the certificate's moments give no multipliers")
     factors: Tensor = factored.L
     return factors
 
@@ -302,11 +302,10 @@ class EnumerationCertificate:
     def bound(self, problem: SubsetProblem) -> float:
         """Return the least loss of all supports, at most 20,000 (VerificationError)."""
         removals = problem.units - problem.keep
-        if not (supports := math.comb(problem.units, removals)) <= _MOST_SUPPORTS:
-            raise VerificationError(
-                f"the certificate enumerates {supports} supports; at most {_MOST_SUPPORTS} are "
-                "allowed"
-            )
+        require(
+            (supports := math.comb(problem.units, removals)) <= _MOST_SUPPORTS,
+            f"the certificate enumerates {supports} supports; at most {_MOST_SUPPORTS} are allowed",
+        )
         inverses = Inverses.of(problem)
         return inverses.proved(_least_loss(inverses, removals))
 
@@ -359,8 +358,8 @@ class MultiplierCertificate:
         inverses = Inverses.of(problem)
         self._check(inverses)
         n, removals = problem.units, problem.units - problem.keep
-        if not abs(math.fsum(self.share.tolist()) - removals) <= n * _EPS * removals:
-            raise VerificationError(f"the certificate's share does not sum up to {removals}")
+        sums_up = abs(math.fsum(self.share.tolist()) - removals) <= n * _EPS * removals
+        require(sums_up, f"the certificate's share does not sum up to {removals}")
         correlation = self._correlation(1.0)
         check_definite(correlation.clone()[None], "correlation is not positive definite")
         ratio = moment_ratio(self.share, correlation)
@@ -370,24 +369,18 @@ class MultiplierCertificate:
             solved = torch.linalg.solve_triangular(factor, W, upper=False)
             cost += float(solved.square().sum(1).sum())
         limit = inverses.rounding.exceeded(inverses.constant, cost)
-        if not math.isfinite(limit):
-            raise VerificationError(f"the certificate's limit is {limit}")
+        require(math.isfinite(limit), f"the certificate's limit is {limit}")
         return limit
 
     def linearization(self, inverses: Inverses, keep: int) -> Linearization:
         """Return the bound with its slopes, of one node that leaves all units free."""
         removals = inverses.units - keep
-        if not removals > 0:
-            raise VerificationError("nothing is removed, so there is nothing to certify")
-        nodes, terms = self._terms(inverses)
-        return nodes.linearize(terms, self.q[None], self.point[None], removals)
-
-    def _terms(self, inverses: Inverses) -> tuple[ConditionedNodes, Terms]:
-        """Return the node that leaves all units free, with the terms of its bound."""
+        require(removals > 0, "nothing is removed, so there is nothing to certify")
         self._check(inverses)
         nodes = inverses.unconditioned()
         ratio = moment_ratio(self.share, self._correlation(self.shape))
-        return nodes, nodes.aggregate(self.share[None], ratio[None])
+        terms = nodes.aggregate(self.share[None], ratio[None])
+        return nodes.linearize(terms, self.q[None], self.point[None], removals)
 
     def _correlation(self, diagonal: Tensor | float) -> Tensor:
         """Return the correlation, (n, n), with that diagonal."""
@@ -405,30 +398,27 @@ class MultiplierCertificate:
             size = (n * (n - 1) // 2,) if packed else (n,)
             check_numbers(f"certificate's {name}", value, size, inverses.device)
             dtype = torch.float32 if packed else torch.float64
-            if value.dtype != dtype:
-                raise VerificationError(f"the certificate's {name} must be {dtype} numbers")
-        if not (float(self.share.min()) > 0 and float(self.share.max()) <= 1):
-            raise VerificationError("the certificate's share must be in (0, 1]")
-        if not (float(self.q.min()) > 0 and float(self.shape.min()) > 0):
-            raise VerificationError("the certificate's q and shape must be positive")
-        if not (n == 1 or float(self.correlation.abs().max()) <= 1):
-            raise VerificationError("the certificate's correlation must be in [-1, 1]")
-        check_point("certificate", self.point)
+            require(value.dtype == dtype, f"the certificate's {name} must be {dtype} numbers")
+        positive = all(float(one.min()) > 0 for one in (self.share, self.q, self.shape))
+        require(positive, "the certificate's share, q and shape must be positive")
+        related = n == 1 or float(self.correlation.abs().max()) <= 1
+        require(related, "the certificate's correlation must be in [-1, 1]")
+        for name in ("share", "point"):
+            check_range(f"certificate's {name}", getattr(self, name))
 
 
 def check_numbers(name: str, value: Any, size: tuple[int, ...], device: torch.device) -> None:
     """Refuse what is no tensor of finite numbers of this size and device."""
-    if not isinstance(value, Tensor) or value.device != device:
-        raise VerificationError(f"the {name} must be a tensor on {device}")
+    here = isinstance(value, Tensor) and value.device == device
+    require(here, f"the {name} must be a tensor on {device}")
     # Of others, many operations are not defined, nor do complex numbers compare.
-    if value.layout is not torch.strided or value.is_nested or value.dtype not in _NUMBERS:
-        raise VerificationError(f"the {name} must be a dense tensor of real numbers")
-    if tuple(value.shape) != size or not bool(torch.isfinite(value).all()):
-        spelled = " x ".join(map(str, size))
-        raise VerificationError(f"the {name} must be {spelled} finite numbers")
+    dense = value.layout is torch.strided and not value.is_nested and value.dtype in _NUMBERS
+    require(dense, f"the {name} must be a dense tensor of real numbers")
+    right = tuple(value.shape) == size and bool(torch.isfinite(value).all())
+    require(right, f"the {name} must be {' x '.join(map(str, size))} finite numbers")
 
 
-def check_point(owner: str, point: Tensor) -> None:
-    """Refuse a point outside of the unit cube: far away, a tangent is all rounding."""
-    if not (float(point.min()) >= 0 and float(point.max()) <= 1):
-        raise VerificationError(f"the {owner}'s point must be in [0, 1]")
+def check_range(name: str, numbers: Tensor) -> None:
+    """Refuse a share, or a point, outside of [0, 1]: far away, a tangent is all rounding."""
+    inside = float(numbers.min()) >= 0 and float(numbers.max()) <= 1
+    require(inside, f"the {name} must be in [0, 1]")

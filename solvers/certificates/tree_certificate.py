@@ -33,9 +33,9 @@ from solvers.certificates.certificate import (
     Linearization,
     MultiplierCertificate,
     check_numbers,
-    check_point,
+    check_range,
 )
-from solvers.errors import VerificationError
+from solvers.errors import require
 from solvers.problem import SubsetProblem
 
 FREE, REMOVED, KEPT = 0, 1, 2
@@ -92,8 +92,8 @@ class TreeCertificate:
 
     def _check_nodes(self, problem: SubsetProblem) -> None:
         """Refuse what is no array of nodes: types, sizes, and the range of every number."""
-        if not isinstance(self.sides, Tensor) or self.sides.ndim != 2 or not len(self.sides) > 0:
-            raise VerificationError("the tree's sides must be a matrix of at least one node")
+        matrix = isinstance(self.sides, Tensor) and self.sides.ndim == 2 and len(self.sides) > 0
+        require(matrix, "the tree's sides must be a matrix of at least one node")
         t, n = self.sides.shape
         sizes = {"shape": (n,), "parent": (t,), "growth": (t,), "share": (t, n), "point": (t, n)}
         kinds = {"parent": torch.int64, "sides": torch.int8}
@@ -101,48 +101,44 @@ class TreeCertificate:
             value = getattr(self, name)
             check_numbers(f"tree's {name}", value, size, problem.device)
             right = value.dtype == kinds[name] if name in kinds else value.is_floating_point()
-            if not right:
-                raise VerificationError(f"the tree's {name} must not be of {value.dtype}")
-        if n != problem.units or not (
-            float(self.shape.min()) > 0 and float(self.growth.min()) >= 0
-        ):
-            raise VerificationError(
-                f"the tree's shape must be {problem.units} positive numbers, and its growth must "
-                "not be negative"
-            )
+            require(right, f"the tree's {name} must not be of {value.dtype}")
+        require(
+            n == problem.units and float(self.shape.min()) > 0 and float(self.growth.min()) >= 0,
+            f"the tree's shape must be {problem.units} positive numbers, and its growth must not "
+            "be negative",
+        )
         # The argument that children cover their parent knows these three sides only.
-        if not bool(((self.sides >= FREE) & (self.sides <= KEPT)).all()):
-            raise VerificationError("a node of the tree has a unit on a side that does not exist")
-        if not (float(self.share.min()) >= 0 and float(self.share.max()) <= 1):
-            raise VerificationError("the tree's share must be in [0, 1]")
-        check_point("tree", self.point)
-        if not isinstance(self.root, MultiplierCertificate | None):
-            raise VerificationError(f"the root of the tree is a {type(self.root).__name__}")
+        exist = bool(((self.sides >= FREE) & (self.sides <= KEPT)).all())
+        require(exist, "a node of the tree has a unit on a side that does not exist")
+        for name in ("share", "point"):
+            check_range(f"tree's {name}", getattr(self, name))
+        known = isinstance(self.root, MultiplierCertificate | None)
+        require(known, f"the root of the tree is a {type(self.root).__name__}")
         place = torch.arange(t, device=self.parent.device)
         follows = (self.parent >= 0) & (self.parent < place)
         rooted = int(self.parent[0]) == -1 and bool((self.sides[0] == FREE).all())
-        if not rooted or not bool(follows[1:].all()):
-            raise VerificationError("nodes of the tree must follow their parents, the root first")
+        after = rooted and bool(follows[1:].all())
+        require(after, "nodes of the tree must follow their parents, the root first")
         goes, stays = (self.sides == REMOVED).sum(1), (self.sides == KEPT).sum(1)
         removals = problem.units - problem.keep
-        if not (int(goes.max()) <= removals and int(stays.max()) <= problem.keep):
-            raise VerificationError("a node of the tree removes or keeps too many units")
+        few = int(goes.max()) <= removals and int(stays.max()) <= problem.keep
+        require(few, "a node of the tree removes or keeps too many units")
 
     def _check_children(self) -> None:
         """Refuse children that forget a decision, and siblings that do not divide their parent."""
         own, above = self.sides[1:], self.sides[self.parent[1:]]
-        if bool(((above != FREE) & (own != above)).any()):
-            raise VerificationError("a node of the tree forgets what its parent decided")
+        kept = bool(((above == FREE) | (own == above)).all())
+        require(kept, "a node of the tree forgets what its parent decided")
         # So no path is longer than there are units.
-        if not bool((own != above).any(1).all()):
-            raise VerificationError("a node of the tree decides nothing that its parent does not")
+        more = bool((own != above).any(1).all())
+        require(more, "a node of the tree decides nothing that its parent does not")
         first, second = self._siblings()
-        if not bool((self.parent[1:].bincount() <= 2).all()):
-            raise VerificationError("a node of the tree has more than two children")
+        few = bool((self.parent[1:].bincount() <= 2).all())
+        require(few, "a node of the tree has more than two children")
         one, other = self.sides[first], self.sides[second]
         opposed = (one != other) & (one != FREE) & (other != FREE)
-        if not bool(((one == other) | opposed).all() & (opposed.sum(1) == 1).all()):
-            raise VerificationError("two children of a node of the tree do not divide it")
+        divided = bool(((one == other) | opposed).all() & (opposed.sum(1) == 1).all())
+        require(divided, "two children of a node of the tree do not divide it")
 
     def _siblings(self) -> tuple[Tensor, Tensor]:
         """Return the places of nodes that share a parent."""
@@ -200,8 +196,8 @@ class TreeCertificate:
         if not bool(growth.any()):
             bounds.value[nodes] = given.cheapest(_choices(free.shape[1], removals).to(nodes.device))
             return
-        if not 0 < removals < free.shape[1]:
-            raise VerificationError("a node of the tree without a choice must have growth 0")
+        choice = 0 < removals < free.shape[1]
+        require(choice, "a node of the tree without a choice must have growth 0")
         share, point = (
             values[nodes].double().gather(1, free) for values in (self.share, self.point)
         )
@@ -276,11 +272,11 @@ def _places(mask: Tensor) -> Tensor:
 
 def _choices(free: int, removals: int) -> Tensor:
     """Return every choice of units to go, (c, r)."""
-    if not 0 <= removals <= free or math.comb(free, removals) > _MOST_SUPPORTS:
-        raise VerificationError(
-            f"a node of the tree is to be enumerated, {removals} of {free} units: at most "
-            f"{_MOST_SUPPORTS} supports are"
-        )
+    require(
+        0 <= removals <= free and math.comb(free, removals) <= _MOST_SUPPORTS,
+        f"a node of the tree is to be enumerated, {removals} of {free} units: at most "
+        f"{_MOST_SUPPORTS} supports are",
+    )
     chosen = list(combinations(range(free), removals))
     return torch.tensor(chosen, dtype=torch.int64).view(len(chosen), removals)
 

@@ -37,8 +37,6 @@ from solvers.linalg.symmetric import Symmetric
 from solvers.problem import Consumer, SubsetProblem
 
 _PROBES = 16
-_ELEMENTS = 1 << 18
-"""Of rows that are read at a time."""
 
 
 class ConsumerState:

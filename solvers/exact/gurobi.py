@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from solvers.errors import BackendError
 from solvers.exact.outer_approximation import TOLERANCE, MixedInteger, Search
 from solvers.protocol import Capabilities, Selection, missing
-
-_FREE_SIZE = "2000 variables and 2000 constraints"
-_OTHERS = "branch_and_bound or highs"
 
 _VIOLATION = 1e-7
 _ROOT_CUTS = 40
@@ -42,7 +36,6 @@ class Gurobi(MixedInteger):
         import gurobipy
 
         with (
-            _licence_errors(f"outer approximation of {search.problem.units} units"),
             gurobipy.Env(params={"OutputFlag": 0}) as environment,
             gurobipy.Model(env=environment) as model,
         ):
@@ -69,24 +62,6 @@ class Gurobi(MixedInteger):
             model.optimize(_Cutting(search, x, cost))
             timed_out = model.Status == gurobipy.GRB.TIME_LIMIT
             return search.answer(max(model.ObjBound, 0.0), "Gurobi", timed_out=timed_out)
-
-
-@contextmanager
-def _licence_errors(model: str) -> Iterator[None]:
-    """Turn Gurobi's licence errors into ones that name the limit and what to use instead."""
-    import gurobipy
-
-    try:
-        yield
-    except gurobipy.GurobiError as error:
-        if error.errno == gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED:
-            raise BackendError(
-                f"gurobi: the {model} exceeds the licence, which takes {_FREE_SIZE} without a full "
-                f"one; install a full licence, or use {_OTHERS}"
-            ) from error
-        if error.errno == gurobipy.GRB.Error.NO_LICENSE:
-            raise BackendError(f"gurobi: no valid licence ({error}); use {_OTHERS}") from error
-        raise
 
 
 class _Cutting:

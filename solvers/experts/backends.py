@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from solvers.errors import BackendError, ProblemError, VerificationError
+from solvers.errors import BackendError, ProblemError, VerificationError, require
 from solvers.experts.losses import Losses, losses_of
 from solvers.experts.problem import ExpertProblem
 from solvers.heuristics.scores import Random, Scored
@@ -20,7 +20,7 @@ from solvers.protocol import Backend, BackendKind, Natural, Selection, Status
 from solvers.registry import EXPERT_BACKENDS
 from solvers.solution import Solution
 from solvers.solve import answer_of, checked_selection, chosen_backend
-from solvers.verification import Verification, check_fields, check_support, require
+from solvers.verification import Verification, check_fields, check_support
 
 ROUNDING = 1e-12
 """Losses are told apart if they differ by more than this share of the target's squared norm."""
@@ -194,10 +194,6 @@ def supports(problem: ExpertProblem) -> Iterator[Sequence[int]]:
         yield [expert for part in parts for expert in part]
 
 
-_FIELDS = (
-    *("support", "loss", "status", "lower_bound", "history", "iterations", "seconds"),
-    *("backend", "bound_from"),
-)
 _STATUSES = (Status.FEASIBLE, Status.ITERATION_LIMIT, Status.SWAP_OPTIMAL, Status.OPTIMAL)
 """What can be said of a choice of experts."""
 
@@ -222,7 +218,7 @@ class ExpertSolution(Solution):
         VerificationError
             If a claim is false, or not well formed.
         """
-        check_fields(self, _FIELDS)
+        check_fields(self)
         require(self.status in _STATUSES, f"status {self.status.name} is none of experts")
         problem, support = self.problem, self.support
         check_support(problem, support)

@@ -190,9 +190,8 @@ def test_hits_are_counted_and_a_bound_above_a_known_loss_proves_nothing():
     assert case.why_open == "branch_and_bound: time limit"
 
 
-@pytest.mark.usefixtures("drawn")
 def test_any_name_can_be_reported(tmp_path):
-    """It marks up no page, and moves no figure."""
+    """It marks up no page."""
     names = ["a" * 300, "$\\oops{$", "[bold]x[/bold] [/oops]", "日本", "<b>&</b>"]
     study = Study(tmp_path / "study", {"model": "<script>alert(1)</script>"})
     study.capture(("units", problem(5, name=name)) for name in names)
@@ -203,8 +202,6 @@ def test_any_name_can_be_reported(tmp_path):
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)  # nothing is fetched
     for expected in ("Settings", "why open", "osscar solve problems/"):
         assert expected in page
-    assert 'alt="gaps"' in page
-    assert (study.directory / "gaps.svg").stat().st_size > 1000
 
 
 # ---- proofs ------------------------------------------------------------------------------
