@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -90,18 +89,6 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 # ---- where a checkpoint goes -------------------------------------------------------------
-
-
-_CHECKPOINT_FILES = (
-    *("*.safetensors", "pytorch_model*.bin"),
-    *("*.safetensors.index.json", "pytorch_model.bin.index.json"),
-    *(CONFIG_FILE, "generation_config.json", MANIFEST_FILE, REPORT_FILE),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"),
-    *("preprocessor_config.json", "processor_config.json", "modeling_pruned.py"),
-)
-"""All that may lie beside a manifest, and what that lists, where a directory is replaced."""
 
 
 @contextmanager
@@ -215,8 +202,13 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         manifest = read_manifest(path)
     except FileError:
         manifest = None
-    written = frozenset(() if manifest is None else manifest.files)
-    foreign = sorted(entry.name for entry in there if not _is_known(entry, written))
+    written = {MANIFEST_FILE, REPORT_FILE, *(() if manifest is None else manifest.files)}
+    foreign = sorted(
+        one.name
+        for one in there
+        # Tokenizers write no other directory.
+        if one.name not in written or (one.is_dir() and one.name != "additional_chat_templates")
+    )
     if foreign or manifest is None:
         lost = f", which would be lost: {listed(foreign)}" if foreign else ""
         raise OutputError(
@@ -228,9 +220,3 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
             f"{path} is not empty: a checkpoint is there; give another directory, or replace it "
             "(`--overwrite`, or overwrite=True in Python)"
         )
-
-
-def _is_known(entry: Path, written: frozenset[str]) -> bool:
-    if entry.is_dir():  # tokenizers write no other
-        return entry.name in written and entry.name == "additional_chat_templates"
-    return entry.name in written or any(fnmatchcase(entry.name, kind) for kind in _CHECKPOINT_FILES)

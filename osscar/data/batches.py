@@ -238,7 +238,7 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     alone = isinstance(calibration, Tensor)
     fractions = alone and calibration.is_floating_point() and calibration.ndim > 2
     if alone and not fractions and _reads_tokens(model):
-        _check_windows(model, calibration)
+        _check_tokens(model, calibration)
         return ModelInputs({"input_ids": calibration}, tokens=True, **told)
     of_set = isinstance(calibration, SampleSet)
     given = calibration.arguments() if of_set else calibration
@@ -263,17 +263,12 @@ _ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def check_signature(model: nn.Module) -> None:
     """Refuse models whose forward pass does not tell what it takes."""
-    kind = type(model).__name__
-    try:
-        takes = inspect.signature(model.forward).parameters.values()
-    except ValueError as error:
-        raise ModelError(
-            f"{kind}.forward has no signature, as in a TorchScript model; give the original model"
-        ) from error
+    takes = inspect.signature(model.forward).parameters.values()
     wrapped = [name for name in _WRAPPED if isinstance(getattr(model, name, None), nn.Module)]
     if wrapped and all(one.kind in _ANYTHING for one in takes):
         raise ModelError(
-            f"{kind} wraps a model; give the wrapped one (model.{wrapped[0]}), and wrap the result"
+            f"{type(model).__name__} wraps a model; give the wrapped one (model.{wrapped[0]}), and "
+            "wrap the result"
         )
 
 
@@ -283,30 +278,21 @@ def _reads_tokens(model: nn.Module) -> bool:
     return token_embeddings(model) is not None and (not takes or "input_ids" in takes)
 
 
-def _check_windows(model: nn.Module, windows: Tensor) -> None:
-    """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        raise DataError(
-            f"calibration windows must be int64 (samples, seqlen) and not empty, not "
-            f"{windows.dtype} of {tuple(windows.shape)}"
-        )
-    _check_tokens(model, windows)
-
-
 def _check_tokens(model: nn.Module, windows: Tensor) -> None:
-    """Refuse more tokens at once, or others, than the model takes."""
-    context = context_length(model)
-    if context is not None and windows.shape[-1] > context:
-        raise DataError(
-            f"calibration windows have {windows.shape[-1]} tokens and the model takes "
-            f"{context}; give a smaller window length (seqlen, `--seqlen`)"
-        )
-    known = _vocabulary(model)
-    if int(windows.min()) < 0 or int(windows.max()) >= known:
-        raise DataError(
-            f"calibration tokens run from {int(windows.min())} to {int(windows.max())} and the "
-            f"model knows 0 to {known - 1}; use the tokenizer that belongs to it"
-        )
+    """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
+    context, known = context_length(model), _vocabulary(model)
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
+        wrong = "windows must be int64 (samples, seqlen) and not empty, not "
+        wrong += f"{windows.dtype} of {tuple(windows.shape)}"
+    elif context is not None and windows.shape[1] > context:
+        wrong = f"windows have {windows.shape[1]} tokens and the model takes {context}; give a "
+        wrong += "smaller window length (seqlen, `--seqlen`)"
+    elif int(windows.min()) < 0 or int(windows.max()) >= known:
+        wrong = f"tokens run from {int(windows.min())} to {int(windows.max())} and the model knows "
+        wrong += f"0 to {known - 1}; use the tokenizer that belongs to it"
+    else:
+        return
+    raise DataError(f"calibration {wrong}")
 
 
 def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> tuple[Batch, ...]:
@@ -322,7 +308,8 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
                 check_tensors({name: tensor})  # each by itself, since samples are no entries
             check_arguments(model, one)
             if "input_ids" in one and _reads_tokens(model):
-                _check_tokens(model, one["input_ids"])
+                tokens = one["input_ids"].long()
+                _check_tokens(model, tokens.reshape(-1, tokens.shape[-1]))
         named.append({name: one[name] for name in accepted_arguments(model) if name in one})
         forms = [{name: (t.dtype, t.ndim) for name, t in named[i].items()} for i in (0, index)]
         if forms[0] != forms[1]:

@@ -106,37 +106,22 @@ class ImageSet(SampleSet):
         return labels
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield preprocessed images, (at most size, channels, height, width) float32 or uint8.
-
-        Raises
-        ------
-        DataError
-            If a file is no image that can be decoded, or images become tensors of several shapes.
-        OptionError
-            If `size` is not positive, or the preprocessing is not stated in full.
-        """
+        """Yield preprocessed images, (at most size, channels, height, width) float32 or uint8."""
         whole_number(size, "the batch size (batch_size, `--batch-size`)", 1)
         transform = self.preprocessing.transform()
         for start in range(0, len(self), size):
             some = range(start, min(start + size, len(self)))
             images = [transform(self.decoded(index)) for index in some]
-            shapes = {tuple(image.shape) for image in images}
-            if len(shapes) > 1:
-                one, other, *_ = sorted(shapes)
+            try:
+                yield torch.stack(images)
+            except RuntimeError as error:
                 raise DataError(
-                    f"the images of {self.source} become tensors of {one} and of {other}; give a "
+                    f"the images of {self.source} differ in size ({first_line(error)}); give a "
                     "transform that leads to one size"
-                )
-            yield torch.stack(images)
+                ) from error
 
     def tensor(self) -> Tensor:
-        """Return all images at once, (n, channels, height, width) float32 or uint8.
-
-        Raises
-        ------
-        DataError
-            If a file is no image that can be decoded.
-        """
+        """Return all images at once, (n, channels, height, width) float32 or uint8."""
         return torch.cat(list(self.batches(64)))
 
     def arguments(self) -> tuple[Tensor, ...]:
@@ -161,13 +146,7 @@ class ImageSet(SampleSet):
         ]
 
     def decoded(self, index: int) -> Any:
-        """Return an image as PIL has it, in color or not, as the model reads it.
-
-        Raises
-        ------
-        DataError
-            If the file is no image that can be decoded.
-        """
+        """Return an image as PIL has it, in color or not, as the model reads it (DataError)."""
         from PIL import Image
 
         item, mode = self.items[index], self.preprocessing.mode

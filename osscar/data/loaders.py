@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +152,11 @@ def _called(data: Any) -> str:
 
 def _batches_of(data: Any) -> Any:
     """Return what a tuple holds as a list: one pair (inputs, labels), or several batches."""
-    match data:
-        case (Tensor() | np.ndarray() | Mapping(), Tensor() | np.ndarray()) if isinstance(
-            data, tuple
-        ):
-            return [data]
-        case tuple():
-            return list(data)
-    return data
+    if not isinstance(data, tuple):
+        return data
+    kinds = (Tensor, np.ndarray)
+    pair = len(data) == 2 and isinstance(data[1], kinds)
+    return [data] if pair and isinstance(data[0], (*kinds, Mapping)) else list(data)
 
 
 def _length(data: Any) -> int | None:
@@ -203,13 +200,19 @@ def _read(
         )
     elif isinstance(data, str) or not isinstance(data, Iterable):
         raise DataError(f"cannot read batches of {what}; {_FORMS}")
-    read = list(_first(iter(source), model, samples))
-    if not read:
+    batches, count = list[TensorSet | SampleList](), 0
+    left_out, hidden = dict[str, None](), dict[str, None]()  # in order, each name once
+    for number, given in enumerate(source):
+        with of_part(f"batch {number} of the data"):
+            batch, without, masks = _named(model, given)
+        batches.append(batch)
+        left_out |= dict.fromkeys(without)
+        hidden |= dict.fromkeys(masks)
+        count += len(batch)
+        if samples is not None and count >= samples:
+            break  # the next batch may be long in coming
+    if not batches:
         raise DataError(f"{what} is empty or exhausted; give a list or a new DataLoader")
-    batches = [one.samples for one in read]
-    left_out = list(dict.fromkeys(name for one in read for name in one.left_out))
-    hidden = list(dict.fromkeys(name for one in read for name in one.hidden))
-    count = sum(map(len, batches))
     cut = samples is not None and count > samples
     if samples is not None and cut:
         batches[-1] = batches[-1].rows(torch.arange(len(batches[-1]) - count + samples))
@@ -217,7 +220,7 @@ def _read(
     if cut or (count == samples and length != len(batches)):
         notes = [f"its first {pluralize(count, 'sample')}"]
     title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
-    found, notes = _joined(model, batches, left_out, hidden, title, notes)
+    found, notes = _joined(model, batches, list(left_out), list(hidden), title, notes)
     if groups is None:
         return found, notes
     if isinstance(found, CalibrationSet):
@@ -227,29 +230,10 @@ def _read(
     return replace(found, sample_groups=groups[:count]), notes  # type: ignore[type-var]
 
 
-def _first(source: Iterator[Any], model: nn.Module, samples: int | None) -> Iterator[_Read]:
-    """Yield batches by argument, until there are enough samples."""
-    read = 0
-    for number, given in enumerate(source):
-        with of_part(f"batch {number} of the data"):
-            batch = _named(model, given)
-        yield batch
-        read += len(batch.samples)
-        if samples is not None and read >= samples:
-            return  # the next batch may be long in coming
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A batch by argument, what was left out of it, and which masks hid something."""
-
-    samples: TensorSet | SampleList
-    left_out: list[str]
-    hidden: tuple[str, ...]
-
-
-def _named(model: nn.Module, given: Any) -> _Read:
-    """Read a batch by argument."""
+def _named(
+    model: nn.Module, given: Any
+) -> tuple[TensorSet | SampleList, list[str], tuple[str, ...]]:
+    """Return a batch by argument, what was left out of it, and which masks hid something."""
     inputs, labels, left_out = given, None, list[str]()
     if isinstance(given, tuple | list):
         if not 1 <= len(given) <= 2:
@@ -283,7 +267,7 @@ def _named(model: nn.Module, given: Any) -> _Read:
     check_arguments(model, named)
     apart = divided(model, named, scored)
     found = TensorSet("", named, scored) if apart is None else SampleList("", apart, scored)
-    return _Read(found, left_out, hides(model, named))
+    return found, left_out, hides(model, named)
 
 
 def _scored(labels: Any) -> Tensor | None:
@@ -326,11 +310,8 @@ def _joined(
             "the data have a mask, and this model does not support padded samples; give samples "
             "without padding"
         )
-    samples = [
-        sample
-        for one in batches
-        for sample in (one.samples if isinstance(one, SampleList) else [one.tensors])
-    ]
+    parts = (one.samples if isinstance(one, SampleList) else [one.tensors] for one in batches)
+    samples = [sample for part in parts for sample in part]
     forms = [
         {name: f"{name} {str(t.dtype)[6:]} of {list(t.shape[1:])}" for name, t in one.items()}
         for one in samples
@@ -353,25 +334,20 @@ def _joined(
         labels, left_out = None, [*left_out, LABEL_NAMES[0]] if labelled else left_out
     stay = [name for name in hidden if name in samples[0]]
     unread = [n for n in accepted_arguments(model) if n in {"target", "targets"} - {*samples[0]}]
-    told = [
-        *(["labels set aside to score by"] if labels is not None else []),
-        *(
-            f"the model gets no {n}: name the inputs to give it"
-            for n in unread
-            if labels is not None
-        ),
-        *([f"without {listed(left_out, 8)}"] if left_out else []),
-        *(["padding cut off"] if len(stay) < len(hidden) else []),
-        *([f"what {listed(stay)} hides counts"] if stay else []),
-    ]
+    told = []
+    if labels is not None:
+        told = ["labels set aside to score by"]
+        told += [f"the model gets no {n}: name the inputs to give it" for n in unread]
+    told += [f"without {listed(left_out, 8)}"] if left_out else []
+    told += ["padding cut off"] if len(stay) < len(hidden) else []
+    told += [f"what {listed(stay)} hides counts"] if stay else []
     source = "; ".join([title, *told])
     together = all(len(x) == 1 for one in samples for x in one.values()) or not divided
     if other is not None or not together:
         return SampleList(source, tuple(samples), labels), [*notes, *told]
     tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
     if _is_causal(model) and set(tensors) == {TOKENS}:
-        windows = CalibrationSet(tensors[TOKENS].long(), source, None)
-        return windows, [*notes, *told]
+        return CalibrationSet(tensors[TOKENS].long(), source, None), [*notes, *told]
     return TensorSet(source, tensors, labels), [*notes, *told]
 
 

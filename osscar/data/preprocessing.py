@@ -107,13 +107,7 @@ class Preprocessing:
                 raise OptionError(f"{name} has 3 numbers, and images 1 channel; give one")
 
     def fitted(self, example: Tensor | None) -> Self:
-        """Take the size and the channels that are None from images (n, channels, height, width).
-
-        Raises
-        ------
-        DataError
-            If they have another number of channels.
-        """
+        """Take the size and the channels that are None from images (n, channels, height, width)."""
         if example is None:
             return self
         if self.channels not in (None, example.shape[1]) or not example.is_floating_point():
@@ -160,13 +154,7 @@ class Preprocessing:
         )
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """Return the function with these numbers, which is that of torchvision's presets.
-
-        Raises
-        ------
-        MissingDependency
-            If torchvision is not installed.
-        """
+        """Return the function with these numbers, which is that of torchvision's presets."""
         # Not `transforms.v2`, whose last digits differ from those of the presets.
         steps = import_torchvision("transforms")
         return steps.Compose(  # type: ignore[no-any-return]

@@ -162,13 +162,7 @@ class TensorSet(SampleSet):
         return replace(self, tensors=drawn, **self.known_of(rows))
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """Yield at most `size` samples at a time.
-
-        Raises
-        ------
-        OptionError
-            If `size` is not positive.
-        """
+        """Yield at most `size` samples at a time."""
         whole_number(size, "the batch size (batch_size, `--batch-size`)", 1)
         for start in range(0, len(self), size):
             yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
@@ -193,10 +187,6 @@ class SampleList(SampleSet):
     sample_groups
         As of a `TensorSet`.
 
-    Raises
-    ------
-    DataError
-        If labels are no such numbers.
     """
 
     alone: ClassVar[bool] = True

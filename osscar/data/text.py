@@ -127,11 +127,6 @@ def _as_words(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise OptionError(
-            f"the tokenizer is a {type(tokenizer).__name__}; give that of transformers which "
-            "belongs to the model"
-        )
     # verbose=False: a text longer than the model's context is the normal case here
     options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     ids: list[int] = tokenizer(text, **options)["input_ids"]
@@ -330,13 +325,7 @@ class TextSet:
         return fingerprints_of_runs(self.tokens)
 
     def cut(self, models: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        """Return the windows, (at most seqlen,) int64 each, that fit all of the models.
-
-        Raises
-        ------
-        OptionError
-            If a window of the length asked for is too long, or has no room for the text.
-        """
+        """Return the windows, (at most seqlen,) int64 each, that fit all models (OptionError)."""
         limit = min(context_length(model) or DEFAULT_SEQLEN for model in models)
         length = min(limit, DEFAULT_SEQLEN) if self.seqlen is None else self.seqlen
         room, least = length - len(self.before), max(2, len(self.before) + 1)
@@ -350,18 +339,7 @@ class TextSet:
         return tuple(piece for piece in pieces[: self.windows] if len(piece) > 1)
 
     def check_same_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse to compare with a model that reads other tokens.
-
-        Parameters
-        ----------
-        tokenizer
-            The other model's.
-
-        Raises
-        ------
-        ModelError
-            If it makes other tokens of the text, or puts others around it.
-        """
+        """Refuse to compare with a model whose tokenizer makes other tokens of the text."""
         mine = torch.cat([self.tokens, self.before, self.after])
         theirs = torch.cat([encode(tokenizer, self.text), *special_tokens(tokenizer)])
         if not torch.equal(mine, theirs):

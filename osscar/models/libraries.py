@@ -42,29 +42,21 @@ def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> 
     options = {} if library == _TIMM else dict(_OPTIONS.get(own, {}))
     origin = LibraryOrigin(library, own, options)
     _check_known(origin)
-    task = _task(origin)
-    if task == "quantization":
-        raise ModelError(
-            f"torchvision's {own!r} is for quantized weights, which cannot be refitted; prune "
-            f"torchvision:{own.removeprefix('quantized_')}, and quantize the result"
-        )
     random = weights is None and not pretrained
     if random:
         model = origin.build().eval()
     else:
         state = _fetched(origin) if weights is None else read_state(weights)
         model = _filled(origin, state, str(weights or name))
-    example = None
-    if task == "video":
+    example: tuple[Tensor, ...] = ()
+    if _task(origin) == "video":
         crop = _preset(origin).transforms().crop_size
-        height, width = (*crop, *crop)[:2]
-        clips = torch.zeros(2, 3, _FRAMES, int(height), int(width))
-        example = named_inputs(model, (clips,))
-    elif task == "optical_flow":
-        example = named_inputs(model, (torch.zeros(2, 3, _FLOW_SIDE, _FLOW_SIDE),) * 2)
+        example = (torch.zeros(2, 3, _FRAMES, *map(int, (*crop, *crop)[:2])),)
+    elif _task(origin) == "optical_flow":
+        example = (torch.zeros(2, 3, _FLOW_SIDE, _FLOW_SIDE),) * 2
     return LoadedModel(
         model=model,
-        example=example,
+        example=named_inputs(model, example) if example else None,
         source=f"{library} {own}{', freshly initialized weights' if random else ''}",
         path=None,
         stored_dtype=stored_dtype(model),

@@ -123,10 +123,7 @@ class LoadedModel:
         DataError, FileError
             If data are missing, cannot be read, are too few, or do not fit the model.
         OptionError
-            If `seqlen` is given for what is no text, nothing states what is done to an image, or
-            something does and the data are tensors.
-        MissingDependency
-            If ``datasets`` is needed and not installed.
+            If options do not go with the data, or nothing states what is done to an image.
         """
         named = spec is None or isinstance(spec, str | Path)
         if self.tokenizer is not None and (named or is_text(spec)):
@@ -173,11 +170,6 @@ class LoadedModel:
             Tokens in each window; by default as many as when the model was calibrated.
         seed
             Random seed of the draw.
-
-        Raises
-        ------
-        DataError, FileError, OptionError, MissingDependency
-            As of `calibration`; and if data are given that the model does not read.
         """
         self._check_given(text or seqlen, images, inputs)
         if self.tokenizer is not None:
@@ -209,11 +201,6 @@ class LoadedModel:
             their own.
         images, inputs
             As `osscar.load_images` and `osscar.load_tensors` take them.
-
-        Raises
-        ------
-        DataError, FileError, OptionError
-            As of `training`.
         """
         self._check_given(text or windows or seqlen, images, inputs)
         if self.tokenizer is None:
@@ -275,15 +262,7 @@ class LoadedModel:
         )
 
     def tensors(self, spec: str | Path) -> TensorSet:
-        """Read samples that are fed as they are, as `osscar.load_tensors` does.
-
-        Raises
-        ------
-        FileError
-            If they cannot be read, or do not fit the model.
-        OptionError
-            If the caller stated what is done to an image.
-        """
+        """Read samples that are fed as they are, as `osscar.load_tensors` does."""
         found = load_tensors(spec, self.model)
         self._check_no_images_stated(spec)  # of a file that is there
         return found
@@ -293,15 +272,7 @@ class LoadedModel:
             raise OptionError(f"{source} holds tensors, which are not preprocessed; omit {OPTIONS}")
 
     def images(self, spec: Any) -> ImageSet:
-        """Find images, which become what the model reads, as `osscar.load_images` does.
-
-        Raises
-        ------
-        DataError
-            If there are none; or the model, by its example, reads no images.
-        OptionError
-            If nothing states what is done to an image.
-        """
+        """Find images, which become what the model reads, as `osscar.load_images` does."""
         own = isinstance(self.preprocessing, Transform)
         if self.example is not None and not own and image_of(self.example) is None:
             raise no_images(self.example, self.source)

@@ -158,12 +158,10 @@ def _explained(source: str, error: Exception) -> ModelError:
         )
     if "Unrecognized configuration class" in message:
         return ModelError(f"{source} is no causal language model; {OTHERS}")
-    pickled = "safetensors" in message
-    advice = (
-        "; convert pickled weights first, which can run code and are not read" if pickled else ""
-    )
+    advice = "; convert pickled weights first, which can run code and are not read"
     return ModelError(
-        f"cannot load {source} as a causal language model: {first_line(error):.500}{advice}"
+        f"cannot load {source} as a causal language model: {first_line(error):.500}"
+        f"{advice if 'safetensors' in message else ''}"
     )
 
 
@@ -174,14 +172,10 @@ def image_processor(path: Path) -> Any:
     """Return the image processor of a classifier in a directory; None if there is none."""
     if not (path / _PROCESSOR_FILE).is_file():
         return None
-    with attempt() as tried:  # of a file that is damaged, whatever it meets
+    with readable(path / _PROCESSOR_FILE):
         return transformers.AutoImageProcessor.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    raise ModelError(
-        f"the image processor in {path / _PROCESSOR_FILE} cannot be read: "
-        f"{first_line(tried.error):.500}; download the checkpoint again"
-    ) from tried.error
 
 
 def transform_of(processor: Any) -> Transform:
