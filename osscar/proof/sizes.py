@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,58 +32,45 @@ _NUMBERS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _TOKENS = "input_ids.shape[1]"
 
 
-@dataclass
-class _Range:
-    """The values of a size: all from `low` to `high`, but for those `without`."""
-
-    low: int = 1
-    high: int | None = None
-    without: set[int] = field(default_factory=set)
-
-    def limit(self, how: str, number: int) -> None:
-        """Leave what a condition lets pass."""
-        if how == "!=" and number >= self.low:
-            self.without.add(number)
-        if how in ("==", ">", ">="):
-            self.low = max(self.low, number + (how == ">"))
-        if how in ("==", "<", "<="):
-            high = number - (how == "<")
-            self.high = high if self.high is None else min(self.high, high)
-        while self.low in self.without:
-            self.low += 1
-
-    def words(self, noun: str = "") -> str:
-        """Say it of what the noun counts, such as "two tokens or more"."""
-        many = noun and f" {noun}s"
-        lowest = f"{_number(self.low)}{noun and f' {noun}' if self.low == 1 else many}"
-        if self.high == self.low:
-            return lowest
-        said = f"{lowest} or more"
-        if self.high is not None:
-            said = f"{_number(self.low)} to {_number(self.high)}{many}"
-        gaps = [f"{x:,}" for x in sorted(self.without) if self.low < x <= (self.high or x)]
-        return said + (f" but not {' or '.join(gaps)}" if gaps else "")
-
-
 def _number(count: int) -> str:
     return _NUMBERS[count] if count < len(_NUMBERS) else f"{count:,}"
 
 
+def _words(least: int, conditions: Sequence[str], noun: str = "") -> str:
+    """Say for which n from `least` on conditions hold, such as "two tokens or more".
+
+    They hold for those of the example.
+    """
+    many, most = noun and f" {noun}s", least + _beyond(conditions)
+    codes = [compile(one, "<guard>", "eval") for one in conditions]
+    good = [n for n in range(least, most + 1) if all(eval(code, {"n": n}) for code in codes)]
+    low, high = good[0], good[-1]
+    lowest = f"{_number(low)}{noun and f' {noun}' if low == 1 else many}"
+    if high == low:
+        return lowest
+    said = f"{_number(low)} to {_number(high)}{many}" if high < most else f"{lowest} or more"
+    gaps = [f"{n:,}" for n in sorted({*range(low, high)} - {*good})]
+    return said + (f" but not {' or '.join(gaps)}" if gaps else "")
+
+
+def _beyond(conditions: Sequence[str]) -> int:
+    """Return a number beyond which none of some polynomials changes its sign."""
+    numbers = ([max(2, int(one)) for one in _NUMBER.findall(code)] for code in conditions)
+    return max((2 * math.prod(some) + 2 for some in numbers), default=2)
+
+
 def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> str:
     """Say for which inputs two programs hold; `samples` are the fewest of a batch."""
-    ranges, conditions = dict[str, _Range](), list[str]()
-    ranges["batch"] = _Range(samples)
+    of_sizes, others = dict[str, list[str]](), list[str]()
     for guard in dict.fromkeys((*dense.sizes.guards, *made.sizes.guards)):
         places = set(_PLACE.findall(guard))
-        limits = _limits(guard, *places) if len(places) == 1 else None
-        if limits is not None:
-            place = places.pop()
-            place = "batch" if place.endswith(".shape[0]") else place
-            for how, number in limits:
-                ranges.setdefault(place, _Range()).limit(how, number)
+        place = min(places, default="")
+        code = guard.replace(place, "n")
+        if len(places) == 1 and _POLYNOMIAL.fullmatch(code) and _beyond([code]) <= _MOST_TRIED:
+            name = "batch" if place.endswith(".shape[0]") else place
+            of_sizes.setdefault(name, []).append(code)
         elif not _ALIKE.fullmatch(guard):
-            conditions.append(_MULTIPLE.sub(r"\1 is a multiple of \2", guard))
-    batch = ranges["batch"]
+            others.append(_MULTIPLE.sub(r"\1 is a multiple of \2", guard))
     said, given = list[str](), list[str]()
     for name, value in zip(dense.input_names, dense.inputs, strict=True):
         if not isinstance(value, Tensor):
@@ -92,38 +79,20 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
         pairs = zip(dense.sizes.shapes[name], made.sizes.shapes[name], strict=True)
         sizes = [one or other for one, other in pairs]
         if sizes[:1] == [None] and not said:
-            of = "a batch" if batch.low == batch.high else "batches"
-            said.append(f"{'any batch' if batch == _Range() else of} of {batch.words()}")
-        own = [ranges.get(f"{name}.shape[{dim}]", _Range()) for dim in range(len(sizes))]
+            batch = _words(samples, of_sizes.get("batch", []))
+            of = "batches" if " " in batch else "a batch"
+            said.append(f"{'any batch' if batch == 'one or more' else of} of {batch}")
+        own = [of_sizes.get(f"{name}.shape[{dim}]", []) for dim in range(len(sizes))]
         if name == "input_ids" and sizes == [None, None]:
-            given.append(own[1].words("token"))
-        else:
-            words = [
-                "any" if size is None and range == _Range() else str(size or range.words())
-                for size, range in zip(sizes, own, strict=True)
-            ]
-            given.append(f"{name} ({', '.join(words)})")
+            given.append(_words(1, own[1], "token"))
+            continue
+        words = (
+            str(size or (_words(1, own[dim]) if own[dim] else "any"))
+            for dim, size in enumerate(sizes)
+        )
+        given.append(f"{name} ({', '.join(words)})")
     listed = ", and ".join((*said, ", ".join(given)))
-    return " where ".join((listed, *([" and ".join(conditions)] if conditions else [])))
-
-
-def _limits(guard: str, place: str) -> list[tuple[str, int]] | None:
-    """Return what a condition on one size lets pass, as comparisons; None if it is no range."""
-    code = guard.replace(place, "n")
-    if not _POLYNOMIAL.fullmatch(code):
-        return None
-    # Beyond the product of its numbers no polynomial changes its sign.
-    most = 2 * math.prod(max(2, int(number)) for number in _NUMBER.findall(code)) + 2
-    if most > _MOST_TRIED:  # a limit of an index, such as 2**31
-        return None
-    holds = compile(code, "<guard>", "eval")
-    good = [n for n in range(1, most + 1) if eval(holds, {"n": n})]
-    if not good:
-        return None
-    low, high = good[0], good[-1]
-    gaps = sorted(set(range(low, high)) - {*good})
-    ends = [(">=", low), *([("<=", high)] if high < most else [])]
-    return [*ends, *(("!=", gap) for gap in gaps)]
+    return " where ".join((listed, *([" and ".join(others)] if others else [])))
 
 
 def untried_in_words(untried: Iterable[tuple[str, int]]) -> tuple[str, ...]:
