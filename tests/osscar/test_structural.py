@@ -322,6 +322,9 @@ def test_sizes_are_said_in_words(guards, said):
     ids = torch.zeros(2, 16, dtype=torch.int64)
     program = SimpleNamespace(input_names=("input_ids",), inputs=(ids,), sizes=sizes)
     assert sizes_in_words(program, program) == said
+    if not guards:
+        fewest = "batches of two or more, and one token or more"
+        assert sizes_in_words(program, program, samples=2) == fewest
 
 
 class WithNumber(Net):
