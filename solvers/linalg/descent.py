@@ -58,16 +58,16 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     # between the last at which too much is left and the next.
     t, w = target.cpu().numpy(), weight.cpu().numpy()
     n, due = t.shape[1], t.shape[1] - total.cpu().numpy()[:, None]
-    zero = t / w
+    zero, rows = t / w, np.arange(len(t))[:, None]
     bends = np.concatenate([zero - 1 / w, zero], 1)
     order = bends.argsort(1)
-    bends = np.take_along_axis(bends, order, 1)
-    slopes = np.take_along_axis(np.concatenate([w, -w], 1), order, 1).cumsum(1)
+    bends = bends[rows, order]
+    slopes = np.concatenate([w, -w], 1)[rows, order].cumsum(1)
     fell = np.zeros_like(bends)
-    np.cumsum(np.diff(bends) * slopes[:, :-1], axis=1, out=fell[:, 1:])
+    np.cumsum((bends[:, 1:] - bends[:, :-1]) * slopes[:, :-1], axis=1, out=fell[:, 1:])
     last = ((fell < due).sum(1, keepdims=True) - 1).clip(0, 2 * n - 2)
-    before, slope, reached = (np.take_along_axis(a, last, 1) for a in (fell, slopes, bends))
+    before, slope, reached = (a[rows, last] for a in (fell, slopes, bends))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # where the sum is flat
         tau = reached + np.where(slope > 0, (due - before) / slope, 0.0)
-    tau = np.minimum(tau, np.take_along_axis(bends, last + 1, 1))  # a flat slope is rounding
+    tau = np.minimum(tau, bends[rows, last + 1])  # a flat slope is rounding
     return torch.from_numpy((t - tau * w).clip(0.0, 1.0)).to(target.device)

@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import Consumer, ProblemError, Status, SubsetProblem, VerificationError, refit, solve
+from solvers import Consumer, Status, SubsetProblem, refit, solve
 from solvers.closed_forms import elimination, pivot
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState, best_swap, candidates, swap_gains
 from solvers.closed_forms.row_blocks import RowBlocks, equal_width, unit_rows
-from solvers.closed_forms.schur import eliminate_fixed
 from solvers.exact.enumeration import Enumerate
 from solvers.linalg import gram, symmetric
 from solvers.problem import NO_ROW
@@ -30,7 +29,7 @@ from tests.solvers.instances import (
     shuffled_units,
 )
 
-properties = settings(max_examples=30, deadline=None, derandomize=True)
+properties = settings(max_examples=20, deadline=None, derandomize=True)
 panels = st.sampled_from([5, 256])
 """Rows of panels in which units do not fit, and of one panel."""
 
@@ -328,79 +327,3 @@ def test_enumeration_is_no_more_certain_than_its_arithmetic(seed):
     exact = exact_optimum(problem)
     assert Fraction(selection.lower_bound) <= exact
     assert selection.lower_bound == pytest.approx(float(exact), rel=1e-3)
-
-
-# ---- rows that stay, eliminated before the problem is posed, against the whole problem -----------
-
-UNITS, FIXED = [[0, 3], [1], [2, 4, 5], [6], [7]], 5
-
-
-def whole(*, corrected=True):
-    """Terms of least squares whose first rows stay: damped H, G, e, dense weights."""
-    generator = torch.Generator().manual_seed(0)
-    p = FIXED + sum(map(len, UNITS))
-    X = torch.randn(60, p, generator=generator, dtype=torch.float64)
-    X[:, FIXED + 1] += 2 * X[:, 0]  # a unit that the fixed rows know much of
-    X[:, 2] = 0  # and a fixed row that says nothing
-    W0 = torch.randn(p, 3, generator=generator, dtype=torch.float64)
-    Y = X @ W0 + corrected * torch.randn(60, 3, generator=generator, dtype=torch.float64)
-    added = 0.01 * (X.square().mean(0) + 1e-3)
-    e = float(Y.square().sum()) / 60 + float((added[:, None] * W0.square()).sum())
-    return X.T @ X / 60 + torch.diag(added), X.T @ Y / 60 + added[:, None] * W0, e, W0
-
-
-def eliminated(H, G, e, W0):
-    matrix = symmetric.Symmetric.zeros(len(H), H, cut=FIXED)
-    for start, panel in matrix.spans():
-        panel.copy_(H[start : start + len(panel), : start + len(panel)])
-    rows, rest, own, least = eliminate_fixed(matrix, G.clone(), e, FIXED)
-    consumer = Consumer.from_gram(rest, W0[FIXED:], G=own, e=least, units=UNITS, damp=0.0, scale=e)
-    return rows, SubsetProblem((consumer,), 2)
-
-
-@pytest.mark.parametrize(("panel_rows", "corrected"), [(2, True), (4, False), (256, True)])
-def test_every_support_loses_what_it_does_with_the_fixed_rows_refitted(
-    monkeypatch, panel_rows, corrected
-):
-    monkeypatch.setattr(symmetric, "PANEL_ROWS", panel_rows)
-    H, G, e, W0 = whole(corrected=corrected)
-    rows, problem = eliminated(H, G, e, W0)
-    for size in range(len(UNITS) + 1):
-        for support in itertools.combinations(range(len(UNITS)), size):
-            stay = [*range(FIXED), *(FIXED + row for unit in support for row in UNITS[unit])]
-            exact = torch.zeros_like(G)
-            exact[stay] = torch.linalg.solve(H[stay][:, stay], G[stay])
-            least = float((exact * (H @ exact - 2 * G)).sum()) + e
-            (W,), loss = refit(problem, torch.tensor(support, dtype=torch.int64))
-            assert loss == pytest.approx(least, rel=1e-9, abs=1e-9 * e)
-            torch.testing.assert_close(torch.cat([rows.refit(W), W]), exact, rtol=1e-9, atol=1e-9)
-
-
-def test_a_solution_of_the_smaller_problem_is_proved_and_relative_to_the_whole(tmp_path):
-    H, G, e, W0 = whole()
-    _, problem = eliminated(H, G, e, W0)
-    assert problem.scale == e > problem.empty_loss
-    problem.save(tmp_path / "problem.safetensors")
-    again = SubsetProblem.load(tmp_path / "problem.safetensors")
-    assert (again.scale, again.empty_loss) == (problem.scale, problem.empty_loss)
-    best = min(refit(problem, pair)[1] for pair in torch.combinations(torch.arange(5)))
-    solution = solve(again, "local_search", bound=True)
-    assert solution.loss == pytest.approx(best)
-    assert solution.relative_loss == pytest.approx(solution.verify().loss / e)
-    (divided,) = (consumer.divided(e) for consumer in problem.consumers)
-    assert divided.scale == divided.to("cpu").scale == 1.0
-
-
-def test_losses_are_relative_to_nothing_that_they_exceed():
-    _, problem = eliminated(*whole())
-    (consumer,) = problem.consumers
-    for scale in (consumer.e / 2, float("nan"), float("inf"), "1"):
-        with pytest.raises(ProblemError, match="scale"):
-            replace(consumer, scale=scale)
-    # One that somebody made up proves no bound.
-    huge = replace(problem, consumers=(replace(consumer, scale=1e30),))
-    solution = solve(huge, "perspective", rounds=0)
-    between = (solution.lower_bound + solution.loss) / 2
-    assert between < 0.999 * solution.loss
-    with pytest.raises(VerificationError, match="its certificate proves"):
-        replace(solution, lower_bound=between).verify()

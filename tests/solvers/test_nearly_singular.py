@@ -57,15 +57,15 @@ def check(seed, *, beyond=False) -> None:
 
 
 def test_honest_proofs_are_accepted():
-    for seed in range(8):
+    for seed in range(3):
         check(seed)
     for seed in (96, 140, 218):
         check(seed, beyond=True)
 
 
 @pytest.mark.slow
-def test_honest_proofs_are_accepted_thousands_of_times():
-    for seed in range(1000, 4000):
+def test_honest_proofs_are_accepted_hundreds_of_times():
+    for seed in range(1000, 1600):
         check(seed)
 
 

@@ -20,6 +20,7 @@ from solvers import (
     Consumer,
     ProblemError,
     SubsetProblem,
+    VerificationError,
     quadratic_loss,
     solve,
 )
@@ -224,14 +225,23 @@ def test_what_is_dead():
     solution.verify()
 
 
-def test_a_loss_divided_by_a_number_is_the_same_problem():
+def test_losses_are_relative_to_a_scale_which_is_saved_and_divided_and_proves_nothing(tmp_path):
     (consumer,) = INSTANCES["target"].problem.consumers
-    part = consumer.divided(4.0)
-    whole, divided = (solve(SubsetProblem((c,), 5), "greedy") for c in (consumer, part))
-    torch.testing.assert_close(divided.weights, whole.weights)
-    assert divided.loss == pytest.approx(whole.loss / 4, rel=1e-12)
-    assert part.violation is None
-    assert part.damping == consumer.damping / 4
+    for scale in (consumer.e / 2, math.nan, math.inf, "1"):
+        with pytest.raises(ProblemError, match="scale"):
+            replace(consumer, scale=scale)
+    whole = SubsetProblem((replace(consumer, scale=4 * consumer.e),), 5)
+    whole.save(tmp_path / "problem.safetensors")
+    part = SubsetProblem.load(tmp_path / "problem.safetensors").consumers[0].divided(4.0)
+    assert part.scale == part.to("cpu").scale == consumer.e
+    assert (part.violation, part.damping) == (None, consumer.damping / 4)
+    found, divided = (solve(p, "perspective") for p in (whole, SubsetProblem((part,), 5)))
+    torch.testing.assert_close(divided.weights, found.weights)
+    assert divided.loss == pytest.approx(found.loss / 4, rel=1e-12)
+    assert found.relative_loss == pytest.approx(found.verify().loss / (4 * consumer.e))
+    huge = replace(found, problem=replace(whole, consumers=(replace(consumer, scale=1e30),)))
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        replace(huge, lower_bound=(found.lower_bound + found.loss) / 2).verify()
 
 
 # ---- what holds the numbers, and who owns them ---------------------------------------------------
