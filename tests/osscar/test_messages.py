@@ -153,9 +153,9 @@ def test_a_warning_points_at_the_line_that_called(warned):
 
 def test_warnings_of_one_kind_are_one_with_the_list_of_layers():
     torch.manual_seed(0)
-    layers = [layer for _ in range(12) for layer in (nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 6))]
+    layers = [layer for _ in range(5) for layer in (nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 6))]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         osscar.prune(nn.Sequential(*layers).eval(), torch.randn(8, 6), neurons=0.5, damp=0.1)
     (told,) = [str(one.message) for one in seen if "rank-deficient" in str(one.message)]
-    assert re.search(r"of 2 \(\d calibration positions for 40 inputs\); 5 .* and 9 more; ", told)
+    assert re.search(r"of 2 \(\d calibration positions for 40 inputs\); 5 .* and 2 more; ", told)

@@ -32,12 +32,12 @@ CHEAP = {"backend": "magnitude", "device": "cpu"}
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_pruned(family):
-    model, ids = tiny(family), tokens(3, 11, seed=6)
+    model, ids = tiny(family, layers=1), tokens(3, 11, seed=6)
     before = copy.deepcopy(model.state_dict())
     result = osscar.prune(model, tokens(), heads="2/3", neurons="0.5", device="cpu")
     small = result.model
     # Units are gone.
-    assert [layer.kind for layer in result.layers] == ["heads", "neurons"] * 2
+    assert [layer.kind for layer in result.layers] == ["heads", "neurons"]
     assert all(layer.kept < layer.units for layer in result.layers)
     assert result.parameters_after == sum(p.numel() for p in small.parameters())
     assert result.parameters_after < result.parameters_before

@@ -40,7 +40,7 @@ from osscar.run.target_search import (
     next_limit,
 )
 from tests.osscar.families import tiny
-from tests.osscar.networks import images, small_net
+from tests.osscar.networks import images
 from tests.osscar.test_run_log import Killed
 
 DIVERGENCE, TOP1 = TargetKind.DIVERGENCE, TargetKind.TOP1
@@ -98,7 +98,7 @@ def test_copies_and_samples_of_one_group_count_as_one():
     with torch.no_grad():
         next(iter(worse.parameters())).mul_(1.3)
     rows = torch.arange(24).repeat(3)
-    moved = {"x": data.rows(rows).tensors["x"] + 1e-3 * torch.randn(72, 3, 12, 12)}
+    moved = {"input": data.rows(rows).tensors["input"] + 1e-3 * torch.randn(72, 3, 12, 12)}
     near = osscar.TensorSet("near copies", moved, data.labels[rows], rows)
     for quality in (DIVERGENCE, TOP1):
         once, thrice, grouped = (
@@ -229,10 +229,10 @@ def two_attempts(monkeypatch):
 
 def labelled(count=192):
     """Return images, with what the dense model says of them; a few labels are not scored."""
-    dense, data = small_net(), images(count)
+    dense, data = two_groups(), images(count)
     labels = dense(data).argmax(1)
     labels[::40] = IGNORED
-    return dense, osscar.TensorSet("images", {"x": data}, labels)
+    return dense, osscar.TensorSet("images", {"input": data}, labels)
 
 
 def two_groups():
@@ -269,9 +269,9 @@ def by_hand(quality, dense, model, data):
 @pytest.mark.parametrize(
     ("quality", "most", "case"),
     [
-        (TargetKind.PERPLEXITY, "12%", text),
-        pytest.param(TOP1, "25%", labelled, marks=pytest.mark.slow),
-        pytest.param(DIVERGENCE, 0.02, labelled, marks=pytest.mark.slow),
+        pytest.param(TargetKind.PERPLEXITY, "12%", text, marks=pytest.mark.slow),
+        (TOP1, "25%", labelled),
+        (DIVERGENCE, 0.02, labelled),
     ],
 )
 def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
@@ -317,7 +317,7 @@ def test_a_search_that_was_killed_repeats_no_attempt_and_ends_with_the_same_bits
         return Bounded(lost, lost, 16)
 
     monkeypatch.setattr(Judge, "measure", measure)
-    whole = prune_as_asked(small_net(), images(), request)
+    whole = prune_as_asked(two_groups(), images(64), request)
     log, appended, original = RunLog(tmp_path / "log"), [], RunLog.append
 
     def append(self, index, record):
@@ -328,8 +328,8 @@ def test_a_search_that_was_killed_repeats_no_attempt_and_ends_with_the_same_bits
 
     monkeypatch.setattr(RunLog, "append", append)
     with pytest.raises(Killed):
-        prune_as_asked(small_net(), images(), request, log)
-    again = prune_as_asked(small_net(), images(), request, log)
+        prune_as_asked(two_groups(), images(64), request, log)
+    again = prune_as_asked(two_groups(), images(64), request, log)
     assert len(appended) == len(set(appended))
     assert (again.target, again.plan) == (whole.target, whole.plan)
     for name, tensor in whole.model.state_dict().items():
@@ -342,7 +342,7 @@ def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp
     monkeypatch.setattr(Judge, "measure", lambda self, model: Bounded(0.01, 0.03, 16))
     monkeypatch.setattr("osscar.run.target_search.MOST_ATTEMPTS", 1)
     with pytest.raises(RequestError, match=r"within max_divergence 0.02: the nearest, .* of"):
-        prune_as_asked(small_net(), images(), request, log)
+        prune_as_asked(two_groups(), images(64), request, log)
     assert not log.directory.exists()
 
 

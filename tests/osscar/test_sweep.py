@@ -24,7 +24,7 @@ from osscar.run.sweep import SweepDirectory, SweepPoint, prune_points
 from osscar.walk.walk import Walk
 from tests.osscar.families import tiny as tiny_of
 from tests.osscar.families import tokens
-from tests.osscar.networks import images, small_net
+from tests.osscar.networks import images
 
 SPARSITY, FLOPS = BudgetKind.SPARSITY, BudgetKind.FLOPS
 MEASURED = "measured"
@@ -46,7 +46,7 @@ def grouped_net():
 @pytest.mark.parametrize("kind", ["opt", "images"])
 def test_a_point_is_what_a_run_of_its_own_makes(kind):
     of_text = kind == "opt"
-    model, data = (tiny_of("opt", layers=1), tokens()) if of_text else (small_net(), images())
+    model, data = (tiny_of("opt", layers=1), tokens()) if of_text else (grouped_net(), images(48))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     points = (
         SweepJob(MEASURED, SPARSITY if of_text else FLOPS, 0.7),
