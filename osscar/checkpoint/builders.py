@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -58,8 +59,11 @@ class TransformersOrigin:
     def of_directory(cls, path: Path) -> TransformersOrigin:
         """Read the config in a directory."""
         described = check_config(path)
-        if SHAPES in described:
-            return cls._of_shapes(path, described)
+        if SHAPES in described:  # what makes these is ours, and not the file beside it
+            validated(described[SHAPES], _Shapes, f"{SHAPES} in {path / CONFIG_FILE}")
+            names = described.get("architectures")
+            kind = getattr(modeling_pruned, str(names[0] if isinstance(names, list) else names))
+            return cls(kind, kind.config_class.from_pretrained(path, local_files_only=True))
         try:
             # False, not None: without an answer transformers asks standard input for one.
             config = AutoConfig.from_pretrained(
@@ -77,15 +81,6 @@ class TransformersOrigin:
         found = getattr(transformers, name, None)
         known = isinstance(found, type) and issubclass(found, PreTrainedModel)
         return cls(found if known else AutoModelForCausalLM, config)
-
-    @classmethod
-    def _of_shapes(cls, path: Path, described: Mapping[str, Any]) -> TransformersOrigin:
-        """Read a config that lists shapes; what makes these is ours, and not the file beside it."""
-        validated(described[SHAPES], _Shapes, f"{SHAPES} in {path / CONFIG_FILE}")
-        names = described.get("architectures")
-        name = names[0] if isinstance(names, list) and names else None
-        kind = getattr(modeling_pruned, str(name))
-        return cls(kind, kind.config_class.from_pretrained(path, local_files_only=True))
 
     def read_stock(self, path: Path, dtype: torch.dtype | None) -> nn.Module:
         """Read a checkpoint that needs no plan, in evaluation mode."""
@@ -179,22 +174,18 @@ class LibraryOrigin(Origin):
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched."""
         if self.library == "timm":
-            model: nn.Module = import_timm().create_model(
-                self.name, pretrained=False, **self.options
-            )
+            model = import_timm().create_model(self.name, pretrained=False, **self.options)
         else:
-            models = import_torchvision("models")
-            builder = models.get_model_builder(self.name)
+            builder = import_torchvision("models").get_model_builder(self.name)
             # Of segmentation and detection models the backbone would be fetched.
-            accepted = (
-                key for key in inspect.signature(builder).parameters if key.startswith("weights")
-            )
-            none = {"weights": None, **dict.fromkeys(accepted)}
-            model = models.get_model(self.name, **none, **self.options)
+            takes = inspect.signature(builder).parameters
+            none = {"weights": None, **{key: None for key in takes if key.startswith("weights")}}
+            model = builder(**none, **self.options)
             if builder.__module__.startswith(_DETECTION):
                 model = DetectorNetwork(model)
         note(model, origin=self.origin)
-        return model if dtype is None else model.to(dtype)
+        built: nn.Module = model if dtype is None else model.to(dtype)
+        return built
 
     def write(self, model: nn.Module, path: Path) -> None:
         """Write nothing: name and options say it all."""
@@ -253,7 +244,7 @@ M = TypeVar("M", bound=nn.Module)
 def cast(model: M, dtype: torch.dtype) -> M:
     """Convert a model, in place, to a number format, as its library has it in that."""
     like = _as_built(model, dtype)
-    own = {} if like is None else dict(_formats(like))
+    own = _formats(like)
     formats = {id(tensor): own.get(name, dtype) for name, tensor in _named(model)}
 
     def converted(tensor: Tensor) -> Tensor:
@@ -280,8 +271,7 @@ def saved_format(model: nn.Module, dtype: torch.dtype | None = None) -> _SavedFo
     target = stored_dtype(model) if dtype is None else dtype
     if target == number_format(model):
         return lambda name, tensor: tensor.dtype
-    like = _as_built(model, target)
-    kept = {} if like is None else dict(_formats(like))
+    kept = _formats(_as_built(model, target))
     return lambda name, t: kept.get(name, target) if t.is_floating_point() else t.dtype
 
 
@@ -290,23 +280,21 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _formats(model: nn.Module) -> Iterator[tuple[str, torch.dtype]]:
-    return ((name, t.dtype) for name, t in _named(model) if t.is_floating_point())
+def _formats(model: nn.Module | None) -> dict[str, torch.dtype]:
+    named = () if model is None else _named(model)
+    return {name: t.dtype for name, t in named if t.is_floating_point()}
 
 
 def _as_built(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     """Build a model without memory in a number format; None where nothing tells what it keeps."""
-    if not isinstance(model, PreTrainedModel | ProgramModule):
-        return None
-    builder = builder_of(model)
-    if not isinstance(builder, TransformersOrigin):
-        return None
-    try:
-        with EmptyOnMeta(), torch.random.fork_rng(devices=[]):
+    of_library = isinstance(model, PreTrainedModel | ProgramModule)
+    builder = builder_of(model) if of_library else None
+    # Code of somebody else's raises whatever it meets; it is converted as a whole.
+    with suppress(*DESCRIPTION_ERRORS), EmptyOnMeta(), torch.random.fork_rng(devices=[]):
+        if isinstance(builder, TransformersOrigin):
             like: nn.Module = builder.build(dtype)
-    except DESCRIPTION_ERRORS:  # of code of somebody else's; it is converted as a whole
-        return None
-    return like
+            return like
+    return None
 
 
 def _computed(model: nn.Module, like: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -317,14 +305,9 @@ def _computed(model: nn.Module, like: nn.Module) -> Iterator[tuple[str, Tensor]]
         new = fresh.get(name)
         if name in stored or new is None or new.is_meta or not old.is_floating_point():
             continue
-        if new.dtype != old.dtype and new.shape == old.shape and _alike(old.cpu(), new):
+        coarser = max(old.dtype, new.dtype, key=lambda kind: torch.finfo(kind).eps)
+        if new.dtype != old.dtype and torch.equal(old.cpu().to(coarser), new.to(coarser)):
             yield name, new
-
-
-def _alike(old: Tensor, new: Tensor) -> bool:
-    """Whether two tensors are the same in the coarser of their formats."""
-    coarser = max(old.dtype, new.dtype, key=lambda kind: torch.finfo(kind).eps)
-    return torch.equal(old.to(coarser), new.to(coarser))
 
 
 def written_tensors(model: nn.Module) -> dict[str, Tensor]:

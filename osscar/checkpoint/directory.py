@@ -141,12 +141,8 @@ def save(
     ------
     OutputError
         If the directory is in use, or the disk refuses.
-    ModelError, OptionError
-        If an argument is of a wrong type.
-    EquivalenceError
-        If what was read back does not compute what the model computes.
-    CheckpointError
-        If it cannot be read back.
+    EquivalenceError, CheckpointError
+        If what was read back does not compute what the model computes, or cannot be read back.
 
     Warns
     -----
@@ -169,10 +165,7 @@ def save(
         for form in forms:
             with fresh_process() as elsewhere:
                 with system_errors():
-                    manifest = _write(
-                        model, lineage, form, new,
-                        tokenizer=tokenizer, report=report, page=page,
-                    )  # fmt: skip
+                    manifest = _write(model, lineage, form, new, tokenizer, report, page)
                 try:
                     fresh = read_back(model, new, form.kind, expected, elsewhere)
                     break
@@ -255,7 +248,6 @@ def _write(
     lineage: Lineage,
     form: _Form,
     path: Path,
-    *,
     tokenizer: Any,
     report: Mapping[str, Any] | None,
     page: str | None,
@@ -279,11 +271,8 @@ def _write(
         write_json(path / REPORT_FILE, report)
     if page is not None:
         write_text(path / PAGE_FILE, page)
-    card = model_card(
-        model, known, report or {},
-        stock=form.stock, auto=None if form.stock else form.kind,
-        own_code=builder is None,
-    )  # fmt: skip
+    auto, own_code = None if form.stock else form.kind, builder is None
+    card = model_card(model, known, report or {}, stock=form.stock, auto=auto, own_code=own_code)
     write_text(path / CARD_FILE, card)
     origin = None if builder is None else builder.origin
     lineage = dataclasses.replace(lineage, origin=origin, sample=None)

@@ -85,10 +85,9 @@ def is_any_shape(config: Any) -> bool:
 
 def dense_config(config: Any) -> Any:
     """Return the family's own config of the dense model, in which no shapes are listed."""
-    if not is_any_shape(config):
-        return config
-    config = copy.deepcopy(config)
-    _forget_shapes(config)
+    if is_any_shape(config):
+        config = copy.deepcopy(config)
+        _forget_shapes(config)
     return config
 
 

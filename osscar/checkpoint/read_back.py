@@ -87,12 +87,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is to do: read a checkpoint, run it, and look at its tensors.
+    """What a process is to do: read a checkpoint in each way, and run it on inputs.
 
-    directory: Where the checkpoint lies.
-    readings: The ways in which it is read.
-    device: On which it is run.
-    inputs: On what it is run.
     formats: The tensors whose digests are asked for, and in which number format.
     """
 

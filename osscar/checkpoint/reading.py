@@ -23,7 +23,6 @@ from osscar.checkpoint.validation import check_sample, check_tensors, readable
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
 from osscar.proof.lineage import LINEAGE, remember_structure
-from osscar.proof.plan import PruningPlan
 from osscar.shrinking.fold import fold
 from osscar.shrinking.shrink_program import replayed
 
@@ -68,16 +67,9 @@ def load(
 
     Raises
     ------
-    CheckpointError
-        If the directory does not hold such a model, or its weights are not what it says.
-    FileError
-        If a file in it is damaged.
-    OptionError
-        If an argument is of a wrong type.
-    ModelError
-        If `dense` is no model.
-    NonFiniteError
-        If a weight is NaN or infinite.
+    CheckpointError, FileError, NonFiniteError
+        If the directory does not hold such a model, a file in it is damaged, or its weights are not
+        finite or not what it says.
 
     Warns
     -----
@@ -108,8 +100,15 @@ def load(
                 "one (dense, `--dense module:function`)"
             )
         fold(model, stored)  # what the pruned model has as a plain weight
-        for plan in plans:
-            model = _carried_out(model, plan, path)
+        try:
+            for plan in plans:
+                model = replayed(model, plan)
+        except AdapterError as error:
+            raise CheckpointError(
+                f"the model in {path} cannot be rebuilt from {type(model).__name__}: {error}; give "
+                "the dense model that it was pruned from (dense=), with the same code and torch "
+                "version"
+            ) from error
         check_tensors(model, stored, path)
         _fill(model, path)
     return _checked(model.eval(), manifest, path)
@@ -128,17 +127,6 @@ def _fill(model: nn.Module, path: Path) -> None:
                 f"the weights in {path} do not fit its plan: the file {what} {names[0]!r}; "
                 "download the checkpoint again"
             )
-
-
-def _carried_out(model: nn.Module, plan: PruningPlan, path: Path) -> nn.Module:
-    """Return a model without what a plan removes."""
-    try:
-        return replayed(model, plan)
-    except AdapterError as error:
-        raise CheckpointError(
-            f"the model in {path} cannot be rebuilt from {type(model).__name__}: {error}; give the "
-            "dense model that it was pruned from (dense=), with the same code and torch version"
-        ) from error
 
 
 def check_dtype(dtype: object) -> None:

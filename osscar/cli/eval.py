@@ -60,11 +60,8 @@ def run(model: str, options: EvalOptions) -> None:
         elif options.samples is not None:
             data = data.sample(options.samples, seed=0)
         refuse_overlap(data, lineage_of(loaded.model).calibration)
-        how: dict[str, Any] = {
-            "classes": loaded.classes,
-            "batch_size": options.batch_size,
-            "path": loaded.path,
-        }
+        how: dict[str, Any] = {"classes": loaded.classes, "path": loaded.path}
+        how["batch_size"] = options.batch_size
         comparison, structure = None, None
         if dense is not None:
             original = _original(loaded, dense, data, weights, load)
@@ -98,11 +95,8 @@ def run(model: str, options: EvalOptions) -> None:
         **_source(data, options),
         "computed": dataclasses.asdict(computed),
         "structure": None if structure is None else dataclasses.asdict(structure),
-        **(
-            {"model": dataclasses.asdict(evaluation)}
-            if comparison is None
-            else dataclasses.asdict(comparison)
-        ),
+        "model": dataclasses.asdict(evaluation),
+        **({} if comparison is None else dataclasses.asdict(comparison)),
     }
     write_json(options.json, document("eval", 3, content))
 

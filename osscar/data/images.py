@@ -189,18 +189,13 @@ def load_images(spec: Any, preprocessing: Any, *, sample_groups: Any = None) -> 
         an `osscar.Preprocessing`.  Where that states no size or no channels, they are those of an
         ``.npz`` file's images.
     sample_groups
-        A number for each image, in order (of files by path): those of one number are near copies
-        of one another, are never divided into two parts, and count as one.  An ``.npz`` file may
-        have them as `sample_groups`.
+        As of an `osscar.TensorSet`, in order (of files by path).  An ``.npz`` file may have them.
 
     Raises
     ------
-    DataError
-        If there is nothing of the kind, or no image in it; some images lie in subdirectories, and
-        others beside these; or the function fails on the first one, or makes another tensor of it
-        each time.
-    OptionError
-        If the preprocessing is none, or not stated in full.
+    DataError, OptionError
+        If there is no image, or some lie beside the folders of classes; or the preprocessing is not
+        stated in full, fails on the first one, or makes another tensor of it each time.
     """
     images = find_images(spec, as_preprocessing(preprocessing, "the caller"), "a model")
     return images if sample_groups is None else replace(images, sample_groups=sample_groups)
@@ -255,8 +250,10 @@ def _found(spec: str | Path, preprocessing: AnyPreprocessing) -> ImageSet:
 def _from_archive(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
     arrays = read_tensors(path)
     pixels = arrays.get(IMAGES)
-    if pixels is None or pixels.dtype != torch.uint8 or not _are_images(pixels.shape):
-        there = "missing" if pixels is None else f"{pixels.dtype} of {tuple(pixels.shape)}"
+    shape = () if pixels is None else tuple(pixels.shape)
+    fits = min(shape, default=0) > 0 and (len(shape) == 3 or shape[3:] in ((1,), (3,)))
+    if pixels is None or pixels.dtype != torch.uint8 or not fits:
+        there = "missing" if pixels is None else f"{pixels.dtype} of {shape}"
         raise DataError(
             f"{IMAGES!r} in {str(path)!r} must be uint8 (n, height, width, 3) or (n, height, "
             f"width), and is {there}"
@@ -268,10 +265,6 @@ def _from_archive(path: Path, preprocessing: AnyPreprocessing) -> ImageSet:
         preprocessing = preprocessing.of_size(height, width, 1 if pixels.ndim == 3 else 3)
     labels = checked_numbers(LABELS, arrays.get(LABELS), len(pixels))
     return ImageSet(str(path), pixels.numpy(), preprocessing, labels, (), arrays.get(GROUPS))
-
-
-def _are_images(shape: torch.Size) -> bool:
-    return min(shape) > 0 and (len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3)))
 
 
 # ---- data sets ---------------------------------------------------------------------------

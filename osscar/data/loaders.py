@@ -77,9 +77,7 @@ def load_batches(
         How many to read at most, the first ones.  By default all of a list and of tensors, and
         otherwise 256, or 32 of a language model.
     sample_groups
-        A number for each sample of the data, in order: those of one number are near copies of one
-        another, are never divided into two parts, and count as one.  Windows of text have none:
-        they are compared with one another.
+        As of a `TensorSet`.  Windows of text have none: they are compared with one another.
 
     Returns
     -------
@@ -92,10 +90,6 @@ def load_batches(
     DataError
         If there is no batch, batches differ in form, do not fit the model, or are padded in
         another way than at the ends of sequences.
-    ModelError
-        If `model` is no model.
-    OptionError
-        If the number of samples is not positive.
     """
     check_usable(model)
     data = _batches_of(data)
@@ -411,8 +405,7 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
     spec
         An ``.npz`` or ``.safetensors`` file whose entries are named after the arguments of the
         model's forward pass, the first dimension of each being the sample; `labels` may hold the
-        right classes, and `sample_groups` a number for each sample: those of one number are near
-        copies of one another, are never divided into two parts, and count as one.
+        right classes, and `sample_groups` those of a `TensorSet`.
     model
         What will read them.
 

@@ -143,11 +143,9 @@ class Preprocessing:
         numbers = [", ".join(f"{n:.4g}" for n in one or ()) for one in (self.mean, self.std)]
         resize, crop = self.resize, self.crop
         height, width = crop if isinstance(crop, tuple) else (crop, crop)
-        side = (
-            " x ".join(map(str, resize))
-            if isinstance(resize, tuple)
-            else (f"a shorter side of {resize}")
-        )
+        side = f"a shorter side of {resize}"
+        if isinstance(resize, tuple):
+            side = " x ".join(map(str, resize))
         return (
             f"{kind}, resized to {side} ({self.interpolation}); {height} x {width} cut from the "
             f"centre; pixels / 255, mean {numbers[0]}, std {numbers[1]}"
@@ -239,9 +237,9 @@ def as_preprocessing(given: Any, source: str, channels: int = 3) -> AnyPreproces
 
 def check_stated(preprocessing: AnyPreprocessing | None, source: str) -> None:
     """Refuse to guess what is done to an image: an OptionError says what to give."""
-    missing = ["transform"] if preprocessing is None else []
-    if isinstance(preprocessing, Preprocessing):
-        missing = preprocessing.missing()
+    missing = ["transform"]
+    if preprocessing is not None:
+        missing = preprocessing.missing() if isinstance(preprocessing, Preprocessing) else []
     if missing:
         raise OptionError(
             f"{source} does not state the {' and '.join(missing)} of its images. Give "

@@ -237,10 +237,6 @@ def load_calibration(
     ------
     DataError
         If the text is missing, unreadable, or shorter than one window.
-    OptionError
-        If something is of a wrong type, or a number is out of range.
-    MissingDependency
-        If a data set of the hub is asked for and ``datasets`` is not installed.
     """
     whole_number(samples, "the number of windows (samples, `--samples`)", 1)
     whole_number(seqlen, "the number of tokens in a window (seqlen, `--seqlen`)", 1)
@@ -271,9 +267,8 @@ def load_calibration(
 
 
 def _window_starts(tokens: int, samples: int, seqlen: int, seed: int) -> Tensor:
-    random = torch.rand(
-        samples, generator=named_generator("calibration windows", seed), dtype=torch.float64
-    )
+    generator = named_generator("calibration windows", seed)
+    random = torch.rand(samples, generator=generator, dtype=torch.float64)
     slack = tokens - samples * seqlen
     if slack >= 0:  # spread what no window covers over the gaps before, between and after them
         return torch.arange(samples) * seqlen + (random.sort().values * (slack + 1)).long()
@@ -374,8 +369,6 @@ def load_text(
     ------
     DataError
         If the text is missing, unreadable, or has fewer than two tokens.
-    OptionError
-        If a number is out of range.
     """
     if windows is not None:
         whole_number(windows, "the number of windows to score (windows, `--windows`)", 1)

@@ -107,18 +107,11 @@ def export_gguf(
 
     Raises
     ------
-    CheckpointError
-        If the directory holds none that can be read.
-    ModelError
-        If llama.cpp has no graph for the model or no name for its tokenizer, with the reason.
-    OutputError
-        If the file is there already or cannot be written.
-    EquivalenceError
-        If what was read back is not what was written; nothing is written then.
-    OptionError
-        If the number format is not known, or the directory is no name of one.
-    MissingDependency
-        If the package ``gguf`` is not installed.
+    CheckpointError, ModelError
+        If the directory holds none that can be read; or llama.cpp has no graph for the model or no
+        name for its tokenizer, with the reason.
+    OutputError, EquivalenceError
+        If the file is there already or cannot be written, or is not read back as it was written.
     """
     checked("dtype", Format, dtype)
     library = optional("gguf", "gguf", "writing GGUF")
@@ -264,10 +257,9 @@ def _why_not(model: Any) -> str | None:
     biased = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biased and not graph.biased:
         return f"it has {biased[0]!r}, for which {graph.alike!r} and {graph.each!r} have no place"
-    if graph.normalized is not None:
-        reason = why_no_mixture(model, graph.alike, graph.normalized)
-        if reason is not None:
-            return reason
+    mixed = graph.normalized is not None
+    if mixed and (reason := why_no_mixture(model, graph.alike, bool(graph.normalized))):
+        return reason
     if model.config.hidden_act != "silu":
         return f"its neurons have the activation {model.config.hidden_act!r} and not 'silu'"
     rotary = model.model.rotary_emb
@@ -275,13 +267,10 @@ def _why_not(model: Any) -> str | None:
     taken = ("default", "linear", "llama3") if graph.neighbours else ("default",)
     if rotary.rope_type not in taken or scaled != 1:
         return f"its rotary positions are of the type {rotary.rope_type!r}"
-    widths = {layer.self_attn.head_dim for layer in model.model.layers}
-    if len(widths) > 1 or any(
-        layer.self_attn.scaling != layer.self_attn.head_dim**-0.5 for layer in model.model.layers
-    ):
-        return (
-            f"its heads are {sorted(widths)} features wide, or scaled in another way than by that"
-        )
+    attentions = [layer.self_attn for layer in model.model.layers]
+    widths = {one.head_dim for one in attentions}
+    if len(widths) > 1 or any(one.scaling != one.head_dim**-0.5 for one in attentions):
+        return f"its heads are {sorted(widths)} features wide, or not scaled by that"
     return None
 
 
@@ -296,16 +285,10 @@ def _rotary_factors(model: Any) -> Tensor | None:
     return (plain / found).float()
 
 
-def _neighbours(rows: Tensor, heads: int) -> Tensor:
-    """Put the rows of each head in an order in which those that rotate together are neighbours."""
-    halves = torch.unflatten(rows, 0, (heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
-
-
-def _halves(rows: Tensor, heads: int) -> Tensor:
-    """Undo `_neighbours`."""
-    pairs = torch.unflatten(rows, 0, (heads, -1, 2))
-    return pairs.transpose(1, 2).flatten(0, 2)
+def _neighbours(rows: Tensor, heads: int, *, undo: bool = False) -> Tensor:
+    """Put rows of each head that rotate together beside one another, or `undo` that."""
+    parts = torch.unflatten(rows, 0, (heads, -1, 2) if undo else (heads, 2, -1))
+    return parts.transpose(1, 2).flatten(0, 2)
 
 
 # ---- the file ----------------------------------------------------------------------------
@@ -360,7 +343,7 @@ def _check_written(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
     for key, tensor, heads in graph.tensors():
         found = read[key]
         values = torch.from_numpy(graph.library.dequantize(found.data, found.tensor_type).copy())
-        rows = _halves(values, heads) if heads else values
+        rows = _neighbours(values, heads, undo=True) if heads else values
         kind = _TORCH[_type_of(tensor, graph.dtype)]
         same[key] = torch.equal(rows, tensor.to(kind).float().cpu())
     other = next((key for key, equal in same.items() if not equal), None)

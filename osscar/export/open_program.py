@@ -187,19 +187,12 @@ class OpenProgram:
 
     def _choices(self) -> Iterator[LeftOpen]:
         """Yield which sizes to leave open: all, those of the samples, none."""
-        tokens = reads_tokens(self.model)
-        every = (
-            {name: list(dims) for name, dims in open_sizes(self.model).items()}
-            if isinstance(self.model, ProgramModule)
-            else {
-                name: [
-                    dim
-                    for dim in range(min(2 if tokens or reads_sequences([x]) else 1, x.ndim))
-                    if x.shape[dim] > 1
-                ]
-                for name, x in self.example.items()
-            }
-        )
+        tokens, every = reads_tokens(self.model), dict[str, list[int]]()
+        for name, x in self.example.items():
+            dims = range(min(2 if tokens or reads_sequences([x]) else 1, x.ndim))
+            every[name] = [dim for dim in dims if x.shape[dim] > 1]
+        if isinstance(self.model, ProgramModule):
+            every = {name: list(dims) for name, dims in open_sizes(self.model).items()}
         first = {name: [dim for dim in dims if not dim] for name, dims in every.items()}
         none: dict[str, list[int]] = {name: [] for name in every}
         yield every
@@ -349,11 +342,7 @@ def read(
 
 
 def example_for(model: nn.Module, given: Any = None) -> Batch:
-    """Return inputs to trace a model with, by name (DataError, FileError).
-
-    They are those that are given, also as a file of tensors, or of the form that the model is known
-    to take.  Labels that it can do without are left out: it predicts them.
-    """
+    """Return inputs to trace a model with, by name: a file's, those given, or of a known form."""
     if isinstance(given, str | os.PathLike):
         samples = load_tensors(os.fspath(given), model).tensors
         known: Batch | None = {name: tensor[:2] for name, tensor in samples.items()}
@@ -365,22 +354,16 @@ def example_for(model: nn.Module, given: Any = None) -> Batch:
             "more, by `--inputs FILE`, or by example_inputs= in Python"
         )
     check_arguments(model, known)
-    return to_model(_two_at_least(known), model)
-
-
-def _two_at_least(example: Batch) -> Batch:
-    """Return a single sample twice, since the size 1 of a trace stays 1."""
-    if any(not tensor.ndim or len(tensor) != 1 for tensor in example.values()):
-        return example
-    return {name: torch.cat([tensor, tensor]) for name, tensor in example.items()}
+    if all(tensor.ndim and len(tensor) == 1 for tensor in known.values()):
+        # The size 1 of a trace stays 1.
+        known = {name: torch.cat([tensor, tensor]) for name, tensor in known.items()}
+    return to_model(known, model)
 
 
 def reads_tokens(model: nn.Module) -> bool:
     """Tell whether a model of transformers reads tokens alone."""
-    config = getattr(model, "config", None)
-    return getattr(model, "main_input_name", None) == _IDS and not getattr(
-        config, "is_encoder_decoder", False
-    )
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return getattr(model, "main_input_name", None) == _IDS and not decodes
 
 
 def _without_labels(model: nn.Module) -> Batch | None:
@@ -423,6 +406,5 @@ def _images_of(model: nn.Module, config: Any) -> Batch | None:
     channels = getattr(config, "num_channels", None)
     if name != "pixel_values" or size is None or channels is None:
         return None
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    kind = Input((channels, height, width), "float32")
-    return recorded_example({name: kind})
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    return recorded_example({name: Input((channels, *sides), "float32")})

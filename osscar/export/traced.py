@@ -69,19 +69,14 @@ def export_onnx(
 
     Raises
     ------
-    CheckpointError
-        If the directory holds none that can be read.
-    DataError, FileError
-        If it is not known what the model takes, or `example_inputs` are none that it does.
+    CheckpointError, DataError, FileError
+        If the directory holds no model that can be read, it is not known what the model takes, or
+        `example_inputs` are none that it does.
     ModelError
         If torch cannot trace the model, ONNX has no operator for something in it, ONNX Runtime does
         not run it, it is in another number format, or it returns something other than tensors.
-    OutputError
-        If the file is there already or cannot be written.
-    EquivalenceError
-        If ONNX Runtime computes something else; nothing is written then.
-    MissingDependency
-        If a package is not installed.
+    OutputError, EquivalenceError
+        If the file is there already or cannot be written, or ONNX Runtime computes something else.
     """
     check_onnx("writing ONNX")
     target = traced_target(model, out, ".onnx", overwrite=overwrite)
@@ -182,16 +177,8 @@ def export_pt2(
 
     Raises
     ------
-    CheckpointError
-        If the directory holds none that can be read.
-    DataError, FileError
-        If it is not known what the model takes, or `example_inputs` are none that it does.
-    ModelError
-        If torch cannot trace the model.
-    OutputError
-        If the file is there already or cannot be written.
-    EquivalenceError
-        If what was read back does not compute the same; nothing is written then.
+    CheckpointError, DataError, FileError, ModelError, OutputError, EquivalenceError
+        As of `osscar.export_onnx`.
     """
     target = traced_target(model, out, ".pt2", overwrite=overwrite)
     found = read(model, dense)

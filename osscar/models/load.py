@@ -91,14 +91,11 @@ def load_model(
     ModelError
         If nothing answers to the name, it cannot be fetched, or it is no model that is pruned here;
         if weights are missing or do not fit, or code fails.
-    CheckpointError, FileError
-        If a directory holds no model, or a file in it is damaged or does not fit the others.
-    NonFiniteError
-        If a parameter holds NaN or infinity, or what a language model makes of two tokens is NaN.
+    CheckpointError, FileError, NonFiniteError
+        If a directory holds no model, a file in it is damaged or does not fit the others, or a
+        parameter is not finite.
     OptionError, DataError
         If an option is not available here, or does not go with the model or with the others.
-    MissingDependency
-        If torchvision, or what reads a packaged model, is needed and not installed.
 
     Warns
     -----
@@ -264,20 +261,17 @@ def fitting_memory(
     if available is None or str(name) == DEMO:  # of a few megabytes
         return None
     try:
-        stored = read_headers(directory_of(str(name))[0]) or {}
+        stored = (read_headers(directory_of(str(name))[0]) or {}).values()
     except (OSError, RuntimeError, ValueError, FileError, ModelError):
         return None  # whoever loads the model will say so
     kept_as = resolve_dtype(dtype, target)  # None: as stored
-    weights = sum(
-        tensor.nbytes if kept_as is None else tensor.elements * kept_as.itemsize
-        for tensor in stored.values()
-    )
-    matrices = [tensor for tensor in stored.values() if len(tensor.shape) > 1]
-    table = max(matrices, key=lambda tensor: tensor.shape, default=None)  # of embeddings
+    weights = sum(one.elements * (kept_as or one.dtype).itemsize for one in stored)
+    matrices = [one for one in stored if len(one.shape) > 1]
     needed = _COPIES * weights
-    if table is not None:
+    if matrices:
+        table = max(matrices, key=lambda one: one.shape)  # of embeddings
         itemsize = (kept_as or table.dtype).itemsize
-        inputs = max(tensor.shape[-1] for tensor in matrices)
+        inputs = max(one.shape[-1] for one in matrices)
         batches = suspended_bytes(positions, table.shape[-1], inputs, itemsize)
         needed = max(needed, _WALKED * weights + batches)
     return None if needed <= available else available * 9 // 10

@@ -8,7 +8,6 @@ checkpoint, beside its final place, and only then renamed.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import io
 import os
@@ -235,9 +234,6 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     if name and os.path.exists(path):
         give = f"{name}:function" if path.suffix == ".py" else "the directory of a checkpoint"
         raise ModelError(f"{name!r} is a file; give {give}")
-    close = difflib.get_close_matches(name.lower(), _REGISTERED, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    advice = f"{hint}Give a directory, a Hugging Face id, or one of {', '.join(_REGISTERED)}"
     nor = ""
     try:
         if _HUB_ID.fullmatch(name):
@@ -245,7 +241,10 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         nor = ", and the Hugging Face hub does not give a model of that name: "
         nor += f"{first_line(error):.300}"
-    raise ModelError(f"there is no directory {name!r}{nor}. {advice}")
+    raise ModelError(
+        f"there is no directory {name!r}{nor}. Give a directory, a Hugging Face id, or one of "
+        f"{', '.join(_REGISTERED)}"
+    )
 
 
 @functools.cache

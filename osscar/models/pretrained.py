@@ -114,26 +114,21 @@ def _load_stock(
     if tried.failed:
         raise _explained(source, tried.error) from tried.error
     missing, more = (sorted(loading[f"{which}_keys"]) for which in ("missing", "unexpected"))
-    if more:
-        _check_left_out(source, model, more)
+    if more:  # it would be another model without them
+        named = next(iter(model.config.architectures or ()), "")
+        left = f"{pluralize(len(more), 'tensor')} in its files, such as {more[0]!r:.60}"
+        if named != type(model).__name__:
+            raise ModelError(
+                f"{source} holds a {named or 'model of another class'}, and as a "
+                f"{type(model).__name__} it would lose {left}; {OTHERS}"
+            )
+        warn(f"{source}: {left}, left out, as {named} has no weights of that name")
     if missing:  # transformers fills these with random numbers, and warns
         raise ModelError(
             f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]!r}; "
             "download the checkpoint again, or one of a causal language model"
         )
     return model, number_format_of(config, read_headers(path) or {})
-
-
-def _check_left_out(source: str, model: Any, names: list[str]) -> None:
-    """Refuse what would be another model without the weights that were not read."""
-    named = next(iter(model.config.architectures or ()), "")
-    left = f"{pluralize(len(names), 'tensor')} in its files, such as {names[0]!r:.60}"
-    if named != type(model).__name__:
-        raise ModelError(
-            f"{source} holds a {named or 'model of another class'}, and as a "
-            f"{type(model).__name__} it would lose {left}; {OTHERS}"
-        )
-    warn(f"{source}: {left}, left out, as {named} has no weights of that name")
 
 
 def _load_tokenizer(path: Path, source: str, **options: Any) -> Any:

@@ -195,18 +195,14 @@ def recover_as_asked(
 
     Raises
     ------
-    ModelError
-        If the model was pruned from another dense one, or weights stay on disk.
-    DataError
-        If the models cannot read the data, or there are too few of them.
-    NonFiniteError
-        If weights are not finite, or outputs on the held-out samples.
-    MissingDependency
-        If peft is needed, and not installed.
+    ModelError, NonFiniteError
+        If the model was pruned from another dense one, or weights stay on disk; or weights are not
+        finite, or outputs on the held-out samples.
+    DataError, OptionError
+        If the models cannot read the data, or there are too few of them; or the model has no blocks
+        to checkpoint, or no matrices for adapters.
     NoMemoryError
         If no training options fit into memory.
-    OptionError
-        If the model has no blocks to checkpoint, or no matrices for adapters.
     JournalError
         If the log is of another recovery.
 

@@ -106,11 +106,6 @@ def _is_over(points: Sequence[Check]) -> bool:
     return len(last) > _RISES and all(a < b for a, b in itertools.pairwise(last))
 
 
-def _lowered(points: Sequence[Check], rate: float) -> int:
-    """Return after which step the peak became so low, 0 if it always was."""
-    return max((one.step for one in points if one.rate > rate), default=0)
-
-
 def _next_rate(points: Sequence[Check]) -> float:
     """Return the peak learning rate after the last check."""
     last = points[-1]
@@ -241,7 +236,8 @@ class Training:
                 if _is_over(points):
                     break
                 rate = _next_rate(points)
-                now = rate * schedule(step, steps, _lowered(points, rate))
+                lowered = max((one.step for one in points if one.rate > rate), default=0)
+                now = rate * schedule(step, steps, lowered)
                 losses.append(self.step(samples, now, self.ranks))
                 if not _is_checked(step, steps, points):
                     continue

@@ -1,8 +1,8 @@
 """Checkpoints of any shape, built as vLLM's Transformers backend builds them: from a config alone.
 
 It builds the model without its head on 'meta', puts linear layers of its own in the place of
-others, by what these say of their sizes, and an attention of its own, with the config's number of
-heads in all layers; then it fills every tensor by its name.  vLLM itself is not run.
+others, by what these say of their sizes, and fills every tensor by its name.  vLLM itself is not
+run.
 """
 
 import pytest
@@ -10,14 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import osscar
 from osscar.checkpoint.hf_config import MODELLING_FILE
 from tests.osscar.families import tiny, tokens
 
 IDS = tokens(2, 16, seed=9)
-OWN = "vllm"
 
 
 class Linear(nn.Module):
@@ -31,20 +29,6 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight, self.bias)
-
-
-def attention(module, query, key, value, mask, *, scaling, **others):
-    """Attend with as many heads as the config names, whatever the layer."""
-    config, length = module.config, query.shape[2]
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    q, k, v = (
-        of.transpose(1, 2).reshape(-1, length, count, module.head_dim).transpose(1, 2)
-        for of, count in zip((query, key, value), heads, strict=True)
-    )
-    found = nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scaling, enable_gqa=True
-    )
-    return found.transpose(1, 2).contiguous(), None
 
 
 def on_meta(monkeypatch, build):
@@ -65,9 +49,7 @@ def served(directory, files, monkeypatch):
     """Build the model in a directory without its head, and fill it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(files))
     monkeypatch.syspath_prepend(str(files))
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, OWN, attention)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    config._attn_implementation = OWN
     options = {"dtype": torch.float32, "trust_remote_code": True}
     model = on_meta(monkeypatch, lambda: AutoModel.from_config(config, **options))
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -86,19 +68,14 @@ def served(directory, files, monkeypatch):
     return model.eval()
 
 
-def pruned(family, place, groups):
-    result = osscar.prune(tiny(family), tokens(), backend="magnitude", device="cpu", groups=groups)
-    saved = result.save(place)
-    assert saved.with_code
-    return result.model, saved.path
-
-
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["llama-gqa", "mistral", "qwen2", "qwen3"])
 def test_an_engine_that_knows_the_config_alone_computes_the_same(family, tmp_path, monkeypatch):
     groups = {"model.layers.0.mlp.neurons": 12, "model.layers.1.mlp.neurons": 30}
-    small, path = pruned(family, tmp_path / "small", groups)
-    model = served(path, tmp_path / "modules", monkeypatch)
+    result = osscar.prune(tiny(family), tokens(), backend="magnitude", device="cpu", groups=groups)
+    small, saved = result.model, result.save(tmp_path / "small")
+    assert saved.with_code
+    model = served(saved.path, tmp_path / "modules", monkeypatch)
     assert type(model).__module__.endswith(MODELLING_FILE.stem)
     assert [layer.mlp.up_proj.weight.shape[0] for layer in model.layers] == [12, 30]
     assert model.tp_plan == small.base_model.tp_plan != {}

@@ -123,7 +123,9 @@ class Wrapping(nn.Module):
         self.outer = nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_names_are_changed_only_where_they_do_not_match_otherwise(prefix):
     state, net = Wrapping().state_dict(), Wrapping()
     fill(net, {f"{prefix}{key}": tensor for key, tensor in state.items()}, "a file")
@@ -136,12 +138,11 @@ def test_names_are_changed_only_where_they_do_not_match_otherwise(prefix):
 def test_weights_are_read_from_files_of_any_sort_unpickled(tmp_path, recwarn):
     state = small_net(seed=5).state_dict()
     file = tmp_path / "w.pt"
-    for wrapped in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        place = tmp_path / f"{wrapped}safetensors"
-        save_file({f"{wrapped}{key}": tensor for key, tensor in state.items()}, place)
-        found = small_net(seed=6)
-        fill(found, read_state(place), str(place))
-        assert all(tensor.equal(found.state_dict()[key]) for key, tensor in state.items())
+    save_file(state, tmp_path / "w.safetensors")
+    assert all(
+        tensor.equal(state[key])
+        for key, tensor in read_state(file.with_suffix(".safetensors")).items()
+    )
     optimizer = {"state": {0: {"step": torch.zeros(1)}}, "param_groups": [{"lr": 0.1}]}
     several = {"net": state, "optimizer": optimizer, "best": torch.zeros(1), "epoch": 3}
     for entries, said in (
