@@ -173,13 +173,6 @@ def test_graphs_are_samples_of_sizes_of_their_own(form, asked, tmp_path):
         assert len(osscar.prune(model, alone(some[0]), **asked, device="cpu").layers) == 1
 
 
-def test_widths_are_chosen_alike_where_gradients_are_off():
-    model, x = two_layers(), torch.randn(64, 6)
-    with torch.inference_mode():
-        inside = osscar.prune(model, x.clone(), sparsity=0.3, device="cpu")
-    assert inside.plan == osscar.prune(model, x, sparsity=0.3, device="cpu").plan
-
-
 @pytest.mark.parametrize(
     ("backend", "units", "closely"),
     [("local_search", 12, True), ("enumerate", 12, False), ("local_search", 40, False)],

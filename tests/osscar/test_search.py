@@ -97,19 +97,26 @@ def within(kept, costs, limits):
     return all(cost.of(kept) <= limit * (1 + 2e-12) for cost, limit in pairs)
 
 
-@given(st.integers(0, 2**32 - 1), st.booleans())
-@example(3242, True)  # losses of 1e-6 beside one of 4,000
-@settings(max_examples=60)
-def test_widths_on_stairs_are_those_that_trying_everything_finds(seed, together):
-    """Costs add up, or are products of two and three groups; limits are one or two."""
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+@example(3242, True, False)  # losses of 1e-6 beside one of 4,000
+@settings(max_examples=80)
+def test_widths_on_stairs_are_those_that_trying_everything_finds(seed, together, falls):
+    """Costs add up, or are products of two and three groups; limits are one or two.
+
+    More units may cost less, as odd channels take longer than even ones; the fewest cost least.
+    """
     losses, costs, limits = problem(seed, together)
+    random = np.random.default_rng(seed)
+    for cost in costs if falls else ():
+        for table in (*cost.single.values(), *cost.together.values()):
+            table[1:] += random.exponential(size=table[1:].shape)
     own = searched(losses, costs)
     best = min(own.loss(kept) for kept in every_choice(losses) if within(kept, costs, limits))
     kept, bound = own.choose(limits)
     assert within(kept, costs, limits)
     assert best * (1 - 1e-12) <= own.loss(kept) <= 1.001 * best + nothing(losses)
     assert bound <= best * (1 + 1e-9)
-    for name, count in kept.items():  # of widths that lose the same, the least
+    for name, count in () if falls else kept.items():  # of widths that lose the same, the least
         assert count == 0 or losses[name][count - 1] > losses[name][count]
 
 
@@ -123,23 +130,6 @@ def test_what_is_over_a_limit_by_less_than_the_solver_tells_apart_gives_way_to_t
     kept, *_ = own.choose([limit])
     assert costs.of(kept) <= 1
     assert own.loss(kept) == 1
-
-
-@given(st.integers(0, 2**32 - 1), st.booleans())
-@settings(max_examples=40)
-def test_more_units_may_cost_less(seed, together):
-    """As odd channels take longer than even ones; the fewest of all cost least."""
-    losses, costs, limits = problem(seed, together)
-    random = np.random.default_rng(seed)
-    for cost in costs:
-        for table in (*cost.single.values(), *cost.together.values()):
-            table[1:] += random.exponential(size=table[1:].shape)
-    own = searched(losses, costs)
-    best = min(own.loss(kept) for kept in every_choice(losses) if within(kept, costs, limits))
-    kept, bound = own.choose(limits)
-    assert within(kept, costs, limits)
-    assert best * (1 - 1e-12) <= own.loss(kept) <= 1.001 * best + nothing(losses)
-    assert bound <= best * (1 + 1e-9)
 
 
 @given(st.integers(0, 2**32 - 1))

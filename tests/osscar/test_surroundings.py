@@ -100,20 +100,15 @@ def expected():
     return osscar.prune(two_blocks(), X, **ASKED).model.state_dict()
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "state",
     [
         lambda: default_device("meta"),
-        lambda: torch.device("meta"),
         lambda: torch.autocast("cpu", torch.bfloat16),
-        lambda: torch.autocast("cpu", torch.float16),
-        lambda: default_dtype(torch.float64),
         lambda: default_dtype(torch.bfloat16),
         torch.inference_mode,
-        torch.no_grad,
     ],
-    ids=["meta", "device", "autocast", "half", "double", "bfloat16", "inference", "no_grad"],
+    ids=["meta", "autocast", "bfloat16", "inference"],
 )
 def test_a_run_is_the_same_whatever_state_of_torch_it_is_called_in(state, expected, tmp_path):
     model, data = two_blocks(), X

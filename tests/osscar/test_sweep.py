@@ -1,6 +1,5 @@
 """Sweeps: points as single runs make them, measured once, kept, gone on with, and shown."""
 
-import dataclasses
 import json
 from fractions import Fraction
 
@@ -11,16 +10,12 @@ from torch import nn
 
 import osscar
 import osscar.run.sweep as points_room
-from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import JournalError, OptionError
-from osscar.distance.distance import Compared
 from osscar.evaluation.speed import measure_forward
-from osscar.preparation.journal import DenseOutputs, Fingerprint, JournalManifest
-from osscar.proof.plan import Form
 from osscar.request import BASELINES, METHODS, BudgetKind, PruningRequest
 from osscar.run.jobs import SweepJob, jobs
 from osscar.run.prune import prune_as_asked
-from osscar.run.sweep import SweepDirectory, SweepPoint, prune_points
+from osscar.run.sweep import prune_points
 from osscar.walk.walk import Walk
 from tests.osscar.families import tiny as tiny_of
 from tests.osscar.families import tokens
@@ -133,41 +128,6 @@ def test_the_largest_model_comes_first(budget, values, ordered):
         assert getattr(request, budget) == job.value
 
 
-# ---- the directory -----------------------------------------------------------------------
-
-
-def manifest(**more):
-    outputs = DenseOutputs({"device": "x", "threads": "1"}, "s", (), 1e-4)
-    asked = {"backend": "greedy", "text": "builtin", **more}
-    return JournalManifest("osscar.sweep-asked/3", asked, Fingerprint({}, "w", "d", outputs))
-
-
-POINT = SweepPoint(
-    schema="osscar.sweep-point/11", method=MEASURED, budget="sparsity", value=0.5, limit=12.0,
-    reached=11.0, parameters=10, parameter_bytes=40, flops=100, form=Form.EXPORTED, seconds=0.5,
-    seconds_between=[0.4, 0.625], speedup=2.0, quality={"perplexity": 3.5},
-    distance=Compared("own", "far", "it is given", 0.5),
-    divergence=None, agreement=None, predicted=None, prune_seconds=1.0,
-    widths={"a": 3}, skipped=(SkippedGroup("b", "heads", 4, "a size in the code"),),
-    stages={"solver and refit": 0.75, "other": 0.25},
-)  # fmt: skip
-
-
-def test_points_are_kept_and_a_sweep_of_something_else_is_refused(tmp_path):
-    place, job = SweepDirectory(tmp_path / "sweep"), SweepJob(MEASURED, SPARSITY, 0.5)
-    with place.begun(manifest()):
-        assert place.point(job) is None
-        place.keep(POINT)
-    again = SweepDirectory(tmp_path / "sweep")
-    with again.begun(manifest()):
-        assert again.point(job) == POINT
-        assert again.point(dataclasses.replace(job, value=0.25)) is None
-    file = tmp_path / "sweep" / "points" / "measured-sparsity-0.5.json"
-    file.write_text(file.read_text().replace('"flops": 100', '"flops": "many"'))
-    with pytest.raises(JournalError, match=r"measured-sparsity-0\.5\.json"):
-        place.point(job)
-
-
 # ---- from Python -------------------------------------------------------------------------
 
 
@@ -207,3 +167,6 @@ def test_a_sweep_from_python_goes_on_and_says_what_each_point_has_spent(tmp_path
     for wrong in ({"sparsity": 0.4}, {"sparsity": [0.4], "params": [0.5]}, {}):
         with pytest.raises(OptionError, match="a sweep has one list of budgets"):
             osscar.sweep(model, data, out, **wrong)
+    (out / "points" / "measured-sparsity-0.4.json").write_text("{}")
+    with pytest.raises(JournalError, match=r"measured-sparsity-0\.4\.json"):
+        osscar.sweep(model, data, out, sparsity=[0.4], **asked)
