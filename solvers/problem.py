@@ -387,13 +387,8 @@ class SubsetProblem:
     def check_definite(self) -> None:
         """Check what construction does not, as it takes factorizations: `Consumer.violation`.
 
-        Done once for each consumer; problems that differ in `keep` share them.
-
-        Raises
-        ------
-        ProblemError
-            If an H is not positive definite, or an e less than G explains; what `from_gram` built
-            never is refused.
+        Done once for each consumer; problems that differ in `keep` share them.  Raises ProblemError
+        if an H is not positive definite, or an e less than G explains, as of `from_gram` none is.
         """
         for index, consumer in enumerate(self.consumers):
             if consumer.violation is not None:
@@ -408,13 +403,7 @@ class SubsetProblem:
         return replace(self, keep=keep)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the problem to ``.safetensors``, so that anyone can re-solve it.
-
-        Raises
-        ------
-        ProblemError
-            If the file cannot be written.
-        """
+        """Write the problem to ``.safetensors``, so that anyone can re-solve it (ProblemError)."""
         header = {
             "format": FORMAT,
             "name": self.name,
@@ -432,11 +421,7 @@ class SubsetProblem:
     def load(cls, path: str | os.PathLike[str]) -> SubsetProblem:
         """Read a problem that `save` wrote; nothing is unpickled, nor believed.
 
-        Raises
-        ------
-        ProblemError
-            If the file is missing, is not such a problem, or describes no least-squares problem
-            (`Consumer.violation`).
+        Raises ProblemError if the file is missing, or describes no least-squares problem.
         """
         header, tensors = storage.read(path)
         if header.get("format") != FORMAT:

@@ -148,18 +148,15 @@ class Backend(Protocol):
     kind: ClassVar[BackendKind]
     summary: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    package: ClassVar[str] = ""
+    """An optional package that it needs."""
 
     @classmethod
     def available(cls) -> str | None:
-        """Return None, or why the backend cannot run here and how to mend that."""
+        """Return None, or why the backend cannot run here and how to mend that; imports nothing."""
+        if cls.package and find_spec(cls.package) is None:
+            return f"{cls.package} is not installed; pip install 'osscar[exact]'"
         return None
 
     def select(self, problem: Any) -> Selection:
         """Choose ``problem.keep`` units; of experts, `problem` is a `solvers.ExpertProblem`."""
-
-
-def missing(package: str) -> str | None:
-    """Return None, or that an optional package is not installed, without importing it."""
-    if find_spec(package) is None:
-        return f"{package} is not installed; pip install 'osscar[exact]'"
-    return None

@@ -66,10 +66,7 @@ def backend_names(group: str = BACKENDS) -> tuple[str, ...]:
 def backend_class(name: str, group: str = BACKENDS) -> type[Backend]:
     """Return the class that is registered under `name`, or ``file.py:Class`` of a user's own.
 
-    Raises
-    ------
-    BackendError
-        If there is none, or it cannot be imported.
+    Raises BackendError if there is none, or it cannot be imported.
     """
     if ":" in name:
         place, _, own = name.rpartition(":")
@@ -124,12 +121,8 @@ def make_backend(name: str, group: str = BACKENDS, /, **options: Any) -> Backend
     """Return the backend `name` with its options set.
 
     Values are held against the annotations of the backend's fields by pydantic, which converts
-    what it can: whole numbers of any type to int, sequences to tuples.
-
-    Raises
-    ------
-    BackendError
-        If it is unknown, not available here, has no such option, or the option takes no such value.
+    what it can: whole numbers of any type to int, sequences to tuples.  Raises BackendError if it
+    is unknown, not available here, has no such option, or the option takes no such value.
     """
     cls = backend_class(name, group)
     reason = cls.available()

@@ -120,10 +120,7 @@ class Solution(Selection):
     def verify(self) -> Verification:
         """Recompute in float64, from the problem alone, what this solution claims.
 
-        Raises
-        ------
-        VerificationError
-            If a claim is false, or not even well formed (`solvers.verification.verify`).
+        Raises VerificationError if a claim is false, or not even well formed.
         """
         return verify(self)
 

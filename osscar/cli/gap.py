@@ -79,7 +79,7 @@ def run(sources: Sequence[str], options: GapOptions) -> None:
         instances = {one.described["file"] for one in problems if "damp" in one.described}
         for case in summary.layers:
             if case.best.instance in instances:
-                tell_known(case.records, directory)
+                tell_known(case.records)
         say(f"report: {report}")
         content = {
             "directory": str(directory),

@@ -11,14 +11,13 @@ from pydantic import with_config
 
 import solvers
 from osscar.base.errors import OptionError
-from osscar.base.files import atomic_write, make_directory, write_json
+from osscar.base.files import atomic_write, make_directory
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import decimals, percent
 from osscar.cli.common import check_json_path, document, say, show
 from osscar.cli.common import write_json as write_document
 from osscar.cli.opening import quiet
 from osscar.report.sections import table
-from osscar.study.jobs import CERTIFICATES
 from osscar.study.library import TOLERANCE, library
 from osscar.study.records import Record
 from solvers import SubsetProblem
@@ -115,24 +114,10 @@ def relative_loss(problem: SubsetProblem, support: Sequence[int]) -> float:
     return solvers.refit(problem, torch.tensor(units))[1] / problem.scale
 
 
-def tell_known(records: Sequence[Record], directory: Path) -> None:
-    """Say how answers to an instance compare with the best known; write what is better."""
-    name = records[0].instance
-    one = library().instances[name]
-    if records[0].keep != one.keep:
-        return
-    best, answers = one.best, [(r.relative_loss, r) for r in records if r.relative_loss is not None]
-    loss, found = min(answers, key=lambda pair: pair[0])
-    say(f"{name}: {found.backend} {best.compared(loss)}")
-    by = [found.backend] if loss < best.loss * (1 - TOLERANCE) else []
-    bounds = [(r.relative_bound or 0.0, r) for r in records if r.recomputed_bound is not None]
-    bound, prover = max(bounds, key=lambda pair: pair[0], default=(0.0, found))
-    if bound > best.bound * (1 + TOLERANCE) and not best.proved:
-        say(f"{name}: {prover.backend} proves {bound:.9g}, where {best.bound:.9g} was known")
-        by.append(prover.backend)
-    if by:
-        path = directory / f"{name}.json"
-        words = " and ".join(dict.fromkeys(by))
-        better = SolutionFile(name, found.support, bound if bound > best.bound else None, words)
-        write_json(path, dataclasses.asdict(better))
-        say(f"{path} is the solution to send; what proves a bound is in {directory / CERTIFICATES}")
+def tell_known(records: Sequence[Record]) -> None:
+    """Say how the best answer to an instance compares with the best known."""
+    name, one = records[0].instance, library().instances[records[0].instance]
+    answers = [(r.relative_loss, r.backend) for r in records if r.relative_loss is not None]
+    if answers and records[0].keep == one.keep:
+        loss, backend = min(answers)
+        say(f"{name}: {backend} {one.best.compared(loss)}")

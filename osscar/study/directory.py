@@ -163,9 +163,6 @@ class Study:
         self._journal.check(self._manifest(None))
         resolved(self.directory)
 
-    def __repr__(self) -> str:
-        return f"Study({str(self.directory)!r})"
-
     def _manifest(self, dense: Fingerprint | None) -> JournalManifest:
         # Through JSON, as it will be read back.
         return JournalManifest("osscar.study/6", json.loads(json.dumps(self.source)), dense)
@@ -213,12 +210,7 @@ class Study:
         """Write the problems, given with their kinds; a new directory goes again if that fails.
 
         What tells the model and the data that they are posed on from others is `dense`, for
-        `check_dense`.
-
-        Raises
-        ------
-        JournalError
-            If there is none, or two have one name, or none leaves a choice.
+        `check_dense`.  Raises JournalError if two have one name, or none leaves a choice.
         """
         with self.locked():
             (self.directory / _STORE).unlink(missing_ok=True)

@@ -78,7 +78,7 @@ _precise = partial(decimals, digits=6)
 
 
 @with_config(STRICT)
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Record:
     """One solve of a study: the problem, the solver and its solution.
 
@@ -130,13 +130,6 @@ class Record:
     recomputed_bound: float | None = None
     proof: Annotated[ProofBasis, Column("bound is")] = ProofBasis.NONE
     certificate: str = ""
-
-    def __repr__(self) -> str:
-        loss = "" if self.relative_loss is None else f", relative loss {self.relative_loss:.4g}"
-        return (
-            f"Record({self.instance!r}, {self.keep} of {self.units} by {self.backend}, "
-            f"{self.error or self.status}{loss})"
-        )
 
     @property
     def key(self) -> str:

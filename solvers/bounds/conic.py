@@ -30,7 +30,6 @@ from solvers.protocol import (
     Positive,
     Selection,
     Status,
-    missing,
 )
 
 _STEPS = 200
@@ -52,13 +51,9 @@ class Conic(Backend):
     kind: ClassVar[BackendKind] = BackendKind.BOUND
     summary: ClassVar[str] = "semidefinite relaxation by an interior-point solver; for small layers"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=80, devices=("cpu",))
+    package: ClassVar[str] = "cvxpy"
     solver: str = "CLARABEL"
     rounds: Positive = 2
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None, or that cvxpy is missing."""
-        return missing("cvxpy")
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Relax, certify, and round; keep the best support of all rounds."""

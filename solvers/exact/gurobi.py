@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from solvers.exact.outer_approximation import TOLERANCE, MixedInteger, Search
-from solvers.protocol import Capabilities, Selection, missing
+from solvers.protocol import Capabilities, Selection
 
 _VIOLATION = 1e-7
 _ROOT_CUTS = 40
@@ -25,11 +25,7 @@ class Gurobi(MixedInteger):
 
     summary: ClassVar[str] = "outer approximation by lazy cuts; the free licence suffices"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=1999, devices=("cpu",))
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None, or that gurobipy is missing."""
-        return missing("gurobipy")
+    package: ClassVar[str] = "gurobipy"
 
     def solve(self, search: Search) -> Selection:
         """Search one tree: of the indicators of removed units, and the cost above all cuts."""
@@ -41,7 +37,7 @@ class Gurobi(MixedInteger):
         ):
             x = model.addMVar(search.problem.units, vtype="B")
             x.setAttr("Start", search.removed())
-            model.addConstr(x.sum() == search.removals)
+            model.addConstr(x.sum() == search.terms.removals)
             cost = model.addVar(obj=1.0)
             for slopes, constant in (search.root_cut(), *search.cuts_at(search.removed())):
                 model.addConstr(cost - slopes @ x >= -constant)

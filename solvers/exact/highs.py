@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from solvers.exact.outer_approximation import TOLERANCE, Array, Cut, MixedInteger, Search
-from solvers.protocol import Capabilities, Selection, missing
+from solvers.protocol import Capabilities, Selection
 
 _FRACTIONAL_ROUNDS = 40
 _ROUND_PROGRESS = 1e-4
@@ -30,15 +30,11 @@ class Highs(MixedInteger):
 
     summary: ClassVar[str] = "outer approximation as a linear integer program, without a licence"
     capabilities: ClassVar[Capabilities] = Capabilities(max_units=200, devices=("cpu",))
-
-    @classmethod
-    def available(cls) -> str | None:
-        """Return None, or that highspy is missing."""
-        return missing("highspy")
+    package: ClassVar[str] = "highspy"
 
     def solve(self, search: Search) -> Selection:
         """Alternate between the master problem and cuts at its solutions."""
-        model = _Model(search.problem.units, search.removals, self.threads)
+        model = _Model(search.problem.units, search.terms.removals, self.threads)
         for cut in (search.root_cut(), search.cut(search.removed())):
             model.add(cut)
         bound = _tighten_relaxation(model, search)

@@ -31,6 +31,7 @@ from solvers.bounds.removal import ConsumerRemoval, RemovalTerms
 from solvers.certificates.certificate import LEAST_SHARE
 from solvers.closed_forms.refit import Incumbent, refit_loss_and_rounding
 from solvers.closed_forms.row_blocks import unit_rows
+from solvers.exact.enumeration import Enumerate
 from solvers.heuristics.local_search import LocalSearch
 from solvers.problem import SubsetProblem
 from solvers.protocol import (
@@ -89,15 +90,7 @@ class MixedInteger(Backend):
     def select(self, problem: SubsetProblem) -> Selection:
         """Search, unless there is no choice."""
         if problem.keep == problem.units:
-            support = torch.arange(problem.units, device=problem.device)
-            loss, rounding = refit_loss_and_rounding(problem, support)
-            return Selection(
-                support,
-                Status.OPTIMAL,
-                lower_bound=max(loss - rounding, 0.0),
-                bound_from="the only support",
-                history=(loss,),
-            )
+            return Enumerate().select(problem)
         return self.solve(Search(problem, self))
 
     @abstractmethod
@@ -121,11 +114,6 @@ class Search(Incumbent):
     def seconds_left(self) -> float:
         """Until the deadline."""
         return self.deadline - time.perf_counter()
-
-    @property
-    def removals(self) -> int:
-        """How many units go."""
-        return self.terms.removals
 
     @property
     def cutoff(self) -> float:
@@ -183,7 +171,7 @@ class Search(Incumbent):
         core = self.root.bound.point.cpu().numpy()
         tight = self.cut(point)
         cost = min(float(tight[0] @ point) - tight[1], _COST_CAP)
-        mild = cost * point, cost * (self.removals - 1)
+        mild = cost * point, cost * (self.terms.removals - 1)
         steep = (tight, self.cut(point + _TOWARDS_CORE * (core - point)))
         return (mild, *(cut for cut in steep if np.abs(cut[0]).max() < _STEEPEST))
 
@@ -195,7 +183,9 @@ class Search(Incumbent):
         Q = (Q + Q.T) / 2
         q = scaled_diagonal(Q, torch.ones_like(a))
         self.cuts += 1
-        return self._as_cut(made_dominating(QuadraticBound(a, Q, self.removals, q, x, magnitudes)))
+        return self._as_cut(
+            made_dominating(QuadraticBound(a, Q, self.terms.removals, q, x, magnitudes))
+        )
 
     def _as_cut(self, bound: QuadraticBound) -> Cut:
         return bound.slopes.cpu().numpy() / self.unit, bound.offset / self.unit

@@ -211,12 +211,8 @@ class ExpertSolution(Solution):
         """Recompute, from the problem alone, what this solution claims.
 
         The loss is computed by routing all tokens.  Where no exchange is said to help, all are
-        tried; where none is said to be better, all sets are.
-
-        Raises
-        ------
-        VerificationError
-            If a claim is false, or not well formed.
+        tried; where none is said to be better, all sets are.  Raises VerificationError if a claim
+        is false, or not well formed.
         """
         check_fields(self)
         require(self.status in _STATUSES, f"status {self.status.name} is none of experts")
@@ -266,22 +262,10 @@ class ExpertSolution(Solution):
 def solve_experts(
     problem: ExpertProblem, backend: str | Backend = "local_search", **options: Any
 ) -> ExpertSolution:
-    """Choose which experts stay, with the named backend.
+    """Choose which experts stay, as `solve` does which units.
 
-    Parameters
-    ----------
-    problem
-        What to solve.
-    backend
-        The name of one of ``solvers.backends(solvers.EXPERT_BACKENDS)``, or a backend object with
-        its options set.
-    **options
-        Options of the named backend.
-
-    Raises
-    ------
-    BackendError
-        If the backend is unknown, fails, or answers with what is no choice.
+    Backends are those of ``solvers.backends(solvers.EXPERT_BACKENDS)``.  Raises BackendError if one
+    is unknown, fails, or answers with what is no choice.
     """
     name, chosen = chosen_backend(backend, options, {}, EXPERT_BACKENDS)
     start = time.perf_counter()

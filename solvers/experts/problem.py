@@ -251,13 +251,7 @@ class ExpertProblem:
         return (order + first[:, None])[:, : self.keep // self.rule.groups].flatten()
 
     def loss(self, support: Sequence[int] | Tensor) -> float:
-        """Return E(S), by the router's own rule.
-
-        Raises
-        ------
-        ProblemError
-            If the router cannot choose among these experts.
-        """
+        """Return E(S), by the router's own rule (ProblemError if it cannot choose among these)."""
         kept = [int(expert) for expert in support]
         total = 0.0
         for block in self.tokens:

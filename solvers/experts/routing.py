@@ -116,11 +116,6 @@ class RoutingRule:
             (tokens, top_k) int64, counted among all experts.
         weights
             (tokens, top_k), of the type of `logits`.
-
-        Raises
-        ------
-        ProblemError
-            If the router cannot choose among those that stay (`check_kept`).
         """
         staying = self.check_kept(kept, logits.shape[-1]).to(logits.device)
         among = logits[:, staying]
@@ -139,11 +134,8 @@ class RoutingRule:
     def check_kept(self, kept: Sequence[int] | None, experts: int) -> Tensor:
         """Return the experts that stay, sorted, (kept,) int64, if the router can choose among them.
 
-        Raises
-        ------
-        ProblemError
-            If they are none of the experts or named twice, are fewer than `top_k`, or are not as
-            many in each group as in any other, and enough there for the choice.
+        Raises ProblemError if they are none of the experts or named twice, are fewer than `top_k`,
+        or are not as many in each group as in any other, and enough there for the choice.
         """
         staying = sorted(range(experts) if kept is None else (int(one) for one in kept))
         if len(set(staying)) != len(staying) or not set(staying) <= set(range(experts)):

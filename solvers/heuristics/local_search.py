@@ -14,7 +14,7 @@ from solvers.closed_forms.pivot import Exchange, PivotState, candidates
 from solvers.closed_forms.refit import refit_loss
 from solvers.errors import BackendError
 from solvers.problem import SubsetProblem
-from solvers.protocol import Backend, BackendKind, Natural, Selection, Status, Tolerance
+from solvers.protocol import Backend, BackendKind, Natural, Selection, Status
 
 _DRIFT_TOLERANCE = 1e-12
 """A state that has drifted by less is as good as one that was factorized anew."""
@@ -29,6 +29,9 @@ gains, before all are scored again: docs/results.md has seconds."""
 _ROUNDING = 1e-15
 """No exchange counts that gains less than this share of the loss of the empty support: at a loss of
 next to nothing, gains are rounding, and the same units would come and go."""
+
+_LEAST_GAIN = 1e-9
+"""An exchange counts if it gains more than this share of the current loss."""
 
 _SWAP_TOLERANCE = 1e-6
 """A swap optimum leaves out no exchange that gains more than this share of the loss."""
@@ -50,15 +53,12 @@ class LocalSearch(Backend):
         Units to start from, or None for greedy elimination.
     max_swaps
         The most exchanges.
-    tolerance
-        An exchange counts if it gains more than this share of the current loss.
     """
 
     kind: ClassVar[BackendKind] = BackendKind.HEURISTIC
     summary: ClassVar[str] = "greedy start, then the best swaps until none lowers the loss"
     start: tuple[int, ...] | None = None
     max_swaps: Natural = 10_000
-    tolerance: Tolerance = 1e-9
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search until the gains of a sound factorization say that no exchange helps."""
@@ -81,13 +81,8 @@ class LocalSearch(Backend):
             if sound or not gained or not converged:
                 gain = gain if sound else _best(state, 1).gain  # that of the support in `state`
                 least = max(_SWAP_TOLERANCE * history[-1], _ROUNDING * problem.empty_loss)
-                if not converged:
-                    status = Status.ITERATION_LIMIT
-                elif gain <= least:
-                    status = Status.SWAP_OPTIMAL
-                else:  # a larger tolerance leaves out exchanges that gain
-                    hidden = not self.tolerance > _SWAP_TOLERANCE
-                    status = Status.PRECISION_LIMIT if hidden else Status.FEASIBLE
+                status = Status.SWAP_OPTIMAL if gain <= least else Status.PRECISION_LIMIT
+                status = status if converged else Status.ITERATION_LIMIT
                 return Selection(support, status, iterations=swaps, history=tuple(history))
 
     def _initial_state(self, problem: SubsetProblem) -> PivotState:
@@ -109,19 +104,18 @@ class LocalSearch(Backend):
         few = len(state.support) * len(state.removed) < _FEW_PAIRS
         count = 1 if few else _AT_ONCE
         made, best = 0, _best(state, count)
-        while made < limit and best.gain > (least := self._least(state, loss)):
+        while made < limit and best.gain > (least := _least(state, loss)):
             moved, gains = _exchanged(state, best, least, limit - made)
             state.sweep(moved)
             loss -= sum(gains)
             made += len(gains)
             best = _best(state, count)
-        return made, best.gain, not best.gain > self._least(state, loss)
+        return made, best.gain, not best.gain > _least(state, loss)
 
-    def _least(self, state: PivotState, loss: float) -> float:
-        """Return what an exchange has to gain; no loss is negative, so that none gains at zero."""
-        if loss <= 0:
-            return math.inf
-        return max(self.tolerance * loss, _ROUNDING * state.problem.empty_loss)
+
+def _least(state: PivotState, loss: float) -> float:
+    """Return what an exchange has to gain; no loss is negative, so that none gains at zero."""
+    return max(_LEAST_GAIN * loss, _ROUNDING * state.problem.empty_loss) if loss > 0 else math.inf
 
 
 def _is_sound(state: PivotState) -> bool:

@@ -168,7 +168,7 @@ def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
     instance = INSTANCES[name]
     problem = instance.problem
     master = Search(problem, Highs(10.0))
-    n, r = problem.units, master.removals
+    n, r = problem.units, master.terms.removals
     supports = list(combinations(range(n), r))
     points = np.array([[float(j in removed) for j in range(n)] for removed in supports])
     lost = np.array([instance.loss(set(range(n)) - set(removed)) for removed in supports])
