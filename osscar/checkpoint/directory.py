@@ -54,21 +54,11 @@ from osscar.checkpoint.hf_config import (
 from osscar.checkpoint.read_back import Expected, fresh_process, read_back
 from osscar.checkpoint.reading import check_dtype
 from osscar.checkpoint.streamed import parts_in_files
-from osscar.network.modules import (
-    check_usable,
-    copied,
-    count_parameters,
-    number_format,
-)
+from osscar.network.modules import check_usable, copied, count_parameters, number_format
 from osscar.network.tensor_files import WEIGHTS_FILE, Part, check_written, write_tensors
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import Inputs
-from osscar.proof.lineage import (
-    Lineage,
-    lineage_of,
-    stored_dtype,
-    structure_of,
-)
+from osscar.proof.lineage import Lineage, lineage_of, stored_dtype, structure_of
 from osscar.proof.plan import combined_groups
 from osscar.shrinking.fold import fold, is_foldable
 

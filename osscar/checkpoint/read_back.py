@@ -42,14 +42,7 @@ from osscar.network.modules import (
 )
 from osscar.offload.on_disk import values_of, weight_cache
 from osscar.offload.places import WeightCache
-from osscar.proof.equivalence import (
-    Inputs,
-    by_name,
-    proof_outputs,
-    prove_equal,
-    runs,
-    to_device,
-)
+from osscar.proof.equivalence import Inputs, by_name, proof_outputs, prove_equal, runs, to_device
 from osscar.proof.lineage import Drawn, Sample, lineage_of, structure_of, with_zeros
 from osscar.proof.program import ProgramModule
 from osscar.shrinking.slice import adapter_of

@@ -157,10 +157,7 @@ app = App(
     help_flags=("-h", "--help"),
     version=lambda: f"osscar {__version__} (torch {metadata.version('torch')})",
     default_parameter=Parameter(
-        negative=(),
-        json_dict=False,
-        json_list=False,
-        show_default=lambda default: default or None,
+        negative=(), json_dict=False, json_list=False, show_default=lambda default: default or None
     ),
     console=screen,
     exit_on_error=False,
@@ -175,8 +172,7 @@ app = App(
 def demo(
     *,
     out: Annotated[
-        Path | None,
-        Parameter(help="Directory for the smaller model.  [default: a temporary one]"),
+        Path | None, Parameter(help="Directory for the smaller model.  [default: a temporary one]")
     ] = None,
     overwrite: Annotated[bool, Parameter(help="Replace an existing checkpoint.")] = False,
     backend: Backend = "local_search",

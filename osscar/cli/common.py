@@ -105,11 +105,7 @@ def say_aside(label: str, message: str, style: str) -> None:
 
 def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON document with its schema, as ``docs/json.md`` describes it."""
-    return {
-        "schema": f"osscar.{kind}/{version}",
-        "osscar_version": __version__,
-        **content,
-    }
+    return {"schema": f"osscar.{kind}/{version}", "osscar_version": __version__, **content}
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:

@@ -11,14 +11,7 @@ import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.printable import pluralize, share
-from osscar.cli.common import (
-    check_files,
-    check_json_path,
-    document,
-    say,
-    show,
-    write_json,
-)
+from osscar.cli.common import check_files, check_json_path, document, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import SolveOptions, parse_options
 from osscar.report.run_tables import backends_table
@@ -30,8 +23,7 @@ def list_backends(json: Path | None) -> None:
     check_json_path(json)
     units, experts = solvers.backends(), solvers.backends(solvers.EXPERT_BACKENDS)
     show(
-        backends_table(units),
-        backends_table(experts, "of whole experts (osscar prune --experts)"),
+        backends_table(units), backends_table(experts, "of whole experts (osscar prune --experts)")
     )
     rows = {
         key: [dataclasses.asdict(info) for info in infos]

@@ -51,11 +51,7 @@ _AT_HAND = (list, Mapping, Tensor, np.ndarray, TensorSet)
 
 
 def load_batches(
-    data: Any,
-    model: nn.Module,
-    *,
-    samples: int | None = None,
-    sample_groups: Any = None,
+    data: Any, model: nn.Module, *, samples: int | None = None, sample_groups: Any = None
 ) -> CalibrationSet | SampleSet:
     """Read batches once, and keep them.
 

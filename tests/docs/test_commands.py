@@ -67,10 +67,7 @@ FEWER = {
     "recover": ("--samples", "8", "--steps", "2", "--batch-size", "2"),
     "inspect": (),
 }
-OWN = {
-    "docs/howto/own-model.md": "net.py",
-    "docs/tutorials/image-classifier.md": "shapes.py",
-}
+OWN = {"docs/howto/own-model.md": "net.py", "docs/tutorials/image-classifier.md": "shapes.py"}
 """Pages that build a network of one's own, and the file that holds it."""
 
 

@@ -156,10 +156,7 @@ def test_a_hostile_manifest_is_an_error_of_ours(directory):
 def test_everything_that_has_to_be_known_is_written_and_read_again(tiny, tmp_path):
     loaded = osscar.load_model(tiny, device="cpu")
     text, few = CALIBRATION.read_text(), {"backend": "magnitude", "device": "cpu"}
-    windows, others = (
-        osscar.load_calibration([text], loaded.tokenizer, samples=4, seqlen=32, seed=seed)
-        for seed in (0, 1)
-    )
+    windows = osscar.load_calibration([text], loaded.tokenizer, samples=4, seqlen=32)
     result = osscar.prune(loaded.model, windows, heads=0.5, **few)
     saved = result.save(tmp_path / "small", tokenizer=loaded.tokenizer)
     again = osscar.load_model(saved.path, device="cpu")
@@ -169,9 +166,6 @@ def test_everything_that_has_to_be_known_is_written_and_read_again(tiny, tmp_pat
     assert lineage.calibration == (Calibration.of(windows.describe()),)
     assert lineage.calibration[0].seen == windows.seen
     assert lineage_of(copied(again.model)) == lineage
-    twice = osscar.prune(again.model, others, neurons="0.7", **few)
-    seen = lineage_of(twice.model).calibration  # none of which is ever scored
-    assert seen == (*lineage.calibration, Calibration.of(others.describe()))
     with pytest.raises(
         DataError, match="about 100% of a list was used to calibrate or recover this model"
     ):

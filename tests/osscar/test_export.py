@@ -14,12 +14,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import osscar
-from osscar.base.errors import (
-    DataError,
-    EquivalenceError,
-    ModelError,
-    OutputError,
-)
+from osscar.base.errors import DataError, EquivalenceError, ModelError, OutputError
 from osscar.export import traced as writer
 from osscar.models.load import build_from_code
 from tests.docs.json_schema import undescribed

@@ -8,12 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from transformers import (
-    AutoImageProcessor,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import osscar
 from osscar.base.errors import ModelError, OptionError

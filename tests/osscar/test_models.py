@@ -20,11 +20,7 @@ from transformers import (
 )
 
 import osscar
-from osscar.base.errors import (
-    CheckpointError,
-    ModelError,
-    NonFiniteError,
-)
+from osscar.base.errors import CheckpointError, ModelError, NonFiniteError
 from osscar.checkpoint.files import Manifest
 from osscar.models import names as packages
 from osscar.models.load import load_model

@@ -70,6 +70,17 @@ class Sigmoid(Net):
         return self.down(torch.sigmoid(self.up(x)))
 
 
+@functools.cache
+def once():
+    """What no test changes."""
+    return osscar.prune(Net(), X, **FEW)
+
+
+@functools.cache
+def twice():
+    return osscar.prune(once().model, X, **FEW)
+
+
 @pytest.mark.parametrize("kind", [InFile, InDefault])
 def test_a_number_that_no_other_process_has_is_not_saved(kind, tmp_path):
     result = osscar.prune(kind(), X, **FEW)
@@ -94,7 +105,7 @@ def test_a_number_of_an_earlier_pass_is_seen_when_the_checkpoint_is_read(tmp_pat
 
 
 def test_other_code_is_refused_in_every_number_format(tmp_path):
-    saved = osscar.prune(Net(), X, **FEW).save(tmp_path / "small")
+    saved = once().save(tmp_path / "small")
     for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
         assert osscar.load(saved.path, dense=Net(), dtype=dtype)(X.to(dtype)).isfinite().all()
         with pytest.raises(
@@ -104,7 +115,7 @@ def test_other_code_is_refused_in_every_number_format(tmp_path):
 
 
 def test_what_is_recorded_is_small_and_is_made_anew_of_what_is_read(tmp_path):
-    saved = osscar.prune(Net(), X, **FEW).save(tmp_path / "small")
+    saved = once().save(tmp_path / "small")
     sample = read_manifest(saved.path).lineage.sample
     again = osscar.load(saved.path, dense=Net())
     assert sample.distance([again(**sample.drawn())]) < 1e-6
@@ -125,7 +136,7 @@ def test_code_that_no_other_process_can_import_is_read_here_alone_and_says_so(tm
         saved = result.save(tmp_path / "small")
     assert not saved.fresh
     assert not read_manifest(saved.path).fresh
-    assert osscar.prune(Net(), X, **FEW).save(tmp_path / "other").fresh
+    assert once().save(tmp_path / "other").fresh
 
 
 @pytest.mark.slow
@@ -135,7 +146,7 @@ def test_a_new_python_searches_where_this_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(read_back, "NewPython", NewPython)
     monkeypatch.setattr(sys, "path", [*(p for p in sys.path if p), tmp_path])  # no string: ignored
     monkeypatch.chdir(tmp_path)
-    assert osscar.prune(Net(), X, **FEW).save(tmp_path / "small").fresh
+    assert once().save(tmp_path / "small").fresh
 
 
 class Typed(Net):
@@ -145,14 +156,12 @@ class Typed(Net):
 
 def test_a_dense_model_of_the_same_weights_and_other_code_is_refused(tmp_path):
     """In memory and from a checkpoint, of a model that was pruned once or twice."""
-    once = osscar.prune(Net(), X, **FEW)
-    twice = osscar.prune(once.model, X, **FEW)
-    loaded = osscar.load(twice.save(tmp_path / "small").path, dense=Net())
-    for smaller in (once, twice.model, loaded):
+    loaded = osscar.load(twice().save(tmp_path / "small").path, dense=Net())
+    for smaller in (once(), twice().model, loaded):
         osscar.recover(smaller, Typed(), X, steps=1)
         with pytest.raises(ModelError, match=r"was not pruned from this .* recorded input"):
             osscar.recover(smaller, Sigmoid(), X, steps=1)
-    osscar.recover(loaded, once.model, X, steps=1)
+    osscar.recover(loaded, once().model, X, steps=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -186,10 +195,7 @@ def remembered(function):
 
 
 closed = remembered(lambda n: torch.arange(1.0, n + 1))
-GRIDS = {
-    "nested": lambda n: nested(n)["grid"][0],
-    "closed": closed,
-}
+GRIDS = {"nested": lambda n: nested(n)["grid"][0], "closed": closed}
 
 
 class Grid(nn.Module):
@@ -217,10 +223,8 @@ def test_a_trace_leaves_nothing_in_the_caches_of_the_users_code(name, monkeypatc
 
 
 def test_models_that_are_swapped_are_not_recovered():
-    dense = Net()
-    once = osscar.prune(dense, X, **FEW).model
-    twice = osscar.prune(once, X, **FEW).model
-    for smaller, larger in ((once, dense), (twice, dense), (twice, once)):
+    smallest, small, dense = twice().model, once().model, Net()
+    for smaller, larger in ((small, dense), (smallest, dense), (smallest, small)):
         with pytest.raises(
             ModelError, match="the second model is the smaller one, or was pruned more often"
         ):

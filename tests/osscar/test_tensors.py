@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 import osscar
-from osscar.base.errors import (
-    ModelError,
-)
+from osscar.base.errors import ModelError
 from osscar.data.batches import as_inputs
 from osscar.evaluation.quality import score
 from osscar.models.load import load_model

@@ -42,40 +42,42 @@ FAMILIES = {
 """How each has one layer, and what its batches are."""
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    layers, batch = FAMILIES[request.param]
-    return transformers_case(request.param, **layers).build().double(), batch()
+def made(family):
+    layers, batch = FAMILIES[family]
+    return transformers_case(family, **layers).build().double(), batch()
 
 
+def real(inputs):
+    return {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_decoder_reads_what_the_model_makes_of_labels(family):
-    model, batch = family
+    model, batch = made(family)
     with torch.no_grad():
-        expected = model(
-            **{n: x.double() if x.is_floating_point() else x for n, x in batch.items()}
-        )
+        expected = model(**real(batch))
     found = load_batches(batch, model)
     assert "labels" not in found.samples[0]
     for row, sample in enumerate(found.samples):
         kept = batch["labels"][row] != -100
         assert sample["decoder_input_ids"].shape == (1, kept.sum())
         with torch.no_grad():
-            real = {n: x.double() if x.is_floating_point() else x for n, x in sample.items()}
-            logits = model(**real).logits
+            logits = model(**real(sample)).logits
         torch.testing.assert_close(logits[0], expected.logits[row, kept], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_calibrates_and_scores_by_its_labels(family):
-    model, batch = family
+    model, batch = made(family)
     with pytest.warns(UserWarning, match="labels set aside to score by; padding cut off|to score"):
         result = osscar.prune(model, batch, heads=0.5, neurons=0.5, device="cpu", round_to=1)
     assert result.distance.measure == "nats"
     assert {"heads", "neurons"} == {group.name.rpartition(".")[2] for group in result.plan.groups}
     twin, loss, count = masked(model, result), 0.0, 0
     for sample, row in zip(load_batches(batch, model).samples, batch["labels"], strict=True):
-        real = {n: x.double() if x.is_floating_point() else x for n, x in sample.items()}
         with torch.no_grad():
-            expected, mine = twin(**real).logits, result.model(**real).logits
+            expected, mine = (one(**real(sample)).logits for one in (twin, result.model))
         torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
         loss += float(F.cross_entropy(mine[0], row[row != -100], reduction="sum"))
         count += int((row != -100).sum())

@@ -11,11 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from osscar.base.errors import (
-    DataError,
-    ModelError,
-    import_torchvision,
-)
+from osscar.base.errors import DataError, ModelError, import_torchvision
 from osscar.base.json_files import validated
 from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing

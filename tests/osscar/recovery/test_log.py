@@ -25,11 +25,7 @@ def told(recovery):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("graphs", 6),
-        pytest.param(ADAPTED, 2, marks=needs_peft),
-    ],
+    ("name", "count"), [("graphs", 6), pytest.param(ADAPTED, 2, marks=needs_peft)]
 )
 def test_a_recovery_that_was_killed_after_any_check_ends_with_the_same_bytes(
     name, count, monkeypatch, tmp_path

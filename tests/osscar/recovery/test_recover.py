@@ -62,8 +62,7 @@ def held(model):
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(one, marks=needs_peft) if one == ADAPTED else one for one in FORMS],
+    "name", [pytest.param(one, marks=needs_peft) if one == ADAPTED else one for one in FORMS]
 )
 def test_only_weights_change_and_never_for_the_worse(name):
     form = FORMS[name]
