@@ -60,7 +60,6 @@ class ConsumerState:
         self._leading: int | None = int(kept.sum()) * w
         """How many places those in S take, where they come first."""
         self._factorize(unit_rows(units, w), self._leading)
-        self._cross: Tensor | None = None
         self._read_blocks()
 
     def _factorize(self, rows: Tensor, k: int) -> None:
@@ -98,7 +97,6 @@ class ConsumerState:
         made._place = torch.arange(len(units), device=units.device)
         count = int(made.kept.sum())
         made._leading = count * self.width if bool(made.kept[:count].all()) else None
-        made._cross = None
         made._read_blocks()
         return made
 
@@ -107,20 +105,8 @@ class ConsumerState:
         some, others = self._at(leave), self._at(enter)
         first = self._leading or 0
         N = self.N.rows(some, first)[:, others - first]
-        if self._cross is not None:
-            return N, self._cross[some[:, None], others - first]
         # Only a few rows are copied; all of those that enter would be as many as U has.
         return N, (self.U[some] @ self.U[first:].T)[:, others - first]
-
-    def hold_products(self) -> None:
-        """Keep K of all pairs at hand, as long as as many units leave as enter."""
-        k = self._leading
-        if self._cross is None and k is not None:
-            self._cross = self.U[:k] @ self.U[k:].T
-
-    def release_products(self) -> None:
-        """Let go of what `hold_products` keeps."""
-        self._cross = None
 
     def _at(self, units: Tensor) -> Tensor:
         return unit_rows(self._place[units], self.width)
@@ -133,41 +119,20 @@ class ConsumerState:
         pivot = _inverse(columns[at])
         Z = columns @ pivot
         self.N.subtract(Z, columns.T)
-        self._subtract_products(Z, own)
         self.U.addmm_(Z, own, alpha=-1)
-        self._exchange_places(units[inside], units[~inside])
+        leaving, entering = units[inside], units[~inside]
+        if len(leaving) == len(entering):  # units that enter take the places of those that leave
+            places = self._place[leaving]
+            self._place[leaving], self._place[entering] = self._place[entering], places
+        else:
+            self._leading = None
         self.kept[units] = ~inside
         at, signed = self._at(units), pivot * sign
         Z *= sign
         Z[at] = -sign[:, None] * signed
         self.N.set_rows(at, Z.T)
         self.U[at] = signed.T @ own
-        self._renew_products(at)
         self._read_blocks()
-
-    def _exchange_places(self, leaving: Tensor, entering: Tensor) -> None:
-        """Let units that enter take the places of those that leave."""
-        if len(leaving) == len(entering):
-            places = self._place[leaving]
-            self._place[leaving], self._place[entering] = self._place[entering], places
-        else:
-            self._leading = self._cross = None
-
-    def _subtract_products(self, Z: Tensor, own: Tensor) -> None:
-        # As U falls by Z U_J, K = U U' falls by Z Q' + Q Z', where Q = U U_J' - Z U_J U_J' / 2.
-        if self._cross is not None:
-            k = self._leading
-            Q = self.U @ own.T - Z @ (own @ own.T / 2)
-            self._cross.addmm_(
-                torch.cat([Z[:k], Q[:k]], 1), torch.cat([Q[k:], Z[k:]], 1).T, alpha=-1
-            )
-
-    def _renew_products(self, at: Tensor) -> None:
-        k = self._leading
-        if self._cross is not None and k is not None:
-            ours, theirs = at[at < k], at[at >= k]
-            self._cross[ours] = self.U[ours] @ self.U[k:].T
-            self._cross[:, theirs - k] = self.U[:k] @ self.U[theirs].T
 
     def loss(self) -> float | None:
         """Return the loss of the refit W; None where U has fewer columns than that."""
@@ -251,16 +216,6 @@ class PivotState:
         losses = [state.loss() for state in self.consumers]
         known = [loss for loss in losses if loss is not None]
         return max(sum(known), 0.0) if len(known) == len(losses) else None
-
-    def hold_products(self) -> None:
-        """Keep K of all pairs at hand, where many exchanges are to be scored."""
-        for state in self.consumers:
-            state.hold_products()
-
-    def release_products(self) -> None:
-        """Let go of what `hold_products` keeps, where there has to be room for something else."""
-        for state in self.consumers:
-            state.release_products()
 
     def removal_losses(self) -> Tensor:
         """Return by how much the loss rises when one unit leaves, (n,); inf for removed units.

@@ -100,7 +100,6 @@ class LocalSearch(Backend):
 
     def _descend(self, state: PivotState, loss: float, limit: int) -> tuple[int, float, bool]:
         """Make at most `limit` exchanges; return how many, the best left, and if that is none."""
-        state.hold_products()
         few = len(state.support) * len(state.removed) < _FEW_PAIRS
         count = 1 if few else _AT_ONCE
         made, best = 0, _best(state, count)
@@ -124,7 +123,6 @@ def _is_sound(state: PivotState) -> bool:
 
 def _loss(state: PivotState) -> float:
     """Return the loss of the refit on the support of a state, which tells it where it is sound."""
-    state.release_products()  # to make room
     loss = state.loss() if _is_sound(state) else None
     return refit_loss(state.problem, state.support) if loss is None else loss
 
@@ -150,7 +148,6 @@ def _exchanged(
     if len(best.units) == 2:
         return best.units, gains
     part = state.part(best.units)
-    part.hold_products()
     part.sweep([0, len(best.units) // 2])
     while len(gains) < limit and (swap := _best(part, 1)).gain > least:
         part.sweep(swap.units)
