@@ -95,16 +95,10 @@ def check_module(model: object) -> None:
 
 
 def check_usable(model: nn.Module) -> None:
-    """Refuse what is no module, has no parameters, or has one without values (ModelError)."""
+    """Refuse what is no module, or has no parameters (ModelError)."""
     check_module(model)
-    parameters = dict(model.named_parameters())
-    if not parameters:
+    if not any(True for _ in model.parameters()):
         raise ModelError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
-    for name, parameter in parameters.items():
-        lazy = nn.parameter.is_lazy(parameter)
-        if lazy or parameter.is_meta:
-            todo = "run the model once" if lazy else "build the model on the CPU, not on 'meta'"
-            raise ModelError(f"{name!r} of {type(model).__name__} has no values yet; {todo} first")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

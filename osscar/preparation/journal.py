@@ -27,6 +27,7 @@ from osscar.base.devices import this_device
 from osscar.base.errors import FileError, JournalError, RanksError
 from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
 from osscar.base.json_files import STRICT, read_json
+from osscar.base.printable import are, pluralize
 from osscar.base.process import uninterrupted
 from osscar.base.ranks import Ranks
 from osscar.data.batches import ModelInputs
@@ -194,6 +195,9 @@ class Journal:
     what: ClassVar[str]
     """What is kept: ``"run"``."""
 
+    part: ClassVar[str] = "part"
+    """What one file of what is done has: ``"group"``."""
+
     manifest_file: ClassVar[str]
     done_files: ClassVar[tuple[str, ...]]
     """Which files each say of something that it is done, as patterns."""
@@ -217,6 +221,13 @@ class Journal:
     def done(self) -> list[Path]:
         """The files of what is done, in order."""
         return sorted(path for pattern in self.done_files for path in self.directory.glob(pattern))
+
+    @property
+    def kept(self) -> str:
+        """What a command that ends now leaves, in words; empty if nothing."""
+        done = len(self.done)
+        kept = f"{pluralize(done, self.part)} {are(done)} done and kept in {self.directory}"
+        return kept * bool(done)
 
     def refuse_foreign(self) -> None:
         """Refuse a place that holds something else; what a killed command leaves is none."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import solvers
 from graph import CouplingGroup
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import NonFiniteError, warn, warn_of
+from osscar.base.errors import warn, warn_of
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, progress_bar, timed
@@ -101,7 +101,7 @@ class _Run:
                     held_out=self.task.samples_held_out,
                     committed=self.dense,
                 )
-            for step in blaming_refits(walked, self.done):
+            for step in walked:
                 bar.describe(f"pruning {step.group.name}")
                 if not last:
                     self.dense.update(dense_tensors(step.consumers))
@@ -132,25 +132,6 @@ class _Run:
         if isinstance(step, LayerStep) and not step.committed:
             step.adopt(record.weights)
         return record
-
-
-def blaming_refits(
-    walked: Iterable[LayerStep | ExpertStep], done: Sequence[LayerRecord]
-) -> Iterator[LayerStep | ExpertStep]:
-    """Yield the steps of a walk; where it meets NaN behind refits, these are named."""
-    try:
-        yield from walked
-    except NonFiniteError as error:
-        if not done:
-            raise
-        most = max((record.report for record in done), key=lambda report: report.growth)
-        raise NonFiniteError(
-            f"{error.what}, behind {pluralize(len(done), 'refitted group')}, of which the weights "
-            f"that read {most.name!r} grew most ({most.growth:.3g} times)",
-            "give more calibration data, raise damp (`--damp`), or leave that group alone with "
-            "skip (`--skip`); if "
-            "the dense model overflows there, too, use dtype float32 (`--dtype float32`)",
-        ) from error
 
 
 def warn_of_refits(reports: Sequence[LayerReport]) -> None:

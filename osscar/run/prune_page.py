@@ -253,7 +253,7 @@ def layers_table(
     layers: Sequence[Mapping[str, Any]], budget: Mapping[str, Any] | None = None
 ) -> Table:
     """Return a row of `LayerReport` for each group, with what the budget predicted and measured."""
-    widths, measured = ((budget or {}).get(key) or {} for key in ("widths", "measured"))
+    widths = (budget or {}).get("widths") or {}
     unit = (budget or {}).get("measure", "nats")
     found = table(
         "Loss by layer",
@@ -261,10 +261,6 @@ def layers_table(
             **columns(LayerReport),
             f"predicted, {unit} >": lambda one: decimals(
                 widths.get(one["name"], {}).get("predicted"), 5
-            ),
-            f"measured alone, {unit}": lambda one: "; ".join(
-                f"{decimals(at['distance'], 5)} with {at['kept']}"
-                for at in measured.get(one["name"], ())
             ),
         },
         layers,

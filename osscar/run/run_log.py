@@ -27,7 +27,6 @@ from osscar.allocation.costs import CountedCost
 from osscar.allocation.limits import Allocated
 from osscar.allocation.times import Table
 from osscar.base.json_files import STRICT
-from osscar.base.printable import are, pluralize
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
 from osscar.preparation.journal import Fingerprint, Journal, JournalManifest, own_code
@@ -90,7 +89,7 @@ _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 class RunLog(Journal):
     """The records of a run, in the order of their groups; attempts to a target have logs inside."""
 
-    what = "run"
+    what, part = "run", "group"
     manifest_file = "log.json"
     done_files = (_GROUPS, f"attempt-[1-9]/{_GROUPS}")
     other_files = (
@@ -156,13 +155,6 @@ class RunLog(Journal):
     def committed(self) -> int:
         """The number of committed groups, without those of attempts."""
         return sum(path.parent == self.directory for path in self.done)
-
-    @property
-    def kept(self) -> str:
-        """What a run that ends now leaves, in words."""
-        groups = len(self.done)
-        where = f"done and kept in {self.directory}"
-        return f"{pluralize(groups, 'group')} {are(groups)} {where}" if groups else ""
 
     def _place(self, index: int) -> Path:
         return self.directory / f"{index:05}.safetensors"

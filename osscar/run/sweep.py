@@ -20,7 +20,7 @@ from osscar.base.devices import default_torch
 from osscar.base.errors import DataError, OptionError
 from osscar.base.files import digest, resolved, write_json, write_text
 from osscar.base.json_files import STRICT
-from osscar.base.printable import are, pluralize, published
+from osscar.base.printable import pluralize, published
 from osscar.base.timing import Stage, profiled, progress_bar, timed
 from osscar.data.batches import Batch, as_inputs
 from osscar.data.images import ImageSet
@@ -140,7 +140,7 @@ class SweepPoint:
 class SweepDirectory(Journal):
     """The points of a sweep, in a directory of its own."""
 
-    what = "sweep"
+    what, part = "sweep", "point"
     manifest_file = "asked.json"
     done_files = (f"{_POINTS}/*.json",)
     other_files = (_POINTS,)
@@ -157,13 +157,6 @@ class SweepDirectory(Journal):
             self.begin(manifest)
             self.make(_POINTS)
             yield
-
-    @property
-    def kept(self) -> str:
-        """What a sweep that ends now leaves, in words."""
-        points = len(self.done)
-        where = f"kept in {self.directory}"
-        return f"{pluralize(points, 'point')} {are(points)} {where}" if points else ""
 
     def point(self, job: SweepJob) -> SweepPoint | None:
         """Return a point; None if it is not finished."""

@@ -195,7 +195,6 @@ class _Search:
             times = ranks.broadcast("times of operators", self._times)
             self.prepared = replace(self.prepared, task=replace(self.task, times=times))
         self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
-        logged = ranks.broadcast("whether there is a log", lambda: log is not None)
         budget, passed = self._known_budget(), dict[int, Made]()
 
         def following() -> float | None:
@@ -214,8 +213,7 @@ class _Search:
             budget = made[0].budget or budget
             if attempt.passes(self.target.most):
                 passed[number - 1] = made
-            if logged:  # by which any other is made again
-                passed = {at: one for at, one in passed.items() if at == report.chosen}
+            passed = {at: one for at, one in passed.items() if at == report.chosen}
         report = self._report(budget)
         for line in report.tests_in_words():
             self.prepared.tell(line)
@@ -224,7 +222,7 @@ class _Search:
                 log.remove()  # it is of no use to another target
             raise self._failure(report)
         best = passed.get(report.chosen)
-        if best is None:
+        if best is None:  # as what was chosen meanwhile has failed, or by a run that was killed
             best = self._made(report.chosen + 1, self.attempts[report.chosen].limit, budget)
         return best, report
 
