@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from benchmarks.coverage import images, shrunken
 from benchmarks.coverage.case import Inputs, Made, first_that_runs
-from tests import zoo
 from tests.graph import blocks, topologies
 from tests.osscar import programs
 from tests.osscar.networks import small_net
@@ -73,11 +72,6 @@ def _make_net(name: str) -> Made:
     return Made(model, first_that_runs(model, [[inputs, more], [inputs, inputs]]))
 
 
-def _make_family(name: str) -> Made:
-    case = zoo.transformers_case(name)
-    return Made(case.build(), case.make_inputs())
-
-
 LISTS: Mapping[str, Listed] = {
     "torchvision": Listed("torchvision", partial(listed, "torchvision"), images.make_torchvision),
     "timm": Listed("timm", partial(listed, "timm"), images.make_timm),
@@ -87,7 +81,6 @@ LISTS: Mapping[str, Listed] = {
         shrunken.make,
         lambda name: shrunken.families()[name],
     ),
-    "families": Listed("transformers, sizes chosen by hand", lambda: zoo.FAMILIES, _make_family),
     "nets": Listed("hand-written networks", lambda: _NETS, _make_net),
 }
 """By the names that the command line knows them by."""

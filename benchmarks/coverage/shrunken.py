@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,18 +53,26 @@ def make(family: str) -> Made:
 
     Raises NotBuilt if the rules do not lead to a model that runs.
     """
-    kind = getattr(hf, families()[family])
+    return built(getattr(hf, families()[family]))
+
+
+def built(
+    kind: Any,
+    fields: Mapping[str, Any] | None = None,
+    inputs: Callable[[], list[Inputs]] | None = None,
+) -> Made:
+    """Build a tiny model of a class, with some fields of its config and inputs, if given."""
     first: NotBuilt | None = None
     for way in _WAYS:
         torch.manual_seed(0)
         try:
-            config = kind.config_class(**smaller(kind.config_class(), way))
+            config = kind.config_class(**{**smaller(kind.config_class(), way), **(fields or {})})
             with torch.device("meta"):
                 check_size(kind(config))
             model = kind(config).eval()
             alive(model)
-            inputs = first_that_runs(model, _candidates(model, config))
-            return Made(model, inputs, kind.__name__)
+            tried = _candidates(model, config) if inputs is None else [inputs()]
+            return Made(model, first_that_runs(model, tried), kind.__name__)
         except MemoryError:
             raise
         except Exception as error:  # whatever configs, constructors and sizes that do not fit raise

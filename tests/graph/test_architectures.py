@@ -12,7 +12,7 @@ from tests.zoo import TRACED, transformers_case
 from .masking import assert_sound
 
 _WRITTEN_OUT = (
-    *("llama", "llama-multi-query", "gemma2", "opt", "gpt2", "gpt-j", "falcon-multi-query"),
+    *("llama", "llama-multi-query", "gemma2", "opt", "gpt2", "gptj", "falcon"),
     *("bert", "t5", "swin"),
 )
 CASES = [*((name, None) for name in TRACED), *((name, "eager") for name in _WRITTEN_OUT)]
@@ -60,7 +60,7 @@ def test_units_of_heads(keys, units, rows, implementation):
     ("family", "implementation"), [("opt", "eager"), ("llama", "eager"), ("llama", "sdpa")]
 )
 def test_a_single_head_is_kept_whole(family, implementation):
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 48}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
     model = transformers_case(family, implementation, num_hidden_layers=1, **heads).build()
     for size in ((2, 7), (1, 7)):
         groups = graph.trace(model, {"input_ids": torch.zeros(size).long()}).groups

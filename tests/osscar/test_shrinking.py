@@ -200,11 +200,12 @@ def test_tied_tensors_stay_tied_and_are_not_cut_in_two_ways(shared_memory: bool)
 def test_a_language_model_on_meta_keeps_the_scale_of_its_attention_and_how_keys_are_shared() -> (
     None
 ):
-    for family, heads in (("llama", 6), ("llama", 4), ("llama-multi-query", 6)):
-        model = transformers_case(family, num_attention_heads=heads).build().to("meta")
+    for family, heads in (("llama", 8), ("llama", 4), ("llama-multi-query", 8)):
+        sizes = {"num_attention_heads": heads, "head_dim": 8}
+        model = transformers_case(family, **sizes).build().to("meta")
         groups = graph.trace(model, {"input_ids": torch.zeros(2, 7, dtype=torch.int64)}).prunable
         osscar.slice_units(model, half_of(groups))
-        assert model.model.layers[1].mlp.down_proj.weight.shape == (48, 20)
+        assert model.model.layers[1].mlp.down_proj.weight.shape == (64, 40)
         attention = model.model.layers[0].self_attn
         assert attention.scaling == 8**-0.5
         assert attention.q_proj.out_features == 8 * heads // 2
