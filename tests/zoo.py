@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -24,16 +24,12 @@ class Case:
 
     inputs: Make two, of another batch and another length or resolution where the model allows.
     groups: The prunable groups with their units, where these are stated.
-    tags: What tests choose by: ``always``, where the default suite tests it; ``cuts``, where
-        slicing its tensors is all that has to be done; ``literal``, where its code holds numbers
-        that no module keeps; ``stock``, where its config can express the shapes.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: tuple[Callable[[], Inputs], Callable[[], Inputs]]
-    groups: Mapping[str, int] = field(default_factory=dict)
-    tags: frozenset[str] = frozenset()
+    groups: Mapping[str, int]
 
     def make_inputs(self) -> list[Inputs]:
         """Return both inputs."""
@@ -41,20 +37,6 @@ class Case:
 
 
 # ---- small networks ----------------------------------------------------------------------
-
-_TAGS = {
-    "always": {
-        *PRUNABLE,
-        *("multi-query", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent"),
-        *("channel-shuffle", "pixel-shuffle", "messages", "fourier", "patches", "experts"),
-        *("uneven-parts", "unflatten"),
-    },
-    "cuts": {
-        *("residual", "concat", "depthwise", "tied", "called-twice", "bare-parameters", "gate"),
-        *("up-and-down", "gated-halves", "glu", "stacked", "gathered"),
-    },
-    "literal": {"padded", "einsum", "independent-halves"},
-}
 
 
 def _small(
@@ -67,8 +49,7 @@ def _small(
         torch.manual_seed(0)
         return randomized(kind())
 
-    tags = frozenset(tag for tag, names in _TAGS.items() if name in names)
-    return Case(name, build, (lambda: example, other), groups, tags)
+    return Case(name, build, (lambda: example, other), groups)
 
 
 SMALL = {name: _small(name, *case) for name, case in {**PRUNABLE, **BLOCKS}.items()}
@@ -105,6 +86,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconForCausalLM",
         {"multi_query": False, "num_kv_heads": 2, "new_decoder_architecture": True},
     ),
+    "t5": ("T5ForConditionalGeneration", {"decoder_start_token_id": 1}),
     "deberta-v2": (
         "DebertaV2ForMaskedLM",
         {
@@ -149,7 +131,7 @@ _INPUTS = {"whisper": _speech, "wav2vec2": _sound, "clip": _text_and_image}
 
 FAMILIES = (
     *("llama", "qwen3", "gemma2", "phi3", "opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon"),
-    *("mixtral", "bert", "t5", "bart", "vit", "convnext", *_VARIANTS),
+    *("mixtral", "bert", "bart", "vit", "convnext", *_VARIANTS),
 )
 """Families of transformers, as the package calls them, and variants."""
 
@@ -200,10 +182,6 @@ _GROUPS: dict[str, dict[str, int]] = {
 }
 """The prunable groups of a family; a star stands for both of two layers."""
 
-_STOCK = {
-    *("llama", "llama-multi-query", "qwen3", "gemma2", "phi3", "mixtral", "t5", "vit"),
-}
-
 TRACED = tuple(_GROUPS)
 """Those whose groups are stated."""
 
@@ -226,6 +204,5 @@ def transformers_case(name: str, attention: str | None = None, **fields: Any) ->
         for groups, units in _GROUPS.get(name, {}).items()
         for group in dict.fromkeys(groups.replace("*", number) for number in "01")
     }
-    tags = frozenset({"stock"} if name in _STOCK else ())
     inputs = tuple(lambda index=index: dict(made().inputs[index]) for index in (0, 1))
-    return Case(name, lambda: copy.deepcopy(made().model), inputs, groups, tags)
+    return Case(name, lambda: copy.deepcopy(made().model), inputs, groups)

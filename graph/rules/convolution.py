@@ -20,27 +20,10 @@ def convolved(call: Call) -> Value:
     space = len(weight.dims) - 2
     transposed = "transpose" in call.operator or call.flag("transposed")
     lead, channels = value.dims[: -space - 1], value.dims[-space - 1]
-    produced = _filtered(call, channels, weight, transposed)
-    if produced is None:
-        return call.opaque(_CROSSED)[0]
-    around = _around(call, value.dims[-space:], weight.dims[2:], transposed)
-    dims = (*lead, produced, *around)
-    bias = call.optional("bias")
-    return Value(dims) if bias is None else _with_bias(call, dims, space, bias)
-
-
-_CROSSED = "groups of channels cross its boundaries"
-
-
-def _filtered(
-    call: Call, channels: Layout, weight: Value, transposed: bool = False
-) -> Layout | None:
-    """Contract channels with filters within each group; None if groups cross boundaries."""
     groups = call.integer("groups")
-    read = _grouped(call, channels, groups)
-    rows = _grouped(call, weight.dims[0], groups)
+    read, rows = (_grouped(call, one, groups) for one in (channels, weight.dims[0]))
     if read is None or rows is None:
-        return None
+        return call.opaque("groups of channels cross its boundaries")[0]
     group = call.unify(read[0], rows[0])
     taken, made = (rows[1], weight.dims[1]) if transposed else (weight.dims[1], rows[1])
     call.unify(read[1], taken)
@@ -49,14 +32,11 @@ def _filtered(
     call.record(weight, Role.PASS_THROUGH, 0, group)
     call.record(weight, Role.CONSUMER, 0 if transposed else 1, taken)
     call.record(weight, Role.PRODUCER, 1 if transposed else 0, made)
-    return call.axes.product((group, made))
-
-
-def _with_bias(call: Call, dims: tuple[Layout, ...], space: int, bias: Value) -> Value:
-    """Add a bias of the channels, which lie before so many dimensions of space."""
-    lead, channels, around = dims[: -space - 1], dims[-space - 1], dims[-space:]
-    channels = add_bias(call, Value((*lead, *around, channels)), bias).dims[-1]
-    return Value((*lead, channels, *around))
+    around = _around(call, value.dims[-space:], weight.dims[2:], transposed)
+    # A bias is added along the last dimension.
+    sums = Value((*lead, *around, call.axes.product((group, made))))
+    produced = add_bias(call, sums, call.optional("bias")).dims[-1]
+    return Value((*lead, produced, *around))
 
 
 def _around(

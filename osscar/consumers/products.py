@@ -63,7 +63,7 @@ class _Kind:
     form: What it does with the argument of a name, in the dimensions of that; None where nothing is
         known of this.
     operands: What may be the weight, or is multiplied with it.
-    by_sample: Whether operands have samples in their first dimension, read one by one.
+    by_sample: Whether the input has samples in its first dimension, read one by one.
     """
 
     names: tuple[str, ...]
@@ -98,7 +98,7 @@ class Taken:
 
     @property
     def multiplied(self) -> Tensor:
-        """The first of the other operands."""
+        """The other operand."""
         found: Tensor = self.given[next(n for n in self.kind.operands if n != self.weight)]
         return found
 
@@ -129,11 +129,8 @@ class Taken:
             return
         row = 8 * columns * self.multiplied[0, 0].numel()
         samples = max(1, UNFOLDED_BYTES // row)
-        others = [name for name in self.kind.operands if name != self.weight]
-        read = [name for name in others if self.given[name] is not None]
-        for start in range(0, len(self.multiplied), samples):
-            some = {name: self.given[name][start : start + samples] for name in read}
-            yield replace(self, given={**self.given, **some})
+        for some in torch.split(self.multiplied, samples):
+            yield replace(self, given={**self.given, "input": some})
 
 
 # ---- what functions do -------------------------------------------------------------------

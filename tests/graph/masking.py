@@ -7,7 +7,6 @@ more, and if it mattered before.
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 
 import torch
 from torch.utils import _pytree as pytree
@@ -65,27 +64,3 @@ def assert_masked(model, group, inputs, *, used=False):
 def assert_sound(model, group, inputs):
     """Prove a group on a model by masking some of its units."""
     assert_masked(model, group, inputs, used=True)
-
-
-def assert_sliced(model, groups, inputs):
-    """Show that cutting half of all units out equals masking what reads them.
-
-    For models whose code bakes no size in, which is so for most convolutional networks.
-    """
-    masked, sliced = copy.deepcopy(model), copy.deepcopy(model)
-    cuts = defaultdict(set)
-    for group in groups:
-        removed = range(0, group.units - 1, 2)
-        _fill(masked, group.consumers, removed, noise=0.0)
-        for slot in group.slots:
-            cuts[slot.tensor, slot.dim].update(slot.indices(removed))
-    for (name, dim), indices in cuts.items():
-        weight = _tensor(sliced, name)
-        kept = [index for index in range(weight.shape[dim]) if index not in indices]
-        weight.data = weight.data.index_select(dim, torch.tensor(kept))
-    for module in sliced.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.groups == module.out_channels > 1:
-            module.groups = module.weight.shape[0]
-    expected, found = outputs(masked, inputs), outputs(sliced, inputs)
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    assert sum(p.numel() for p in sliced.parameters()) < sum(p.numel() for p in model.parameters())

@@ -69,8 +69,12 @@ def neurons_of_two_layers(first: str = "enter", second: str = "leave", units: in
 # ---- layers ------------------------------------------------------------------------------
 
 
+_WRITTEN = {"padded", "einsum", "independent-halves"}
+"""Networks whose code holds numbers that no module keeps."""
+
+
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("name", [n for n in PRUNABLE if "literal" not in SMALL[n].tags])
+@pytest.mark.parametrize("name", [name for name in PRUNABLE if name not in _WRITTEN])
 def test_hand_written_networks_shrink(name: str) -> None:
     _, proof, effect = shrink_by_half(SMALL[name].build(), SMALL[name].make_inputs())
     assert effect > 1e-3

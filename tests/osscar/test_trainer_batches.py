@@ -35,7 +35,7 @@ def speech():
 
 ONE = {"encoder_layers": 1, "decoder_layers": 1}
 FAMILIES = {
-    "t5": ({"num_layers": 1, "num_decoder_layers": 1, "decoder_start_token_id": 1}, texts),
+    "t5": ({"num_layers": 1, "num_decoder_layers": 1}, texts),
     "bart": (ONE, texts),
     "whisper": (ONE, speech),
 }
