@@ -24,7 +24,8 @@ from osscar.proof.plan import GroupPlan, PruningPlan
 from tests.osscar.families import FAMILIES, logits, tiny, tokens
 
 IDS = tokens(2)
-
+KINDS = ("opt", "gpt2", "llama-gqa")
+"""Tied, of transposed matrices, and with groups of heads."""
 
 HEADS = {"opt": "model.decoder.layers.0.self_attn.heads", "gpt2": "transformer.h.0.attn.heads"}
 NEURONS = {"opt": "model.decoder.layers.1.neurons", "gpt2": "transformer.h.1.mlp.neurons"}
@@ -111,7 +112,7 @@ def test_transformers_alone_reads_and_generates_the_same(family, read):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_shapes_are_read_here_and_the_code_never_run(family, written, tmp_path):
     model, path = written[family]
     directory = tmp_path / "model"
@@ -195,7 +196,7 @@ def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_what_was_trained_and_saved_by_transformers_is_read(family, written, tmp_path):
     model = by_transformers(written[family][1])
     model.train()(input_ids=IDS, labels=IDS).loss.backward()

@@ -6,7 +6,7 @@ from torch import nn
 
 import osscar
 from osscar.base.errors import ModelError
-from tests.osscar.recovery.packages import needs_peft
+from tests.osscar.recovery.perturbed import needs_peft
 
 
 def net():

@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from osscar.recovery.weights import has_peft
+
+needs_peft = pytest.mark.skipif(not has_peft(), reason="adapters need the extra osscar[recover]")
 
 
 def net(seed: int = 0) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 import osscar
 from osscar.recovery.recover import Recovery
 from osscar.recovery.weights import adaptable
-from tests.osscar.recovery.packages import needs_peft
+from tests.osscar.recovery.perturbed import needs_peft
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 

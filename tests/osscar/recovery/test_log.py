@@ -10,8 +10,7 @@ from osscar.recovery.recover import recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.training import RecoveryLog, Training
 from tests.osscar.recovery.cases import ADAPTED, FORMS
-from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import bytes_of
+from tests.osscar.recovery.perturbed import bytes_of, needs_peft
 from tests.osscar.test_run_log import Killed
 
 REQUEST = RecoveryRequest(steps=12, held_out=2, batch_size=4, device="cpu")

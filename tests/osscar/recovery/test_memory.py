@@ -18,8 +18,7 @@ from osscar.recovery.samples import Setup
 from osscar.recovery.training import Training
 from osscar.recovery.weights import blocks, checkpointing
 from tests.osscar.networks import images, small_net
-from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import numbers, perturbed
+from tests.osscar.recovery.perturbed import needs_peft, numbers, perturbed
 
 # ---- ways that need less -----------------------------------------------------------------
 

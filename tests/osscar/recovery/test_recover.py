@@ -27,8 +27,7 @@ from osscar.recovery.training import Training, nearest
 from tests.osscar.families import framing_tokenizer, logits, tiny, tokens
 from tests.osscar.networks import plain, small_net
 from tests.osscar.recovery.cases import ADAPTED, FORMS
-from tests.osscar.recovery.packages import needs_peft
-from tests.osscar.recovery.perturbed import bytes_of, net, numbers, perturbed, raw
+from tests.osscar.recovery.perturbed import bytes_of, needs_peft, net, numbers, perturbed, raw
 
 HELD = 2
 OFTEN = {"steps": 3, "learning_rate": 1e-3, "held_out": HELD, "batch_size": 4, "device": "cpu"}
