@@ -20,17 +20,16 @@ from transformers import DynamicCache
 
 from graph import DependencyGraph, Operator, Size
 from osscar.allocation.costs import traced_alike
-from osscar.allocation.serving import check_served, filled_cache, token_step, token_step_traced
+from osscar.allocation.serving import filled_cache, token_step, token_step_traced
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import this_device
-from osscar.base.errors import ModelError, RequestError, optional
+from osscar.base.errors import ModelError, optional
 from osscar.base.printable import pluralize
 from osscar.base.timing import busy_clock
 from osscar.data.batches import Batch
 from osscar.network.hooks import computable_mixtures
 from osscar.network.modules import device_of, forward, number_format, tensors_in
 from osscar.network.onnx_runtime import bound, program_of, session_of, to_onnx
-from osscar.request import PruningRequest
 
 OperatorCall = tuple[Operator, Callable[[Size], int]]
 """An operator, and what returns the values of its sizes."""
@@ -313,17 +312,6 @@ def _together(calls: Sequence[OperatorCall]) -> Iterator[OperatorModel]:
 
 
 # ---- the clock of a request --------------------------------------------------------------
-
-
-def check_timed(model: nn.Module, request: PruningRequest) -> None:
-    """Raise a `RequestError` if a model does not do, or is not written as, what is to be timed."""
-    check_served(model, request)
-    if request.timed_in == "onnxruntime" and number_format(model) != torch.float32:
-        raise RequestError(
-            f"timed_in is onnxruntime, and the model's weights are {number_format(model)}, in "
-            "which ONNX Runtime lacks most operators; give it in float32 (`--dtype float32`, or "
-            "model.float() in Python)"
-        )
 
 
 def clock_of(task: PruningTask) -> Clock:

@@ -22,6 +22,7 @@ from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet, end_o
 from osscar.data.text import CalibrationSet, TextSet
 from osscar.distance.distance import summed_divergence
 from osscar.distance.scores import labelled_scores
+from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.network.modules import check_usable, evaluating, token_embeddings
 from osscar.network.predictions import (
     LOGITS,
@@ -202,7 +203,7 @@ def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> T
                     )
             bar.advance()
     tokens = sum(len(one) - context for one in windows)
-    perplexity = _exponential(sum(losses) / tokens)
+    perplexity = math.exp(min(sum(losses) / tokens, MOST_EXPONENT))
     return TextQuality(perplexity, tokens, len(windows), len(windows[0]), text.special_tokens)
 
 
@@ -222,16 +223,6 @@ def _loss(logits: Tensor, following: Tensor) -> float:
     """Return the sum of the negative log-likelihoods of tokens."""
     rows = zip(*(torch.split(one, ROWS_AT_ONCE) for one in (logits, following)), strict=True)
     return sum(F.cross_entropy(x.float(), y, reduction="sum").item() for x, y in rows)
-
-
-def _exponential(mean: float) -> float:
-    try:
-        return math.exp(mean)
-    except OverflowError:
-        raise NonFiniteError(
-            f"the mean negative log-likelihood is {mean:.3g}, so the perplexity overflows; "
-            "check the model's weights"
-        ) from None
 
 
 # ---- images and tensors ------------------------------------------------------------------
@@ -403,7 +394,9 @@ class _Tally:
             predictions=labelled,
             top1=self.first / labelled if labelled else None,
             top5=self.among / labelled if labelled and self.classes > _TOP else None,
-            perplexity=_exponential(self.surprise / labelled) if self.positions else None,
+            perplexity=math.exp(min(self.surprise / labelled, MOST_EXPONENT))
+            if self.positions
+            else None,
             agreement=self.agreeing / compared if compared else None,
             kl=self.kl / compared if compared else None,
             errors={

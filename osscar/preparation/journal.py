@@ -25,7 +25,7 @@ from torch import nn
 
 from osscar.base.devices import this_device
 from osscar.base.errors import FileError, JournalError, RanksError
-from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, reason_of, write_json
+from osscar.base.files import LOCK_FILE, PARTIAL, file_lock, make_directory, write_json
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import are, pluralize
 from osscar.base.process import uninterrupted
@@ -232,12 +232,9 @@ class Journal:
     def refuse_foreign(self) -> None:
         """Refuse a place that holds something else; what a killed command leaves is none."""
         what, place = self.what, self.directory
-        try:
-            names = sorted(path.name for path in place.iterdir()) if place.exists() else []
-        except OSError as error:
-            raise JournalError(
-                f"cannot look into {place}: {reason_of(error)}; give another directory (`--out`)"
-            ) from error
+        names = list[str]()
+        with suppress(OSError):  # nothing can be written there either, which says why
+            names = sorted(path.name for path in place.iterdir())
         foreign = [n for n in names if n != LOCK_FILE and not _PARTIAL.fullmatch(n)]
         if foreign and self.manifest_file not in names:
             raise JournalError(

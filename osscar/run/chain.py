@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import Measuring, allocate, measured_once
-from osscar.allocation.clocks import check_timed
 from osscar.allocation.limits import Allocated, counted_again, goal
+from osscar.allocation.serving import check_served
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError, gathered_warnings, warn
@@ -90,7 +90,7 @@ def prepare(
     The model may be pruned to several requests (`others`) by one set of loss curves, and
     refitted to a part of the data (`pruned_on`).
     """
-    check_timed(model, request)
+    check_served(model, request)
     with (
         memory_for(f"{type(model).__name__}, of which pruning makes copies", FOR_BATCHES),
         preparation.prepare(

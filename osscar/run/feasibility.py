@@ -110,11 +110,10 @@ def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[st
     """Return why routed groups cannot go, by name; no program says where else tokens go."""
     prepared = task.prepared
     for kind in {group.kind for group in groups}:
-        if not prepared.ranks.alone:
-            raise RequestError(f"{kind} can be removed only by one process; run without torchrun")
-        if is_on_disk(prepared.model):
+        if not prepared.ranks.alone or is_on_disk(prepared.model):
             raise RequestError(
-                f"{kind} can be removed only in memory; omit max_memory (`--max-memory`)"
+                f"{kind} can be removed only by one process and in memory; run without torchrun, "
+                "and omit max_memory (`--max-memory`)"
             )
     model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, task.request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))

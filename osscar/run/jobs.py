@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from osscar.base.errors import OptionError, RequestError
+from osscar.base.errors import OptionError
 from osscar.base.inputs import checked
 from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
 
@@ -25,11 +25,6 @@ class SweepJob:
         asked: dict[str, Any] = {self.budget: self.value}
         if self.method in METHODS:
             return dataclasses.replace(base, **asked | {"allocation": self.method})
-        if base.routed:
-            raise RequestError(
-                f"the baseline {self.method} removes no experts; omit baselines (`--baselines`), "
-                f"or experts (`--experts`)"
-            )
         asked |= {"allocation": "uniform", "backend": self.method, "backend_options": {}}
         return dataclasses.replace(base, **asked, target="weights", correction_weight=None)
 
