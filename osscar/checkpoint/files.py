@@ -59,11 +59,9 @@ class Manifest:
     fresh: bool
 
     @classmethod
-    def of(
-        cls, stock: bool, lineage: Lineage, files: tuple[str, ...] = (), *, fresh: bool = True
-    ) -> Manifest:
+    def of(cls, stock: bool, lineage: Lineage, files: tuple[str, ...] = ()) -> Manifest:
         """Describe a checkpoint that this version writes."""
-        return cls("osscar.checkpoint/3", __version__, stock, files, lineage, fresh)
+        return cls("osscar.checkpoint/3", __version__, stock, files, lineage, fresh=True)
 
     def write(self, directory: Path) -> None:
         """Write it into a checkpoint's directory."""

@@ -58,10 +58,8 @@ def run(model: str, options: InspectOptions) -> None:
     show(groups_table(shown, residual))
     for group in shown:
         for freeze in group.frozen[:1]:
-            where = (
-                f"{freeze.operator} in {freeze.module or 'the model'}" if freeze.operator else ""
-            )
-            say(f"frozen: {group.name}: {freeze.reason} {where and f'({where})'}")
+            where = f" ({freeze.operator} in {freeze.module or 'the model'})"
+            say(f"frozen: {group.name}: {freeze.reason}{where if freeze.operator else ''}")
     hidden = len(groups) - len(shown)
     if hidden:
         frozen = pluralize(hidden, "frozen group")

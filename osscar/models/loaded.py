@@ -129,9 +129,7 @@ class LoadedModel:
         if self.tokenizer is not None and (named or is_text(spec)):
             length = self.window_length if seqlen is None else seqlen
             count = DEFAULT_WINDOWS if samples is None else samples
-            return self._windows(
-                spec, "--calibration", count, length, seed, overlapping=overlapping
-            )
+            return self._windows(spec, "--calibration", count, length, seed, overlapping)
         if seqlen is not None:
             raise OptionError(f"seqlen (`--seqlen`) is {seqlen}, and the data are no text; omit it")
         if spec is None:
@@ -177,7 +175,7 @@ class LoadedModel:
                 known = (one.seqlen for one in reversed(lineage_of(self.model).calibration))
                 seqlen = next(filter(None, known), self.window_length)
             count = windows if samples is None else samples
-            return self._windows(text, "--text", count, seqlen, seed, overlapping=False)
+            return self._windows(text, "--text", count, seqlen, seed, False)
         data = self._samples(images, inputs)
         if data is None:
             raise self._no_data("images or inputs (`--images`, `--inputs`)")
@@ -212,7 +210,7 @@ class LoadedModel:
         return replace(found, source="the demo's held-out text")
 
     def _windows(
-        self, text: Any, option: str, samples: int, seqlen: int, seed: int, *, overlapping: bool
+        self, text: Any, option: str, samples: int, seqlen: int, seed: int, overlapping: bool
     ) -> CalibrationSet:
         """Cut windows from the text that is given, or from the demo's own."""
         spec = self._own_text(DEMO_CALIBRATION, option) if text is None else text
@@ -238,15 +236,15 @@ class LoadedModel:
 
     def _check_given(self, text: object, images: object, inputs: object) -> None:
         """Refuse data of another kind than the model reads."""
+        wrong = ""
         if self.tokenizer is not None and (images is not None or inputs is not None):
             wrong = "text, not images: omit images (`--images`) and inputs (`--inputs`)"
         elif self.tokenizer is None and text is not None:
             wrong = "no text: omit text (`--text`) and seqlen (`--seqlen`)"
         elif images is not None and inputs is not None:
             wrong = "one kind of samples: give images (`--images`) or inputs (`--inputs`)"
-        else:
-            return
-        raise OptionError(f"{self.source} reads {wrong}")
+        if wrong:
+            raise OptionError(f"{self.source} reads {wrong}")
 
     def _samples(self, images: Any, inputs: str | Path | None) -> SampleSet | None:
         """Read samples of one kind or the other; None if none are given."""
