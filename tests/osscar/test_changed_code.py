@@ -13,15 +13,15 @@ import osscar
 from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
 from osscar.preparation.journal import DenseOutputs
+from osscar.proof.plan import Form
 from osscar.request import BudgetKind, PruningRequest
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
-from osscar.run.sweep import SweepDirectory, sweep_manifest
+from osscar.run.sweep import SweepDirectory, SweepPoint, sweep_manifest
 from osscar.study import jobs
 from osscar.study.directory import Study, model_problems
 from osscar.study.records import StudyDesign
 from solvers.own_code import source_digests
-from tests.osscar.test_sweep import POINT
 from tests.osscar.test_user_code import BACKEND, SCORES
 
 NOTICED = "the dense model returns other values on the same inputs: its code has changed"
@@ -52,7 +52,9 @@ def begun(tmp_path_factory):
         log.append(0, LayerRecord(result.plan.groups[0], result.layers[0], ()))
     sweep = SweepDirectory(place / "sweep")
     with sweep.begun(sweep_manifest(manifest, BudgetKind.FLOPS, {})):
-        sweep.keep(POINT)
+        parts = ("dense", "flops", 1.0, 1.0, 1.0, 1, 4, 1, Form.EAGER, 1.0, [1.0, 1.0], 1.0)
+        parts += ({"perplexity": 2.0}, None, None, None, None, 1.0, {}, ())
+        sweep.keep(SweepPoint("osscar.sweep-point/11", *parts))
     posed = ((str(group.kind), problem) for group, problem in model_problems(model, DATA))
     Study(place / "study", {}).capture(posed, manifest.dense)
     return place
