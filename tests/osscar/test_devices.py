@@ -58,9 +58,8 @@ def test_a_mistake_is_seen_and_what_a_card_allows_is_none():
     ("family", "asked"),
     [
         ("opt", {"heads": 0.5, "neurons": 0.5}),
-        ("mixtral", {"experts": 0.75}),
+        pytest.param("mixtral", {"experts": 0.75}, marks=pytest.mark.slow),
     ],
-    ids=str,
 )
 def test_a_language_model_is_pruned_on_a_card_as_on_the_cpu(family, asked, tmp_path):
     routed = family in MIXTURES  # whose kernel on a card takes numbers that a CPU's refuses

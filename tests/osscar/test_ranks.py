@@ -108,7 +108,7 @@ CASES = {
     "a budget": (lambda: tiny("llama-gqa", layers=1).double(), lambda: tokens(16, 24), BUDGET),
     "images": (small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
     "experts": (
-        lambda: mixture("mixtral"),
+        lambda: mixture("mixtral", num_hidden_layers=1),
         lambda: tokens(16, 24),
         {"neurons": 0.5, "batch_size": 3},
     ),
