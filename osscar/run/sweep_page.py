@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from osscar.allocation.costs import ROUNDING
 from osscar.base.printable import engineering, share
 from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
@@ -88,6 +87,7 @@ def _known(points: Sequence[Point]) -> dict[str, _Measure]:
 def sweep_table(document: Mapping[str, Any]) -> Table:
     """Return one row for each point of an ``osscar.sweep/7``."""
     written = "{:g}x".format if document["budget"] == BudgetKind.SPEEDUP else share
+    shapes = ", ".join("x".join(map(str, shape)) for shape in document["shapes"].values())
     columns: dict[str, Any] = {
         "method": lambda point: point["method"],
         f"{document['budget']} >": lambda point: written(point["value"]),
@@ -95,24 +95,20 @@ def sweep_table(document: Mapping[str, Any]) -> Table:
         "between >": lambda point: "{:.2f} to {:.2f}".format(*_between(point)),
     }
     for name, one in _known(document["points"]).items():
-        columns[f"{one.label} >"] = partial(_cell, name, one)
+        columns[f"{one.label} >"] = lambda point, n=name, one=one: one.text(_values(point).get(n))
     return table(
         "Quality against speed",
         {
             **columns,
             "parameters >": lambda point: f"{point['parameters']:,}",
             "FLOPs per sample >": lambda point: engineering(point["flops"]),
-            "of the budget >": _spent,
         },
         document["points"],
-        note="Speed is that of a forward pass, timed in turns with the dense model: the median, "
-        "and the range of half of the turns. Divergence is measured on calibration samples that "
-        "were held out of the refits of measured, but not of the baselines.",
+        note=f"Speed is that of a forward pass of one sample ({shapes}), timed in turns with the "
+        "dense model: the median, and the range of half of the turns. Divergence is measured on "
+        "calibration samples that were held out of the refits of measured, but not of the "
+        "baselines.",
     )
-
-
-def _cell(name: str, measure: _Measure, point: Point) -> str:
-    return measure.text(_values(point).get(name))
 
 
 def _between(point: Point) -> tuple[float, float]:
@@ -120,14 +116,6 @@ def _between(point: Point) -> tuple[float, float]:
     median = point["speedup"] * point["seconds"]  # of the dense model, in the same turns
     fast, slow = point["seconds_between"]
     return median / slow, median / fast
-
-
-def _spent(point: Point) -> str:
-    """Write what a point came to as a share of its budget."""
-    if point["limit"] is None:
-        return ""
-    spent = point["reached"] / point["limit"]
-    return f"{spent:.1%}{' (over)' if spent > 1 + ROUNDING else ''}"
 
 
 def sections(document: Mapping[str, Any]) -> Iterator[Section]:
@@ -147,7 +135,6 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
 def sweep_page(document: Mapping[str, Any]) -> str:
     """Return the page of a sweep, from the same document."""
     points = document["points"]
-    shapes = ", ".join("x".join(map(str, shape)) for shape in document["shapes"].values())
     stages: Counter[str] = Counter()
     for point in points:
         stages.update(point["stages"])
@@ -155,7 +142,6 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     shown = [
         *sections(document),
         facts("Methods", ((name, _METHODS.get(name, "")) for name in methods)),
-        facts("How it was measured", [("timed", f"one sample ({shapes})")]),
         stages_table(stages),
         skipped_table(document["skipped"]),
         settings_table(
