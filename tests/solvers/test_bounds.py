@@ -33,7 +33,7 @@ SLACK = 1e-12
     consumers=st.integers(1, 2),
     rounds=st.integers(0, 4),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_never_above_enumeration(seed, n, width, responses, share, spread, damp, consumers, rounds):
     options = {"spread": spread, "damp": damp, "consumers": consumers}
     problem = random_problem(seed, n, width, responses, 1 + round(share * (n - 1)), **options)

@@ -22,7 +22,6 @@ from solvers.linalg import gram, symmetric
 from solvers.problem import NO_ROW
 from tests.solvers.instances import (
     INSTANCES,
-    Instance,
     build,
     exact_optimum,
     random_data,
@@ -232,28 +231,10 @@ def test_elimination_removes_the_cheapest_and_its_losses_add_up(case, rows, batc
     assert support_after(removals, problem).tolist() == sorted(kept)
 
 
-def large(width=1, consumers=1, n=150, **options) -> Instance:
-    """More units than one batch of pending removals holds."""
-    data = [random_data([9, c], n * width, 6, samples=2 * n * width) for c in range(consumers)]
-    return build("large", data, n // 3, [n] * consumers, **options)
-
-
-@pytest.mark.parametrize(("width", "consumers"), [(3, 1), (1, 2)])
-def test_lazy_elimination_equals_eager(width, consumers):
-    problem = large(width, consumers).problem
-    eager = PivotState.full(problem)
-    removals = eliminate(problem, 145)
-    assert len(removals) == 145
-    for removed, risen in removals:
-        losses = eager.removal_losses()
-        assert removed == int(losses.argmin())
-        assert risen == pytest.approx(float(losses.min()), rel=1e-7)
-        eager.sweep([removed])
-
-
 def test_elimination_factorizes_once_unless_its_updates_have_drifted(monkeypatch):
     """What drift hides: updates that are wrong would be done again, one by one, from the start."""
-    problem = INSTANCES["ragged_consumers"].problem
+    problem = build("drawn", [random_data(9, 30, 6, samples=90)], 10).problem
+    monkeypatch.setattr(elimination, "_PENDING_ROWS", 6)  # rows at hand stay for the next batch
     right, front, made = eliminate(problem, problem.units - 1), elimination._Elimination, []
 
     class Noting(front):
@@ -292,7 +273,8 @@ def test_rows_of_units_that_left_are_not_read_again(order):
 
 @pytest.mark.parametrize("name", ["A", "W", "K"])
 def test_lost_digits_are_noticed(name):
-    front = elimination._Elimination(large(n=30).problem, torch.arange(30))
+    problem = build("drawn", [random_data(9, 30, 6)], 10).problem
+    front = elimination._Elimination(problem, torch.arange(30))
     assert not front.drifted()
     (part,) = front._parts
     if name == "A":

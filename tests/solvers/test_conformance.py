@@ -31,11 +31,11 @@ BOUND_TOLERANCE = 1e-11
 CERTIFIED = ("branch_and_bound", "enumerate", "perspective")
 """Backends of this package that account for rounding: their bounds are compared exactly."""
 
-AGAIN = ("scalar", "ties", "ragged_consumers")
+AGAIN = ("ties", "ragged_consumers")
 """Instances that are solved a second time."""
 
 LONG = ("cvxpy", "group_lasso", "gurobi", "highs", "window_search")
-SOME = ("correlated", "ties", "dead", "ragged_consumers", "sparse")
+SOME = ("correlated", "dead", "ragged_consumers")
 """Instances on which backends that take long always run, and on the others with the slow tests."""
 
 
