@@ -1,7 +1,8 @@
-"""Times of operators add up to that of a pass, at any widths: on devices that are pretended."""
+"""Times of operators add up to that of a pass, and are shown: on devices that are pretended."""
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,14 @@ import torch
 from torch import nn
 
 import graph
-from osscar.allocation import times
+from benchmarks import times as benchmark
+from osscar.allocation import speedup, times
+from osscar.allocation.costs import CountedCost
 from osscar.allocation.times import Table, tabled
+from osscar.run.times_page import GroupTimes, _by_group
 from tests.graph.topologies import network
-from tests.osscar.pretended_clock import PretendedClock
+from tests.osscar.families import tokens
+from tests.osscar.pretended_clock import PretendedClock, seconds_alone
 
 
 class Device:
@@ -131,3 +136,69 @@ def test_between_widths_times_lie_on_straight_lines():
     assert table.at({"a": 3, "b": 2}) == 3
     np.testing.assert_allclose(table.at({"a": np.array([1, 2, 7, 12]), "b": 3}), [2, 2, 13.5, 21])
     np.testing.assert_allclose(table.at({"a": 10, "b": np.array([1, 2, 3])}), [7, 14, 21])
+
+
+# ---- `osscar inspect --times` ------------------------------------------------------------
+
+
+GRID = np.array([1, 8, 9, 16])
+STAIRS = np.array([1.0, 1.0, 2.0, 2.0])
+
+
+def grouped(terms):
+    names = dict.fromkeys(name for one in terms for name in one.names)
+    cost = CountedCost(0.5, tuple(terms), dict.fromkeys(names, 16))
+    shared = [SimpleNamespace(name=name, kind="neurons") for name in names]
+    return list(_by_group(SimpleNamespace(streams=[], shared=shared), cost))
+
+
+def test_groups_of_equal_blocks_are_one():
+    """They are equal if they take the same; numbers that differ become a star."""
+    names = [f"layers.{i}.blocks.8.mlp" for i in (0, 1, 3)]
+    other, last = "layers.2.blocks.8.mlp", "layers.0.blocks.8.heads"
+    terms = [Table((name,), (GRID,), STAIRS) for name in (*names, last)]
+    terms.append(Table((other,), (GRID,), 2 * STAIRS))
+    found = {one.name: one for one in grouped(terms)}
+    assert [*found] == ["layers.*.blocks.8.mlp", last, other]
+    assert sorted(found["layers.*.blocks.8.mlp"].groups) == sorted(names)
+    assert found[other].seconds == (2, 2, 4, 4)
+
+
+def test_stairs_are_where_time_rises_most():
+    def stairs(*seconds):
+        return GroupTimes("a", ("a",), "neurons", (1, 8, 9, 16, 17, 24), seconds).stairs
+
+    assert stairs(1, 1, 2, 2, 6, 6) == [16, 8]
+    assert stairs(1, 8, 9, 16, 17, 24) == []  # a straight line
+    assert stairs(1, 1, 1.1, 1.1, 6, 6) == [16]  # too low
+    assert stairs(1, 1, 1, 1, 1, 1) == []
+    one = GroupTimes("a", ("a",), "neurons", (1, 9, 16), (1.0, 9.0, 9.0))
+    assert (one.at(0.25), one.at(0.75), one.at(0.01)) == ((4, 4.0), (12, 9.0), (1, 1.0))
+
+
+# ---- the benchmark -----------------------------------------------------------------------
+
+
+def test_what_the_table_does_not_see_is_the_error(monkeypatch):
+    """Layers take their weights, in the table and whole; whole smaller models a quarter more."""
+    model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 3))
+
+    def of_model(one):
+        weights = sum(layer.weight.numel() for layer in one.modules() if hasattr(layer, "weight"))
+        return 1e-9 * weights * (1.25 if weights < 27 * 40 else 1.0)
+
+    def clock_of(task):
+        prepared = task.prepared
+        return PretendedClock(prepared.model, prepared.traced, of_model, seconds_alone)
+
+    monkeypatch.setattr(benchmark, "clock_of", clock_of)
+    monkeypatch.setattr(speedup, "clock_of", clock_of)
+    found = list(benchmark.compared(model, tokens(64, 24).float()))
+    assert [one.share for one in found] == [*benchmark.SHARES]
+    for one in found:
+        assert one.predicted == pytest.approx(1 / one.share, rel=0.05)
+        assert one.measured / one.predicted == pytest.approx(0.8, abs=0.01)
+    name, *cells, error = benchmark.row("a model", found)
+    assert (name, len(cells)) == ("a model", 5)
+    assert cells[0] == f"{found[0].predicted:.2f}x, {found[0].measured:.2f}x"
+    assert float(error.rstrip("%")) == pytest.approx(20, abs=1)
