@@ -262,12 +262,10 @@ def cast(model: M, dtype: torch.dtype) -> M:
     return model
 
 
-_SavedFormat: TypeAlias = Callable[[str, Tensor], torch.dtype]
-"""Returns the number format that a tensor of a model, or of its program, is written in."""
-
-
-def saved_format(model: nn.Module, dtype: torch.dtype | None = None) -> _SavedFormat:
-    """Return what tells the formats of a model that is saved in one, by default its stored one."""
+def saved_format(
+    model: nn.Module, dtype: torch.dtype | None = None
+) -> Callable[[str, Tensor], torch.dtype]:
+    """Return what tells the format in which `save` writes a tensor, by default the stored one."""
     target = stored_dtype(model) if dtype is None else dtype
     if target == number_format(model):
         return lambda name, tensor: tensor.dtype

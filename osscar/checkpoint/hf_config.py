@@ -32,18 +32,9 @@ _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
 """What configs call the number of query heads and of key-value heads."""
 
 _WIDTH_FIELDS = (
-    "intermediate_size",
-    "ffn_dim",
-    "n_inner",
-    "ffn_hidden_size",
-    "hidden_dim",
-    "d_ff",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "moe_intermediate_size",
-    "shared_intermediate_size",
-    "shared_expert_intermediate_size",
-    "moe_shared_expert_intermediate_size",
+    *("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim", "d_ff"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size", "shared_intermediate_size"),
+    *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
     "expert_ffn_hidden_size",
 )
 """What configs call the number of FFN neurons, and of those of each expert and of shared ones."""
@@ -71,11 +62,6 @@ def built(kind: Any, config: Any) -> nn.Module | None:
     except DESCRIPTION_ERRORS:
         return None
     return model
-
-
-def _shapes_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shape of each tensor of a model's state, by name."""
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def is_any_shape(config: Any) -> bool:
@@ -121,8 +107,9 @@ def stock_config(model: PreTrainedModel, plans: Sequence[PruningPlan]) -> Any:
     except DESCRIPTION_ERRORS:
         return None  # the family says itself that it cannot express these sizes
     candidate = built(architecture(type(model)), config)
-    expressed = candidate is not None and _shapes_of(candidate) == _shapes_of(model)
-    return config if expressed else None
+    if candidate is None or candidate.state_dict().keys() != model.state_dict().keys():
+        return None
+    return None if _tensors(candidate, model) else config
 
 
 def adopt_config(model: PreTrainedModel) -> None:

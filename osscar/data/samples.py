@@ -21,14 +21,8 @@ from osscar.proof.seen import Seen
 IGNORED = -100
 """The label of what is not scored, as `torch.nn.functional.cross_entropy` has it."""
 
-IMAGES = "images"
-"""The entry of a file that holds images, unless a model reads it as it is."""
-
-LABELS = "labels"
-"""The entry of a file that holds the class of each sample, unless a model reads it."""
-
-GROUPS = "sample_groups"
-"""The entry of a file that holds the group of each sample, unless a model reads it."""
+IMAGES, LABELS, GROUPS = "images", "labels", "sample_groups"
+"""Entries of a file: images, and the class and group of each sample, unless a model reads them."""
 
 LABEL_NAMES = (LABELS, "label")
 """The entries of a batch that hold the class of each sample; `datasets` has the second one."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from sympy import sympify
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -62,14 +63,10 @@ class Exported:
         shape, such as ``float32 (batch, 3, 32, 32)``, where a word is a size that may vary.
     weights
         The file beside an ONNX file that holds its weights, where these are too large for one.
-    architecture
-        Of GGUF: ``llama`` or ``qwen3``, and ``deci`` or ``openelm`` where layers differ; of other
-        mixtures of experts ``qwen2moe``, ``qwen3moe`` or ``olmoe``.
-    dtype
-        Of GGUF: number format of the matrices.
+    architecture, dtype
+        Of GGUF: what llama.cpp calls the model, and the number format of the matrices.
     padding
-        Of GGUF: neurons of zeros, which make up whole blocks of 32 in each layer: llama.cpp could
-        not quantize it otherwise.
+        Of GGUF: neurons of zeros, which make up whole blocks of 32, so that it can be quantized.
     """
 
     path: Path
@@ -301,7 +298,7 @@ class Traced:
         for size in sorted({1, max(2, axis.size // 2), axis.size + 1, 4 * axis.size + 1} | beyond):
             changed = {**traced, **dict.fromkeys(axis.symbols, size)}
             yield {
-                name: _cut(tensor, [_at(size, changed) for size in self.shapes[name]])
+                name: _cut(tensor, [int(sympify(size).subs(changed)) for size in self.shapes[name]])
                 for name, tensor in self.example.items()
             }
 
@@ -311,10 +308,6 @@ def _name_of(name: str, dim: int, example: Batch) -> str:
     if dim == 0 and len({tensor.shape[:1] for tensor in example.values()}) == 1:
         return "batch"
     return "length" if name == _IDS and dim == 1 else f"{name}_{dim}"
-
-
-def _at(size: Any, symbols: Mapping[Any, int]) -> int:
-    return int(size.subs(symbols)) if hasattr(size, "subs") else int(size)
 
 
 def _cut(tensor: Tensor, shape: Iterable[int]) -> Tensor:
