@@ -124,20 +124,6 @@ def product_by_expert(call: Call) -> Value:
     return contract(call, operands, ("row", "column"))
 
 
-@rule("aten.bilinear")
-def bilinear(call: Call) -> Value:
-    """Apply ``y_o = x' W_o z + b_o`` over the last dimensions of two tensors."""
-    left, right, weight = (call.value(name) for name in ("input1", "input2", "weight"))
-    batch = _batch(len(left.dims) - 1)
-    operands = (
-        (left, (*batch, "left")),
-        (weight, ("out", "left", "right")),
-        (right, (*batch, "right")),
-    )
-    product = contract(call, operands, (*batch, "out"))
-    return add_bias(call, product, call.optional("bias"))
-
-
 @rule("aten.einsum")
 def einsum(call: Call) -> Value:
     """Propagate through an equation such as ``b i k, b j k -> b i j``."""

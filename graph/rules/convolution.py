@@ -108,17 +108,6 @@ def channels_from_pixels(call: Call) -> Value:
     return Value((*value.dims[:-3], call.axes.product((value.dims[-3], *blocks)), *around))
 
 
-@rule("aten.channel_shuffle")
-def dealt_out(call: Call) -> Value:
-    """Deal the members of each group out to all groups, whose number is fixed by the code."""
-    value, groups = call.value("self"), call.integer("groups")
-    parts = _grouped(call, value.dims[1], groups)
-    if parts is None:
-        return call.opaque("groups of channels are dealt out across its boundaries")[0]
-    call.freeze(parts[:1], "channels are dealt out to a fixed number of groups")
-    return Value((value.dims[0], call.axes.product(parts[::-1]), *value.dims[2:]))
-
-
 @rule("aten.im2col")
 def unfolded(call: Call) -> Value:
     """Turn windows into channels ``c x taps`` at each position; the taps stay whole."""

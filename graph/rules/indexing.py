@@ -259,19 +259,6 @@ def embedded(call: Call) -> Value:
     return Value((*indices.dims, *weight.dims[1:]))
 
 
-@rule("aten.embedding_bag")
-def embedded_in_bags(call: Call) -> list[Value]:
-    """Look rows of a table up and add them up bag by bag: its columns are produced."""
-    weight = call.value("weight")
-    reason = "its positions are the entries of a look-up table"
-    call.freeze(weight.dims[:1], reason)
-    for other in call.values()[1:]:
-        call.freeze(other.dims, reason)
-    call.record(weight, Role.PRODUCER, 1)
-    bags, *others = call.shapes
-    return [Value((call.unknown(bags[0], reason), weight.dims[1])), *call.unknowns(others, reason)]
-
-
 @rule("aten.unfold")
 def windowed(call: Call) -> Value:
     """Cut a dimension into windows, whose positions become a last dimension."""

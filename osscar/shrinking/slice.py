@@ -433,7 +433,6 @@ _LAYERS: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     Conv1D: _dimensions("nx", "nf"),
     nn.Embedding: _dimensions("num_embeddings", "embedding_dim"),
     nn.PReLU: _dimensions("num_parameters"),
-    nn.Bilinear: _dimensions("out_features", "in1_features", "in2_features"),
     nn.modules.conv._ConvNd: _convolution,
     nn.modules.batchnorm._NormBase: lambda m: {"num_features": _channels(m)},
     nn.GroupNorm: _group_norm,

@@ -170,16 +170,6 @@ def instance_norm(net, x):
     return net.leave(torch.relu(net.middle(net.enter(x))))
 
 
-@block(_IMAGE, {"enter.channels.2": 2, "middle.1.channels": 4})
-@network(
-    enter=(3, 8, 1),
-    middle=lambda: nn.Sequential(nn.ChannelShuffle(2), nn.Conv2d(8, 8, 1, groups=2)),
-    leave=(8, 4, 1),
-)
-def channel_shuffle(net, x):
-    return net.leave(torch.relu(net.middle(net.enter(x))))
-
-
 @block(_IMAGE, {"enter.channels": 2})
 @network(enter=(3, 8, 1), leave=(8, 4, 1))
 def shuffle_by_hand(net, x):
@@ -291,18 +281,6 @@ def patches(net, x):
     grid = net.places.expand(len(x), -1, -1, -1)
     x = F.grid_sample(net.middle(x).relu(), grid, align_corners=False)
     return net.leave(x.flatten(2).unfold(2, 3, 2).amax(-1).transpose(1, 2))
-
-
-@block(_ROWS, {"one.neurons": 5, "two.neurons": 6, "product.neurons": 7})
-@network(one=(4, 5), two=(4, 6), product=lambda: nn.Bilinear(5, 6, 7), leave=(7, 3))
-def bilinear(net, x):
-    return net.leave(net.product(net.one(x).relu(), net.two(x).tanh()).tanh())
-
-
-@block(torch.arange(12).view(3, 4) % 11, {"hidden": 6, "neurons": 5})
-@network(table=lambda: nn.EmbeddingBag(11, 6, mode="sum"), up=(6, 5), leave=(5, 2))
-def bags(net, x):
-    return net.leave(net.up(net.table(x)).relu())
 
 
 @block(_TOKENS, {"neurons": 8})

@@ -38,7 +38,7 @@ def left_by_slicing(model, group):
 _ALWAYS = {
     *PRUNABLE,
     *("multi-query", "enable-gqa", "rms-norm", "addmm", "stack", "recurrent", "unflatten"),
-    *("channel-shuffle", "pixel-shuffle", "messages", "fourier", "patches", "experts"),
+    *("pixel-shuffle", "messages", "fourier", "patches", "experts"),
     "uneven-parts",
 }
 """What the default suite tests."""

@@ -491,14 +491,12 @@ class Block(nn.Module):
         return x + (torch.where(is_rare(x), y / h.shape[-1], y) if self.culprit else y)
 
 
-@pytest.mark.parametrize("culprits", [(1,), (0, 1)])
-def test_groups_are_named_for_what_their_own_modules_do(culprits):
-    net = nn.Sequential(*(Block(index in culprits) for index in range(2))).eval()
+def test_groups_are_named_for_what_their_own_modules_do():
+    net = nn.Sequential(*(Block(index != 1) for index in range(3))).eval()
     with pytest.raises(EquivalenceError, match=r"y / h\.shape\[-1\]") as caught:
         shrink(net, plan_of(net), [(X,)])
     _, _, advice = str(caught.value).partition("The failure comes from pruning ")
-    named = {f"'{index}.mid.neurons'" for index in culprits}
-    assert set(advice.partition(": prune")[0].split(", ")) == named
+    assert advice.partition(": prune")[0] == "'0.mid.neurons', '2.mid.neurons'"
 
 
 def test_what_cannot_be_exported_any_more_is_compared_and_says_so():
