@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
+import numpy as np
 from pydantic import with_config
 from torch import Tensor, nn
 
@@ -75,12 +75,12 @@ class _Attempts:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class _Times:
-    """The words of a table of times (`osscar.allocation.times`), whose numbers are tensors."""
+    """Tables of times (`osscar.allocation.times`): names, grids and seconds of each."""
 
     fixed: float
     units: dict[str, int]
     assumed: str
-    names: tuple[tuple[str, ...], ...]
+    tables: tuple[tuple[tuple[str, ...], list[list[int]], list[Any]], ...]
 
 
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
@@ -128,24 +128,18 @@ class RunLog(Journal):
 
     def times(self) -> CountedCost | None:
         """Return the times by which sizes are asked for; None if nothing was timed yet."""
-        path = self.directory / _TIMES
-        if not path.exists():
+        found = self._noted(_TIMES, _Times)
+        if found is None:
             return None
-        words, tensors = read_record(path, _Times)
-        arrays = (tensor.numpy() for tensor in tensors.values())
-        terms = [
-            Table(names, tuple(next(arrays) for _ in names), next(arrays)) for names in words.names
-        ]
-        return CountedCost(words.fixed, tuple(terms), words.units, words.assumed)
+        terms = (Table(n, tuple(map(np.array, g)), np.array(s)) for n, g, s in found.tables)
+        return CountedCost(found.fixed, tuple(terms), found.units, found.assumed)
 
     def note_times(self, times: CountedCost) -> None:
         """Keep what was timed, so that a run that goes on asks for the same sizes."""
-        tables = [one for one in times.terms if isinstance(one, Table)]
-        names = tuple(one.names for one in tables)
-        arrays = [array for one in tables for array in (*one.grids, one.seconds)]
-        numbers = {f"{at:05}": torch.tensor(array) for at, array in enumerate(arrays)}
-        words = _Times(times.fixed, dict(times.units), times.assumed, names)
-        write_record(self.directory / _TIMES, words, numbers)
+        tables = (one for one in times.terms if isinstance(one, Table))
+        each = ((t.names, [g.tolist() for g in t.grids], t.seconds.tolist()) for t in tables)
+        noted = _Times(times.fixed, dict(times.units), times.assumed, tuple(each))
+        write_record(self.directory / _TIMES, noted, {})
 
     def _noted(self, name: str, schema: type[T]) -> T | None:
         path = self.directory / name

@@ -4,9 +4,12 @@ import dataclasses
 import shutil
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 
+from osscar.allocation.costs import CountedCost
+from osscar.allocation.times import Table
 from osscar.base.errors import JournalError
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs
@@ -113,3 +116,17 @@ def test_groups_that_share_a_consumer_go_on_to_the_same_bits(tmp_path):
     again = prune_as_asked(model, x, request, log)
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_times_are_read_as_they_were_noted(tmp_path):
+    grids = np.array([1, 8, 9]), np.array([2, 4])
+    tables = (
+        Table(("a",), grids[:1], np.array([0.0, 0.1, 1 / 3])),
+        Table(("a", "b"), grids, np.arange(6.0).reshape(3, 2) / 7),
+    )
+    times, log = CountedCost(1 / 9, tables, {"a": 9, "b": 4}, "a pass"), RunLog(tmp_path)
+    assert log.times() is None
+    log.note_times(times)
+    for kept in ({}, {"a": 3}, {"a": 8, "b": 2}):
+        assert log.times().of(kept) == times.of(kept)
+    assert (log.times().assumed, log.times().coupled) == (times.assumed, times.coupled)
