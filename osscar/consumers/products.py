@@ -409,7 +409,7 @@ def watched_products(
     before: Callable[[str, Any], Any],
     after: Callable[[str, Any, Any], Any],
 ) -> AbstractContextManager[None]:
-    """Show the products of some stations, as `osscar.consumers.observe.reads` does modules."""
+    """Show the products of some stations, as `osscar.consumers.layers.reads` does modules."""
     if not stations:
         return nullcontext()
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from osscar.base.errors import NonFiniteError
 from osscar.base.ranks import ALONE, Ranks
-from osscar.consumers.observe import reads
+from osscar.consumers.layers import reads
 from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named
 from osscar.proof.plan import PruningPlan

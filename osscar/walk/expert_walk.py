@@ -27,7 +27,7 @@ from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import LinearMap
-from osscar.consumers.observe import output_of
+from osscar.consumers.layers import output_of
 from osscar.network.hooks import hooks
 from osscar.preparation.prepare import Prepared
 from osscar.routing.declared import called_as_mixtures

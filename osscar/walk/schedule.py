@@ -17,7 +17,7 @@ from graph.tracing.patches import shapes_alone
 from graph.tracing.preserve import caches_kept, preserved
 from osscar.base.errors import ModelError
 from osscar.base.memory import attempt
-from osscar.consumers.observe import reads
+from osscar.consumers.layers import reads
 from osscar.consumers.products import Taken
 from osscar.data.batches import Batch
 from osscar.network.model_state import ModelState, PassState

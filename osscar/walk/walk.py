@@ -28,8 +28,7 @@ from graph import CouplingGroup
 from osscar.base.errors import DataError
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, timed
-from osscar.consumers.layers import RECURRENT
-from osscar.consumers.observe import afresh, exact_output, output_of, reads
+from osscar.consumers.layers import RECURRENT, afresh, exact_output, output_of, reads
 from osscar.consumers.products import holder, is_station
 from osscar.network.hooks import hooks
 from osscar.network.modules import bfloat16_products, forward, forward_in_bfloat16

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.testing import assert_close
 
@@ -195,3 +196,22 @@ def test_a_program_of_transformers_is_read_without_its_dense_model_unless_of_own
     assert "a OPTForCausalLM of your own code" in (path / "README.md").read_text()
     again = osscar.load(path, dense=tiny("opt", seed=3, layers=1))
     assert_close(again(input_ids=windows).logits, expected)
+
+
+def test_heads_leave_with_their_slopes_in_a_program_of_transformers():
+    torch.manual_seed(0)
+    # 6 heads are no power of two, for which slopes are made in two ways.
+    sizes = {"d_model": 48, "n_heads": 6, "n_layers": 1, "vocab_size": 64, "max_seq_len": 64}
+    model = hf.AutoModelForCausalLM.from_config(hf.MptConfig(**sizes, use_cache=False)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, 64, (8, 12))
+    with pytest.raises(RequestError, match="numbers that the code makes"):
+        osscar.prune(model, ids, heads="1/2")  # in modules, as it can generate text
+    result = osscar.prune(
+        model, ids, heads="1/2", form="exported", backend="magnitude", device="cpu"
+    )
+    expected = masked(model, result)(ids[:3, :9]).logits
+    assert far_apart(expected, result.model(ids[:3, :9]).logits) < 1e-5
+    assert far_apart(expected, model(ids[:3, :9]).logits) > 1e-2

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import osscar
-from osscar.consumers.layers import LAYERS, Layer, features
+from osscar.consumers.layers import LAYERS, Layer, features, reads
 from osscar.consumers.layers import ROWS as ROWS_OF_LINEAR
-from osscar.consumers.observe import reads
 from osscar.preparation.prepare import prepare
 from tests.graph.topologies import randomized
 
