@@ -41,7 +41,7 @@ from osscar.report.sections import (
     table,
 )
 from osscar.report.shown import columns, notes, page
-from osscar.request import AUTO, PruningRequest, TargetKind
+from osscar.request import AUTO, PruningRequest, TargetKind, round_width
 from osscar.run.target_search import (
     counted_in_words,
     reported_in_words,
@@ -199,8 +199,10 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         each = "the sum over groups, each measured alone"
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}, {each}{within}"
-    rounded = "rounded to multiples of 16, narrow ones of 8; `osscar prune --round-to 1` allows any"
-    yield "widths", rounded if document["settings"]["round_to"] == AUTO else ""
+    units = [one["units"] for one in layers if one["kind"] in ("neurons", "channels")]
+    if document["settings"]["round_to"] == AUTO and round_width(max(units, default=1)) > 1:
+        how = "rounded to multiples of 16, narrow ones of 8; `osscar prune --round-to 1` allows any"
+        yield "widths", how
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     yield "distance", str(Compared(**document["distance"]))
