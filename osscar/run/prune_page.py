@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from osscar.base.printable import (
     share,
 )
 from osscar.distance.distance import UNITS, Compared
-from osscar.evaluation.confidence import MOST_EXPONENT
 from osscar.evaluation.evaluate import comparison_rows
 from osscar.proof.plan import Certificate
 from osscar.recovery import page as recoveries
@@ -341,9 +339,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     divergence = document.get("divergence")
     when = ", before the recovery" if document.get("recovery") else ""
     if divergence is not None:
-        times = math.exp(min(divergence, MOST_EXPONENT))
         yield f"divergence, nats{when}", "0", _nats(divergence), ""
-        yield f"exp(divergence){when}", "1", f"{times:.4g}", ""
     if document.get("agreement") is not None:
         yield f"same {_predicts(document)} as dense{when}", "", f"{document['agreement']:.1%}", ""
 
