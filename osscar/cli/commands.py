@@ -122,8 +122,8 @@ def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[Swee
 _ALL = Parameter(name="*")
 """Spreads a group of options out among those of the command."""
 
-_TIMED = ("demo", "prune", "recover", "sweep", "gap", "export")
-"""Commands that tell how long they took, reading and saving included."""
+_TIMED = ("demo", "prune", "recover", "gap", "export")
+"""Modules of commands that tell how long they took, reading and saving included."""
 
 
 def _run(command: str, *arguments: Any) -> None:
@@ -142,7 +142,7 @@ def _run(command: str, *arguments: Any) -> None:
             gc.enable()
         with handling(unwinds):
             getattr(loaded, function or "run")(*arguments)
-    if command in _TIMED:
+    if module in _TIMED:
         whole = time.perf_counter() - began
         screen.print(f"took {whole:.1f} s{longest_stages(spent.of(whole))}", highlight=False)
 
@@ -235,7 +235,7 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
     continue a sweep that was stopped; more values, or --baselines, extend it.
     """
     asked_points(options, ArgumentsAlone)  # before anything is loaded
-    _run("sweep", model, options)
+    _run("prune.sweep", model, options)
 
 
 @app.command(name="eval")

@@ -22,8 +22,7 @@ from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
-from osscar.report.run_tables import groups_table
-from osscar.report.sections import FORMS, file_of
+from osscar.report.sections import FORMS, file_of, groups_table
 from osscar.request import PRUNED_KINDS, PruningRequest
 from osscar.run.times_page import ModelTimes
 

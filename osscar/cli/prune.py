@@ -1,4 +1,4 @@
-"""``osscar prune``: from a model to a smaller one on disk."""
+"""``osscar prune`` and ``osscar sweep``: from a model to smaller ones on disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ from osscar.base.ranks import together
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.directory import SavedCheckpoint, renew_report
 from osscar.checkpoint.files import PAGE_FILE
-from osscar.cli.common import check_files, out, say, say_verdict, show
-from osscar.cli.opening import SavingJob, limit_of, opened, saved_line, tell_data, write_copy
-from osscar.cli.options import PruneOptions, recovery_of, refuse, request_of
+from osscar.cli.commands import asked_points
+from osscar.cli.common import check_files, out, say, say_verdict, show, way_back, write_json
+from osscar.cli.opening import (
+    SavingJob,
+    held_out,
+    limit_of,
+    opened,
+    quiet,
+    saved_line,
+    tell_data,
+    write_copy,
+)
+from osscar.cli.options import PruneOptions, SweepOptions, recovery_of, refuse, request_of
 from osscar.cli.recover import LOG, tell_recovery
 from osscar.data.batches import CalibrationData, as_inputs
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
@@ -27,13 +37,14 @@ from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import samples_for, split
 from osscar.recovery.training import RecoveryLog
-from osscar.report.run_tables import skipped_table
-from osscar.report.sections import facts
+from osscar.report.sections import facts, skipped_table
 from osscar.request import PruningRequest
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
 from osscar.run.run_log import RunLog
+from osscar.run.sweep import Sweep, SweepDirectory
+from osscar.run.sweep_page import sweep_table
 from osscar.run.target import check_samples, prune_to_target, usual_draw
 
 
@@ -196,3 +207,25 @@ def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> No
     say_verdict(verdict(content))
     out.print(saved_line(saved, where))
     say(f"report: {where / PAGE_FILE}")
+
+
+def sweep(model: str, options: SweepOptions) -> None:
+    """Prune to several budgets, and show quality against speed."""
+    check_files(options, model)
+    base, points = asked_points(options, PruningRequest)
+    place = SweepDirectory(options.out)
+    with way_back(lambda: place.kept), quiet():
+        loaded, data = opened(
+            model,
+            options,
+            base.seed,
+            lambda loaded: Sweep(place, base, points, None).check(loaded.model),
+            device=base.device,
+            max_memory=limit_of(model, options, base),
+        )
+        score = held_out(loaded, options)
+        swept = Sweep(place, base, points, score, loaded.classes, say)
+        document = swept.run(loaded.model, data, source=loaded.source)
+    show(sweep_table(document), skipped_table(document["skipped"]))
+    say(f"report: {options.out / PAGE_FILE}")
+    write_json(options.json, document)

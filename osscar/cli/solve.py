@@ -14,7 +14,7 @@ from osscar.base.printable import pluralize, share
 from osscar.cli.common import check_files, check_json_path, document, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import SolveOptions, parse_options
-from osscar.report.run_tables import backends_table
+from osscar.report.sections import backends_table
 from solvers import Solution, SubsetProblem, Verification
 
 

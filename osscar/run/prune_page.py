@@ -20,7 +20,6 @@ from osscar.distance.distance import UNITS, Compared
 from osscar.evaluation.evaluate import comparison_rows
 from osscar.proof.plan import Certificate
 from osscar.recovery import page as recoveries
-from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
     Figure,
     Section,
@@ -35,6 +34,7 @@ from osscar.report.sections import (
     settings,
     settings_table,
     shares,
+    skipped_table,
     stages_table,
     table,
 )

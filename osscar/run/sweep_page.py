@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from osscar.base.printable import engineering, share
-from osscar.report.run_tables import skipped_table
 from osscar.report.sections import (
     Figure,
     Section,
@@ -20,6 +19,7 @@ from osscar.report.sections import (
     settings,
     settings_table,
     shares,
+    skipped_table,
     stages_table,
     table,
 )
