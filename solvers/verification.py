@@ -136,9 +136,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def check_fields(claim: Any) -> None:
     """Refuse fields of a solution, or of a selection, of another type or out of their range."""
     for name, (is_right, expected) in _FIELDS.items():
-        if hasattr(claim, name):  # a selection has no weights
-            value = getattr(claim, name)
-            require(is_right(value), f"{name} is {reprlib.repr(value)}; it must be {expected}")
+        value = getattr(claim, name, None)
+        if hasattr(claim, name) and not is_right(value):  # a selection has no weights
+            raise VerificationError(f"{name} is {reprlib.repr(value)}; it must be {expected}")
 
 
 def check_support(problem: Any, support: Tensor) -> None:

@@ -65,9 +65,10 @@ def project(target: Tensor, weight: Tensor, total: Tensor) -> Tensor:
     slopes = np.concatenate([w, -w], 1)[rows, order].cumsum(1)
     fell = np.zeros_like(bends)
     np.cumsum((bends[:, 1:] - bends[:, :-1]) * slopes[:, :-1], axis=1, out=fell[:, 1:])
-    last = ((fell < due).sum(1, keepdims=True) - 1).clip(0, 2 * n - 2)
+    last = np.minimum(np.maximum((fell < due).sum(1, keepdims=True) - 1, 0), 2 * n - 2)
     before, slope, reached = (a[rows, last] for a in (fell, slopes, bends))
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # where the sum is flat
         tau = reached + np.where(slope > 0, (due - before) / slope, 0.0)
     tau = np.minimum(tau, bends[rows, last + 1])  # a flat slope is rounding
-    return torch.from_numpy((t - tau * w).clip(0.0, 1.0)).to(target.device)
+    # `clip` takes three times as long.
+    return torch.from_numpy(np.minimum(np.maximum(t - tau * w, 0.0), 1.0)).to(target.device)

@@ -145,21 +145,6 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
                 assert spent + float(bound.cost[index]) + rise <= float(found[some].min()) + slack
 
 
-def test_leaves_are_enumerated():
-    problem = random_problem(3, 7, 2, 4, 4, consumers=2)
-    sides = torch.full((3, 7), FREE, dtype=torch.int8)
-    for row, (goes, stays) in zip(sides, [(1, 4), (6, 0), (3, 2)], strict=True):
-        row[goes], row[stays] = REMOVED, KEPT
-    terms = TermsBatch.of(RemovalTerms.of(problem), sides)
-    costs, places = terms.cheapest(5, 2)
-    for index, row in enumerate(sides):
-        free, choices, found = losses(problem, row)
-        loss = terms.constant + float(terms.spent[index] + costs[index])
-        assert loss == pytest.approx(float(found.min()), rel=1e-9)
-        best = tuple(free[place] for place in places[index].tolist())
-        assert float(found[choices.index(best)]) == pytest.approx(loss, rel=1e-9)
-
-
 # ---- through other packages ----------------------------------------------------------------------
 
 

@@ -56,9 +56,6 @@ def test_planted_faults(name):
     exchanged = [sorted({*best} - {out} | {into}) for out in best for into in gone]
     other = on(problem, max(exchanged, key=instance.loss))
     assert math.isnan(other.verify().swap_gain)
-    for factor in (0.99, 1.01):
-        wrong = {"loss": solution.loss * factor, "lower_bound": -math.inf}
-        refused(solution, "when recomputed, claimed", **wrong)
     # Dense weights on the kept rows have a loss of their own, and it is not the refit's.
     weights = tuple(W * 1.001 for W in other.weights)
     loss = quadratic_loss(problem, weights)
@@ -67,7 +64,6 @@ def test_planted_faults(name):
     refused(solution, "not zero on the rows of removed units", **moved)
     refused(solution, "lies above the loss", lower_bound=solution.loss + 1e-5 * scale)
     refused(other, "not a swap optimum", status=Status.SWAP_OPTIMAL)
-    refused(solution, "optimality is claimed with a gap", lower_bound=0.9 * solution.loss)
     # The false bound agrees with the false optimum; only the exchange gives both away.
     false = {"status": Status.OPTIMAL, "lower_bound": other.loss}
     refused(other, r"bound .* is refuted by an exchange", **false)
