@@ -35,55 +35,9 @@ from osscar.network.model_state import model_state
 from osscar.network.modules import device_of, named_tensors, sha256_of
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import failures_named
-from osscar.proof.equivalence import proof_outputs, rounding
-from osscar.proof.lineage import Output, lineage_of
+from osscar.proof.equivalence import proof_outputs
+from osscar.proof.lineage import lineage_of
 from solvers.own_code import source_digests
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class DenseOutputs:
-    """What a dense model returns on its first calibration sample, and on its example inputs."""
-
-    device: dict[str, str]
-    """What it ran on, as `osscar.base.devices.this_device` tells it."""
-    sha256: str
-    outputs: tuple[Output, ...]
-    rounding: float
-    """How far another device may be off, relative to the size of each."""
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: ModelInputs) -> DenseOutputs:
-        """Run a model, which is left as it was."""
-        sample = inputs.first(model)
-        with (
-            model_state(model),
-            failures_named(model, sample, inputs.source),
-            room_for_pass(model, max(x.numel() for x in sample.values())),
-        ):
-            found = proof_outputs(model, [sample, inputs.example(model)])
-        return cls(
-            this_device(device_of(model)),
-            sha256_of((str(index), one) for index, one in enumerate(found)),
-            tuple(map(Output.of, found)),
-            rounding(found),
-        )
-
-    def differs(self, before: DenseOutputs) -> bool:
-        """Whether another model return what was there before.
-
-        To the bit where the same processor computed both, in as many threads; elsewhere, and on
-        graphics cards, which add up in any order, but for rounding.
-        """
-        if self.sha256 == before.sha256:
-            return False
-        on_card = not self.device["threads"]
-        if not on_card and self.device == before.device:
-            return True
-        if len(self.outputs) != len(before.outputs) or not self.outputs:
-            return True
-        apart = max(map(Output.distance, self.outputs, before.outputs))
-        return apart > self.rounding
 
 
 def own_code(*code: Any) -> dict[str, str]:
@@ -101,15 +55,18 @@ class Fingerprint:
     """What something is made of, so that it goes on only with the same: digests, and outputs.
 
     The code of a model is not all in its file: what it does may lie in a helper, a constant, a
-    default, a hook.  What it returns on given inputs tells, to the bit, where the same device
-    rounds alike.
+    default, a hook.  What it returns on given inputs tells, where the same processor computed both
+    in as many threads: others round otherwise, and graphics cards add up in any order.
     """
 
     code: Mapping[str, str]
     """Files of the user's own that the model was built by."""
     weights: str
     calibration: str
-    outputs: DenseOutputs
+    outputs: str
+    """Of the first calibration sample and of the example inputs."""
+    device: dict[str, str]
+    """What computed them, as `osscar.base.devices.this_device` tells it."""
 
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs) -> Fingerprint:
@@ -118,11 +75,19 @@ class Fingerprint:
         data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
         # Of these a divergence is measured.
         labelled = torch.tensor([-1] if inputs.predictions is None else [1, *inputs.predictions])
+        sample = inputs.first(model)
+        with (
+            model_state(model),
+            failures_named(model, sample, inputs.source),
+            room_for_pass(model, max(x.numel() for x in sample.values())),
+        ):
+            found = proof_outputs(model, [sample, inputs.example(model)])
         return cls(
             own_code(lineage_of(model).source),
             sha256_of(named_tensors(model)),
             sha256_of(chain([("labelled", labelled)], data)),
-            DenseOutputs.of(model, inputs),
+            sha256_of((str(index), one) for index, one in enumerate(found)),
+            this_device(device_of(model)),
         )
 
     def difference(self, before: Fingerprint) -> str | None:
@@ -133,7 +98,8 @@ class Fingerprint:
             return "the model's weights differ"
         if self.calibration != before.calibration:
             return "the calibration data differ"
-        if self.outputs.differs(before.outputs):
+        same_device = self.device == before.device and bool(self.device["threads"])
+        if same_device and self.outputs != before.outputs:
             return "the dense model returns other values on the same inputs: its code has changed"
         return None
 

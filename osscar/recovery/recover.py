@@ -423,7 +423,7 @@ def _begun(
     asked |= {"chosen": _chosen(options), "dense": sha256_of(named_tensors(setup.dense))}
     asked |= own_code(lineage_of(setup.dense).source, *vars(setup.request).values())
     manifest = JournalManifest(
-        "osscar.recovery-log/1", asked, Fingerprint.of(setup.model, setup.inputs)
+        "osscar.recovery-log/2", asked, Fingerprint.of(setup.model, setup.inputs)
     )
     manifest.check_alike(ranks)
     with nullcontext() if log is None else log.locked():

@@ -87,7 +87,7 @@ def sweep_manifest(
     """Describe what all points of a sweep share."""
     shared = {name: value for name, value in run.asked.items() if name != budget}
     asked = {**shared, "budget": str(budget), **scored}
-    return JournalManifest("osscar.sweep-asked/3", asked, run.dense)
+    return JournalManifest("osscar.sweep-asked/4", asked, run.dense)
 
 
 Quality = dict[str, int | float | str | dict[str, float | None] | None]

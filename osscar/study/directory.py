@@ -165,7 +165,7 @@ class Study:
 
     def _manifest(self, dense: Fingerprint | None) -> JournalManifest:
         # Through JSON, as it will be read back.
-        return JournalManifest("osscar.study/6", json.loads(json.dumps(self.source)), dense)
+        return JournalManifest("osscar.study/7", json.loads(json.dumps(self.source)), dense)
 
     @property
     def instances(self) -> tuple[Instance, ...]:

@@ -6,7 +6,7 @@ import pytest
 
 from osscar.base.errors import BusyError, JournalError, OutputError
 from osscar.base.files import LOCK_FILE
-from osscar.preparation.journal import DenseOutputs, Fingerprint, Journal, JournalManifest
+from osscar.preparation.journal import Fingerprint, Journal, JournalManifest
 
 
 class Things(Journal):
@@ -18,7 +18,7 @@ class Things(Journal):
 
 
 ASKED = JournalManifest("osscar.thing/1", {"batch_size": 4, "files": ["a"]}, None)
-DENSE = Fingerprint({}, "w", "d", DenseOutputs({"device": "x"}, "s", (), 1e-4))
+DENSE = Fingerprint({}, "w", "d", "s", {"device": "x"})
 
 
 class Killed(BaseException):
