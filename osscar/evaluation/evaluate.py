@@ -34,7 +34,7 @@ _COMPARED = (
 """The numbers whose ratio says something; what the settings were, and what both share, is not."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Evaluation(Shown):
     """Quality, speed and size of one model; ``dataclasses.asdict`` makes it JSON.
 
@@ -64,21 +64,12 @@ class Evaluation(Shown):
         """Return its numbers as a table."""
         return [evaluation_table(asdict(self))]
 
-    def __repr__(self) -> str:
-        shown = ("parameters", "perplexity", "top1", "agreement", "kl")
-        known = ((name, self.numbers().get(name)) for name in shown)
-        said = (
-            f"{name}={value:,}" if isinstance(value, int) else f"{name}={value:.4g}"
-            for name, value in known if value is not None
-        )  # fmt: skip
-        return f"Evaluation({', '.join(said)})"
-
     def numbers(self) -> dict[str, Any]:
         """Return all that was measured by its name."""
         return {**vars(self.quality), **vars(self.speed), **vars(self.footprint)}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Comparison(Shown):
     """The evaluations of a model and of its dense model.
 
@@ -94,9 +85,6 @@ class Comparison(Shown):
     model: Evaluation
     dense: Evaluation
     ratios: Mapping[str, float | None]
-
-    def __repr__(self) -> str:
-        return f"Comparison(model={self.model!r}, dense={self.dense!r})"
 
     def sections(self) -> list[Section]:
         """Return the numbers of both, with their ratios, as a table."""
