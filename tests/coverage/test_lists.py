@@ -44,13 +44,11 @@ def test_a_family_is_built_small_by_rule(family: str) -> None:
 
 _SLOW = {
     "torchvision": [
-        *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "resnet18"),
-        *("inception_v3", "mnasnet0_5", "mobilenet_v2", "regnet_x_400mf", "regnet_y_400mf"),
-        *("shufflenet_v2_x0_5", "vgg11_bn", "vit_b_32", "lraspp_mobilenet_v3_large"),
-        "ssdlite320_mobilenet_v3_large.backbone",
+        *("convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "regnet_x_400mf"),
+        *("shufflenet_v2_x0_5", "vit_b_32", "ssdlite320_mobilenet_v3_large.backbone"),
     ],
-    "timm": ["repghostnet_050", "resnet10t", "efficientnet_b0"],
-    "transformers": ["big_bird", "ctrl", "deepseek_v32", "dinov2_with_registers", "fnet"],
+    "timm": ["repghostnet_050"],
+    "transformers": ["big_bird", "deepseek_v32", "fnet"],
 }
 
 

@@ -18,7 +18,7 @@ from osscar.data.batches import named_inputs
 from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
 from osscar.shrinking.slice import slice_units
-from tests.zoo import FAMILIES, transformers_case
+from tests.zoo import transformers_case
 
 from .measure import half_of
 
@@ -45,11 +45,20 @@ def _counted(
     return cost, given
 
 
-_QUICK = ("bert", "mixtral")
+_SLOW = (
+    "llama-multi-query",
+    "falcon-grouped",
+    "gemma2",
+    "t5",
+    "whisper",
+    "wav2vec2",
+    "swin",
+    "detr",
+)
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in _QUICK else pytest.mark.slow) for f in FAMILIES]
+    "family", ["bert", "mixtral", *(pytest.param(f, marks=pytest.mark.slow) for f in _SLOW)]
 )
 def test_operations_are_those_that_torch_counts_before_and_after(family: str) -> None:
     case = transformers_case(family)

@@ -20,7 +20,7 @@ from tests.traced import once
 _OF_STRUCTURE = frozenset(
     f"test_{what}"
     for what in (
-        *("alibi", "changed_code", "equivalence", "experts", "forms", "feasibility", "integers"),
+        *("changed_code", "equivalence", "experts", "forms", "feasibility", "integers"),
         *("programs", "shrinking", "structural", "user_code"),
     )
 )
