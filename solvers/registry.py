@@ -53,9 +53,42 @@ class BackendInfo:
     unavailable: str | None
 
 
+_OWN = {
+    BACKENDS: {
+        "random": "heuristics.baselines:Random",
+        "magnitude": "heuristics.baselines:Magnitude",
+        "wanda": "heuristics.baselines:Wanda",
+        "greedy": "heuristics.baselines:Greedy",
+        "multistage": "heuristics.baselines:Multistage",
+        "local_search": "heuristics.local_search:LocalSearch",
+        "group_lasso": "heuristics.group_lasso:GroupLasso",
+        "window_search": "exact.window_search:WindowSearch",
+        "enumerate": "exact.enumeration:Enumerate",
+        "branch_and_bound": "exact.branch_and_bound:BranchAndBound",
+        "highs": "exact.outer_approximation:Highs",
+        "gurobi": "exact.outer_approximation:Gurobi",
+        "perspective": "bounds.root:Perspective",
+        "cvxpy": "bounds.root:Conic",
+    },
+    EXPERT_BACKENDS: {
+        "random": "experts.backends:Random",
+        "frequency": "experts.backends:Frequency",
+        "reap": "experts.backends:Reap",
+        "greedy": "experts.backends:Greedy",
+        "local_search": "experts.backends:LocalSearch",
+        "enumerate": "experts.backends:Enumerate",
+    },
+}
+"""Those of this package; those of others are entry points."""
+
+
 @cache
 def _registered(group: str) -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=group)}
+    """Return those of this package, and those that others register as entry points."""
+    own = (
+        EntryPoint(name, f"solvers.{place}", group) for name, place in _OWN.get(group, {}).items()
+    )
+    return {point.name: point for point in (*entry_points(group=group), *own)}
 
 
 def backend_names(group: str = BACKENDS) -> tuple[str, ...]:

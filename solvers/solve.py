@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from solvers.bounds.perspective import Perspective
+from solvers.bounds.root import Perspective
 from solvers.closed_forms.refit import refit
 from solvers.errors import BackendError, SolverError, VerificationError, is_shortage
 from solvers.problem import SubsetProblem

@@ -18,7 +18,7 @@ from benchmarks.quality import BASELINES, NO_REFIT, PAPER, UNIFORM, prune, run
 from osscar.preparation.prepare import prepare
 from osscar.walk.gram import GramAccumulator
 from osscar.walk.walk import Walk
-from solvers.heuristics.scores import Scored
+from solvers.heuristics.baselines import Scored
 
 
 @dataclass(frozen=True)

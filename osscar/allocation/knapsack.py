@@ -28,7 +28,7 @@ import scipy.optimize
 import scipy.sparse
 from numpy.typing import NDArray
 
-from solvers.exact.highs import without_prints
+from solvers.exact.outer_approximation import without_prints
 
 _GAP = 5e-4
 """Of the loss, to which the integer program is solved."""

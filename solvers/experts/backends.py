@@ -15,7 +15,7 @@ from torch import Tensor
 from solvers.errors import BackendError, ProblemError, VerificationError, require
 from solvers.experts.losses import Losses, losses_of
 from solvers.experts.problem import ExpertProblem
-from solvers.heuristics.scores import Random, Scored
+from solvers.heuristics.baselines import Random, Scored
 from solvers.protocol import Backend, BackendKind, Natural, Selection, Status
 from solvers.registry import EXPERT_BACKENDS
 from solvers.solution import Solution

@@ -10,7 +10,7 @@ from osscar.base.errors import ModelError, NoMemoryError
 from osscar.base.memory import attempt, is_shortage
 from osscar.run import chain
 from osscar.walk import walk
-from solvers.heuristics import greedy
+from solvers.heuristics import baselines
 from tests.osscar.families import tiny, tokens
 
 OF_CUDA = torch.OutOfMemoryError(
@@ -81,7 +81,7 @@ def test_a_batch_is_named_with_the_module(model):
             "GramAccumulator",
             r"Gram matrices of '.*layers\.0\.neurons' with 40 inputs.*--skip",
         ),
-        (greedy, "eliminate", r"problem of '.*layers\.0\.neurons' with 40 inputs.*--device cpu"),
+        (baselines, "eliminate", r"problem of '.*layers\.0\.neurons' with 40 inputs.*--device cpu"),
         (chain, "shrunk", "OPTForCausalLM, of which pruning makes copies"),
     ],
 )

@@ -17,7 +17,7 @@ from osscar.study.directory import model_problems
 from osscar.walk.coroutines import Coroutine
 from osscar.walk.targets import Target
 from osscar.walk.walk import Walk
-from solvers.heuristics.greedy import Greedy
+from solvers.heuristics.baselines import Greedy
 from tests.graph.topologies import network
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import Twice, images, small_net

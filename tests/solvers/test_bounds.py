@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Consumer, Status, SubsetProblem, VerificationError, refit_loss, solve
-from solvers.bounds.perspective import Perspective
 from solvers.bounds.relaxation import Effort, relax
 from solvers.bounds.removal import RemovalTerms
+from solvers.bounds.root import Perspective
 from solvers.certificates.certificate import EnumerationCertificate, MultiplierCertificate
 from tests.solvers.instances import random_problem
 

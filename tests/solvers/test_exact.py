@@ -15,8 +15,7 @@ from solvers import Status, backend_class, refit_loss, solve
 from solvers.bounds.batch import TermsBatch, bound_nodes
 from solvers.bounds.removal import RemovalTerms
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED
-from solvers.exact.highs import Highs
-from solvers.exact.outer_approximation import Search
+from solvers.exact.outer_approximation import Highs, Search
 from tests.solvers.instances import INSTANCES, build, random_data, random_problem
 
 # ---- whole searches ------------------------------------------------------------------------------
