@@ -9,7 +9,6 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-import numpy as np
 from pydantic import with_config
 from torch import nn
 
@@ -27,9 +26,6 @@ from osscar.request import BudgetKind, parse_keep, parse_size_kept
 from osscar.shrinking.shrink_program import dense_program
 
 _ROUNDING = 1e-9
-
-_POINTS = 33
-"""Of each curve, in what is saved."""
 
 
 @with_config(STRICT)
@@ -115,12 +111,9 @@ class Budget:
         return 0.0 if above <= _ROUNDING * self.predicted else above / self.predicted
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON-able data, with its gap, and each curve at some of its points."""
-        curves = {}
-        for name, losses in self.curves.items():
-            kept = np.unique(np.linspace(0, len(losses) - 1, _POINTS).round().astype(int)).tolist()
-            curves[name] = {"kept": kept, "distance": [float(f"{losses[k]:.6g}") for k in kept]}
-        return {**dataclasses.asdict(self), "curves": curves, "gap": self.gap}
+        """Return it as JSON-able data, with its gap, and without its curves."""
+        told = {**dataclasses.asdict(self), "gap": self.gap}
+        return {name: value for name, value in told.items() if name != "curves"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ EVERYWHERE = {"schema", "osscar_version"}
 
 FREE = {
     *("evaluation", "shapes", "dtypes", "groups", "options", "backend_options", "capabilities"),
-    *("curves", "widths", "measured", "errors", "before", "inputs", "outputs", "stages"),
+    *("widths", "measured", "errors", "before", "inputs", "outputs", "stages"),
 }
 """Fields whose own fields are described elsewhere, or are the user's."""
 
