@@ -66,7 +66,7 @@ def test_a_loose_gap_tolerance_ends_the_search_early(backend):
 
 @exact
 def test_the_worst_start_still_reaches_the_optimum(backend):
-    problem = build("trap", [random_data(0, 10, 5, samples=20)], 5).problem
+    problem = build("trap", [random_data(0, 6, 5, samples=12)], 3).problem
     best = solve(problem, "enumerate")
     worst = tuple(best.removed.tolist())
     assert solve(problem, "local_search", start=worst).loss > 1.1 * best.loss

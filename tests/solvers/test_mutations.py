@@ -19,7 +19,7 @@ from solvers import Status, VerificationError, solve
 from solvers.certificates.tree_certificate import TreeCertificate
 from tests.solvers.instances import random_problem, unit_rows
 
-CHANGES = 80
+CHANGES = 50
 """Of each solution."""
 
 PROBLEMS = {
