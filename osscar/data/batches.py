@@ -221,11 +221,11 @@ def _noise_like(batch: Batch, generator: torch.Generator, *, tails: bool = False
 
 # ---- what a model can read ---------------------------------------------------------------
 
-_FORMS = (
-    "give token windows, images, a tensor or a mapping of tensors by the names of the model's "
-    "arguments, the first dimension of each being the sample; an iterable of these or of (inputs, "
-    "labels), such as a DataLoader, is read by osscar.load_batches"
+FORMS = (
+    "a tensor, a mapping of tensors by the names of the model's arguments, or an iterable of "
+    "these or of (inputs, labels)"
 )
+"""What is read of batches."""
 
 
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
@@ -249,7 +249,8 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         return ModelInputs({}, apart=_samples_apart(model, given), **told)
     tensors = _by_name(model, given)
     if tensors is None:
-        raise DataError(f"cannot calibrate on a {type(calibration).__name__}; {_FORMS}")
+        kind = type(calibration).__name__
+        raise DataError(f"cannot calibrate on a {kind}; give token windows, images, {FORMS}")
     check_tensors(tensors)
     check_arguments(model, tensors)
     return ModelInputs(tensors, **told)

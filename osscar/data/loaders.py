@@ -20,7 +20,13 @@ from osscar.base.errors import DataError, FileError, first_line, of_part, warn
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.memory import attempt
 from osscar.base.printable import listed, pluralize
-from osscar.data.batches import accepted_arguments, check_arguments, named_inputs, needed_arguments
+from osscar.data.batches import (
+    FORMS,
+    accepted_arguments,
+    check_arguments,
+    named_inputs,
+    needed_arguments,
+)
 from osscar.data.samples import (
     GROUPS,
     IGNORED,
@@ -39,12 +45,6 @@ from osscar.network.modules import check_usable
 
 DEFAULT_WINDOWS, DEFAULT_SAMPLES = 32, 256
 """That calibrate a model unless the caller says otherwise."""
-
-_FORMS = (
-    "give a tensor, a mapping of tensors by the names of the model's arguments, or an iterable of "
-    "these or of (inputs, labels)"
-)
-
 
 _AT_HAND = (list, Mapping, Tensor, np.ndarray, TensorSet)
 """What is in memory, of which all is read unless the caller says otherwise."""
@@ -189,7 +189,7 @@ def _read(
             "osscar.load_images"
         )
     elif isinstance(data, str) or not isinstance(data, Iterable):
-        raise DataError(f"cannot read batches of {what}; {_FORMS}")
+        raise DataError(f"cannot read batches of {what}; give {FORMS}")
     batches, count = list[TensorSet | SampleList](), 0
     left_out, hidden = dict[str, None](), dict[str, None]()  # in order, each name once
     for number, given in enumerate(source):
@@ -227,7 +227,7 @@ def _named(
     inputs, labels, left_out = given, None, list[str]()
     if isinstance(given, tuple | list):
         if not 1 <= len(given) <= 2:
-            raise DataError(f"a {type(given).__name__} of {len(given)} is no pair; {_FORMS}")
+            raise DataError(f"a {type(given).__name__} of {len(given)} is no pair; give {FORMS}")
         inputs, labels = (*given, None)[:2]
     if isinstance(inputs, Mapping):
         takes, needed = accepted_arguments(model), needed_arguments(model)
@@ -280,7 +280,7 @@ def _tensor(value: Any) -> Tensor:
         return torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError):
         raise DataError(
-            f"a {type(value).__name__} is no tensor; {_FORMS}, or images of PIL to "
+            f"a {type(value).__name__} is no tensor; give {FORMS}, or images of PIL to "
             "osscar.load_images"
         ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -280,15 +280,12 @@ def fitting_memory(
 # ---- code of a user's own ----------------------------------------------------------------
 
 
-_Built: TypeAlias = tuple[nn.Module, Batch | None, AnyPreprocessing | None]
-"""A model in evaluation mode; its example inputs, and what is done to an image, if code says so."""
-
 _RETURNS = (
     "return a torch.nn.Module, or (model, example inputs), or (model, example inputs, transform)"
 )
 
 
-def build_from_code(name: str) -> _Built:
+def build_from_code(name: str) -> tuple[nn.Module, Batch | None, AnyPreprocessing | None]:
     """Import and call a function; return its model, with example inputs and transform if any."""
     with importable(name):
         found = imported(name, ModelError)

@@ -38,14 +38,9 @@ from osscar.recovery.weights import as_saved, checkpointing, formats, trainable
 LEARNING_RATE = {True: 2e-4, False: 1e-3}
 """Peak learning rate for windows of text (True), and for anything else (False)."""
 
-_WARMUP = 0.1
-"""Share of the steps in which the rate rises."""
-
-_FLOOR = 0.1
-"""Share of its peak at which the rate ends."""
-
-_LOWER = 0.1
-"""The peak is multiplied by this where the held-out loss is higher than before the training."""
+_WARMUP, _FLOOR, _LOWER = 0.1, 0.1, 0.1
+"""Shares: of the steps in which the rate rises, of its peak at which it ends, and of the peak to
+which it is lowered where the held-out loss is higher than before the training."""
 
 
 def schedule(step: int, steps: int, began: int = 0) -> float:
