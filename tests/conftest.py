@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fresh import forked
 from tests.sampling import sample, values_of
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core has a process of pytest-xdist
@@ -74,6 +73,8 @@ def one_program() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def forked_readers() -> Iterator[None]:
     """Fork the new processes in which checkpoints are read back."""
+    from tests.fresh import forked  # not where others run the tests: it imports transformers
+
     with forked():
         yield
 

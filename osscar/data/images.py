@@ -106,7 +106,10 @@ class ImageSet(SampleSet):
         return labels
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield preprocessed images, (at most size, channels, height, width) float32 or uint8."""
+        """Yield preprocessed images, (at most size, channels, height, width) float32 or uint8.
+
+        Raises DataError if a file cannot be decoded, or images become tensors of several shapes.
+        """
         whole_number(size, "the batch size (batch_size, `--batch-size`)", 1)
         transform = self.preprocessing.transform()
         for start in range(0, len(self), size):

@@ -180,7 +180,6 @@ class SampleList(SampleSet):
         it may be that of each position, (n, longest), with -100 after the end.
     sample_groups
         As of a `TensorSet`.
-
     """
 
     alone: ClassVar[bool] = True
