@@ -213,6 +213,11 @@ class Distance:
                 f"{pluralize(samples, 'sample')}; let it return a tensor with one number a sample, "
                 f"of the shape ({samples},)"
             )
+        if not computes_shapes_alone() and bool((values < -_ZERO).any()):
+            raise OptionError(
+                f"distance is {self.function}, which returned {float(values.min()):.3g}; let it "
+                "return 0 or more, and more where the models are farther apart"
+            )
         return values.double()
 
     def summed(self, found: Any, dense: Any, batch: Batch) -> tuple[Tensor, int]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from osscar.base.errors import NonFiniteError
+from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import read_distance
 from osscar.data.batches import as_inputs
 from osscar.distance.distance import Distance, Reference, summed_divergence
@@ -170,6 +170,8 @@ def test_a_distance_of_the_callers_own_takes_what_the_models_put_out_and_read():
     for _ in range(2):
         assert held.divergence(smaller) == pytest.approx(expected, rel=1e-5)
     assert held.distance.measure == "own"
+    with pytest.raises(OptionError, match="return 0 or more"):
+        held_out(dense, x, lambda *read: -apart(*read)).divergence(smaller)
 
 
 @pytest.mark.parametrize("data", ["logits", "numbers"])
