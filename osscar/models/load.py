@@ -295,6 +295,11 @@ def build_from_code(name: str) -> tuple[nn.Module, Batch | None, AnyPreprocessin
     model, example, transform = (*built, None, None)[:3] if several else (built, None, None)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name} returned a {type(model).__name__}; {_RETURNS}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{name} returned a TorchScript model; return the original one")
+    for of, one in model.named_parameters():
+        if one.is_meta or nn.parameter.is_lazy(one):
+            raise ModelError(f"{of!r} of what {name} returned has no values; initialize it")
     with of_part(f"what {name} returned"):
         named = None if example is None else named_example(model, example)
     image = None if named is None else image_of(named)

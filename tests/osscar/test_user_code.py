@@ -8,6 +8,7 @@ from torch import nn
 
 import osscar
 import solvers
+from osscar.base.errors import ModelError
 from osscar.models.load import load_model
 from tests.graph.topologies import network
 
@@ -53,6 +54,20 @@ def test_code_finds_what_lies_around_it(place):
     (place / "blocks.py").unlink()  # and beside its file
     assert load_model("sub/osscar_test_mine.py:build").source.startswith("sub/")
     assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("made", "wrong"),
+    [
+        ("torch.jit.trace(net(), torch.zeros(2, 3, 12, 12))", "TorchScript"),
+        ("nn.Sequential(nn.LazyLinear(3))", "'0.weight' .* has no values"),
+        ("nn.Linear(3, 3, device='meta')", "'weight' .* has no values"),
+    ],
+)
+def test_models_without_code_or_values_are_refused(made, wrong, place):
+    (place / "empty.py").write_text(f"{NET}\ndef build():\n    return {made}\n")
+    with pytest.raises(ModelError, match=wrong):
+        load_model("empty.py:build")
 
 
 # ---- what networks do --------------------------------------------------------------------
