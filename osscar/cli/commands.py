@@ -74,7 +74,10 @@ def _options(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise OptionError(f"{path} holds no options by name; write lines such as sparsity = 0.3")
     if str(found.get("schema", "")).startswith(_REPORT):
-        found = _of_report(found)
+        try:
+            found = _of_report(found)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise OptionError(f"{path} is no report of a run: {first_line(error)}") from error
     known = {name.replace("_", "-"): value for name, value in found.items()}
     if "config" in known:
         raise OptionError(f"{path} names a further file with config; write all options into one")

@@ -240,6 +240,7 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
         ("a.toml", "sparcity = 0.3", "sparcity.*Did you mean --sparsity"),
         ("b.toml", "sparsity = ", "b.toml cannot be read"),
         ("c.ini", "", "give a .toml, .yaml or .json file"),
+        ("d.json", '{"schema": "osscar.prune/5"}', "d.json is no report of a run"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises((OptionError, CycloptsError), match=message):
