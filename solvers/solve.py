@@ -139,6 +139,7 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
             iterations=int(selection.iterations),
             history=tuple(map(float, selection.history)),
             windows=tuple(selection.windows),
+            bound_from=str(selection.bound_from),
         )
         check_fields(checked)
         check_support(problem, checked.support)
