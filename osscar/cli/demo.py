@@ -48,7 +48,7 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
                     dense.held_out(seqlen=_SEQLEN),
                     path=saved.path, dense_path=dense.path,
                 )  # fmt: skip
-        evaluation = document("eval", 3, dataclasses.asdict(comparison))
+        evaluation = document("eval", 4, dataclasses.asdict(comparison))
         content = {**report, "evaluation": evaluation}
         write_text(saved.path / PAGE_FILE, prune_page(content, saved.path.name))
     out.print(

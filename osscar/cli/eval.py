@@ -98,7 +98,7 @@ def run(model: str, options: EvalOptions) -> None:
         "model": dataclasses.asdict(evaluation),
         **({} if comparison is None else dataclasses.asdict(comparison)),
     }
-    write_json(options.json, document("eval", 3, content))
+    write_json(options.json, document("eval", 4, content))
 
 
 def _original(

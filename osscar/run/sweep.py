@@ -298,7 +298,7 @@ class Sweep:
             for entry in entries:
                 del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
             document = {
-                "schema": "osscar.sweep/7",
+                "schema": "osscar.sweep/8",
                 "osscar_version": __version__,
                 "model": published(source or "") or lineage.source or type(model).__name__,
                 "calibration": {**data.settings, **told},

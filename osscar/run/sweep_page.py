@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 Point: TypeAlias = Mapping[str, Any]
-"""One of the ``points[]`` of an ``osscar.sweep/7``."""
+"""One of the ``points[]`` of an ``osscar.sweep/8``."""
 
 _DENSE = "dense"
 _UNIFORM = "uniform shares, each layer refitted by itself"
@@ -85,7 +85,7 @@ def _known(points: Sequence[Point]) -> dict[str, _Measure]:
 
 
 def sweep_table(document: Mapping[str, Any]) -> Table:
-    """Return one row for each point of an ``osscar.sweep/7``."""
+    """Return one row for each point of an ``osscar.sweep/8``."""
     written = "{:g}x".format if document["budget"] == BudgetKind.SPEEDUP else share
     shapes = ", ".join("x".join(map(str, shape)) for shape in document["shapes"].values())
     columns: dict[str, Any] = {

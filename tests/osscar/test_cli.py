@@ -53,7 +53,7 @@ def test_the_demo_writes_nowhere_but_where_it_says(run, tmp_path, monkeypatch):
     for expected in ("perplexity", "tokens/s", "Loss by layer", f"saved: {place} ("):
         assert expected in out
     document = json.loads((work / "demo.json").read_text())
-    assert (document["schema"], document["settings"]["sparsity"]) == ("osscar.prune/5", 0.5)
+    assert (document["schema"], document["settings"]["sparsity"]) == ("osscar.prune/6", 0.5)
     dense, pruned = (document["evaluation"][which] for which in ("dense", "model"))
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"]
     for parameters in (document["parameters_after"], pruned["footprint"]["parameters"]):
@@ -107,7 +107,7 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     said = "126 tokens of an other text.txt scored in 2 windows of 64, each begins with <s>; float"
     assert said in out
     document = json.loads(Path("e.json").read_text())
-    assert (document["schema"], document["computed"]) == ("osscar.eval/3", how)
+    assert (document["schema"], document["computed"]) == ("osscar.eval/4", how)
     assert document["model"]["quality"]["special_tokens"] == 1
     assert document["ratios"]["parameters"] < 1
     status, _, err = run(*[str(word).replace("an other ", "") for word in command])
@@ -240,7 +240,7 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
         ("a.toml", "sparcity = 0.3", "sparcity.*Did you mean --sparsity"),
         ("b.toml", "sparsity = ", "b.toml cannot be read"),
         ("c.ini", "", "give a .toml, .yaml or .json file"),
-        ("d.json", '{"schema": "osscar.prune/5"}', "d.json is no report of a run"),
+        ("d.json", '{"schema": "osscar.prune/6"}', "d.json is no report of a run"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises((OptionError, CycloptsError), match=message):
