@@ -125,8 +125,8 @@ def sections(document: Mapping[str, Any]) -> Iterator[Section]:
     (name, measure), *_ = _known(points).items()
     yield Figure(
         measure.label,
-        f"{measure.label}: {measure.better} is better, against speed; star and line: "
-        "dense. A bar spans half of the turns of a timing.",
+        f"Against speed: {measure.label} ({measure.better} is better). Star and line: dense. "
+        "A bar spans half of the turns of a timing.",
         partial(_figure, points, name, measure),
         wide=True,
     )

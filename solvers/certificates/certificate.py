@@ -315,11 +315,12 @@ def _least_loss(inverses: Inverses, removals: int) -> float:
     nodes = inverses.unconditioned()
     rows = max((removals * width) ** 2 for _, _, width in inverses.consumers)
     choices = iter(combinations(range(inverses.units), removals))
-    least = math.inf
+    least = torch.full((1,), math.inf, dtype=torch.float64, device=inverses.device)
     while batch := list(islice(choices, max(_BATCH_ELEMENTS // max(rows, 1), 1))):
         some = torch.tensor(batch, dtype=torch.int64, device=inverses.device)
-        least = min(least, float(nodes.cheapest(some.view(len(batch), removals))))
-    return least
+        # Of two numbers of Python, the lesser is not NaN where one of them is.
+        least = torch.minimum(least, nodes.cheapest(some.view(len(batch), removals)))
+    return float(least)
 
 
 @dataclass(frozen=True, eq=False)

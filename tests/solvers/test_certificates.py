@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import Solution, Status, SubsetProblem, VerificationError, solve
+from solvers.certificates import certificate
 from solvers.certificates.certificate import EnumerationCertificate, Inverses, MultiplierCertificate
 from solvers.certificates.tree_certificate import FREE, KEPT, REMOVED, TreeCertificate
 from solvers.exact import branch_and_bound
@@ -160,6 +161,20 @@ def test_too_much_to_enumerate():
     forged = tree([-1], [node(units=24)])
     refused(replace(solution, certificate=forged), "is to be enumerated, 12 of 24")
     refused(replace(solution, certificate=EnumerationCertificate()), "2704156 supports")
+
+
+@pytest.mark.parametrize("unit", [0, 6])
+def test_a_loss_that_is_not_a_number_is_in_no_least_loss(unit, monkeypatch):
+    """Also where it is in the first, or the last, of many batches of supports."""
+    monkeypatch.setattr(certificate, "_BATCH_ELEMENTS", 1)
+    inverses = Inverses.of(PROBLEM)
+    (A, W, width), *others = inverses.consumers
+    W = W.clone()
+    W[unit * width] = math.nan
+    broken = replace(inverses, consumers=((A, W, width), *others))
+    assert math.isnan(certificate._least_loss(broken, 4))
+    with pytest.raises(VerificationError, match="no bound"):
+        broken.proved(math.nan)
 
 
 def test_what_a_parent_proves_of_a_unit_is_no_bound_where_that_is_free():
