@@ -128,7 +128,8 @@ def write_page(options: argparse.Namespace) -> None:
     rows = [row for listed in LISTS for row in rows_in(options.directory / listed)]
     SHEET.write_text(sheet(rows), encoding="utf-8")
     page = SHEET.with_name("results.md")
-    page.write_text(put_table(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    text = put_table(page.read_text(encoding="utf-8"), SHEET.read_text(encoding="utf-8"))
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -43,8 +43,9 @@ def family(row: Mapping[str, Any]) -> str:
     return f"{title}: {next(kinds)}"
 
 
-def put_table(text: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a page with the table of families, by the rows of the sheet, between its two marks."""
+def put_table(text: str, sheet: str) -> str:
+    """Return a page with the table of families, of a sheet as CSV, between its two marks."""
+    rows = csv.DictReader(io.StringIO(sheet))
     before, _, rest = text.partition(_MARKS[0])
     end = rest.partition(_MARKS[1])[2]
     return "".join((before, _MARKS[0], "\n\n", *table(rows), _MARKS[1], end))

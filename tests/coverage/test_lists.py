@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.coverage import row as rows
 from benchmarks.coverage import shrunken
-from benchmarks.coverage.lists import LISTS
+from benchmarks.coverage.lists import LISTS, SHEET
+from benchmarks.coverage.page import put_table, sheet
 
 _IDLE = "masking moves the outputs too little"
 
@@ -28,6 +29,14 @@ def test_a_network_is_shrunk_and_compared(name: str, form: str) -> None:
     assert 0 < found["parameters_after"] < found["parameters"]
     assert _IDLE not in found["missing"]
     assert ("not refitted" in found["missing"]) == (name == "blocks.experts")
+
+
+def test_the_page_counts_the_rows_of_the_sheet() -> None:
+    page = SHEET.with_name("results.md").read_text(encoding="utf-8")
+    assert put_table(page, SHEET.read_text(encoding="utf-8")) == page
+    frozen = {"list": "nets", "model": "of a gate", "outcome": "nothing"}  # none was shrunk
+    table = put_table("<!-- coverage --><!-- end of coverage -->", sheet([frozen]))
+    assert "| **all** | 1 | 1 | 0 | 0 | 1 | 0 | 0 | 0 | 0 of 0 |" in table
 
 
 # ---- transformers ------------------------------------------------------------------------
