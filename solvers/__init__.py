@@ -17,14 +17,7 @@ from solvers.experts.backends import ExpertSolution, solve_experts
 from solvers.experts.problem import ExpertProblem, RoutedTokens, expert_candidates
 from solvers.experts.routing import GroupScore, RouterScores, RoutingRule
 from solvers.problem import Consumer, SubsetProblem
-from solvers.protocol import (
-    Backend,
-    BackendKind,
-    Capabilities,
-    Selection,
-    Status,
-    WindowCertificate,
-)
+from solvers.protocol import Backend, BackendKind, Capabilities, Selection, Status
 from solvers.registry import (
     BACKENDS,
     EXPERT_BACKENDS,
@@ -43,7 +36,7 @@ __all__ = [
     "Capabilities", "Consumer", "ExpertProblem", "ExpertSolution", "GroupScore", "ProblemError",
     "RoutedTokens", "RouterScores", "RoutingRule", "Selection", "Solution", "SolutionRecord",
     "SolverError", "Status", "SubsetProblem", "Verification", "VerificationError",
-    "WindowCertificate", "backend_class", "backend_names", "backends", "expert_candidates",
-    "load_certificate", "make_backend", "quadratic_loss", "refit", "refit_loss",
-    "save_certificate", "solve", "solve_experts",
+    "backend_class", "backend_names", "backends", "expert_candidates", "load_certificate",
+    "make_backend", "quadratic_loss", "refit", "refit_loss", "save_certificate", "solve",
+    "solve_experts",
 ]  # fmt: skip

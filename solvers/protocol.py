@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from solvers.certificates.tree_certificate import Certificate, TreeCertificate
+from solvers.certificates.tree_certificate import Certificate
 from solvers.problem import SubsetProblem
 
 DEFAULT_GAP_TOLERANCE = 1e-4
@@ -35,7 +35,6 @@ class Status(enum.Enum):
 
     FEASIBLE = "A support of the asked size was found; nothing is claimed about how good it is."
     SWAP_OPTIMAL = "No exchange of one kept unit for one removed gains more than 1e-6 of the loss."
-    WINDOW_OPTIMAL = "No better choice exists within any window tried since the last improvement."
     OPTIMAL = "No support of the asked size has a lower loss, within the tolerance asked for."
     TIME_LIMIT = "The time limit was met; the bound is valid. Allow more time to close the gap."
     ITERATION_LIMIT = "The iteration limit was met. Raise it to let the search finish."
@@ -44,22 +43,6 @@ class Status(enum.Enum):
         "Rounding hides whether another support is better; a bound, if given, is valid. Raise damp."
     )
     BOUNDED = "A lower bound was computed; the support is the best one known to the bound."
-
-
-@dataclass(frozen=True, eq=False)
-class WindowCertificate:
-    """Evidence that no choice among some units is better, while all other units stay fixed.
-
-    Parameters
-    ----------
-    units
-        The window, (N,) int64.
-    certificate
-        Bounds the losses of all choices within it (`solvers.closed_forms.schur.window_problem`).
-    """
-
-    units: Tensor
-    certificate: TreeCertificate
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +67,6 @@ class Selection:
         Up to which relative gap the backend calls its answer optimal.
     certificate
         Evidence from which `lower_bound` can be recomputed, or None.
-    windows
-        Evidence for ``WINDOW_OPTIMAL``: one for each window that was tried since the last
-        improvement.
     """
 
     support: Tensor
@@ -97,7 +77,6 @@ class Selection:
     history: tuple[float, ...] = field(default=(), repr=False)
     gap_tolerance: float = DEFAULT_GAP_TOLERANCE
     certificate: Certificate | None = field(default=None, repr=False)
-    windows: tuple[WindowCertificate, ...] = field(default=(), repr=False)
 
 
 class BackendKind(enum.StrEnum):

@@ -62,7 +62,6 @@ _OWN = {
         "multistage": "heuristics.baselines:Multistage",
         "local_search": "heuristics.local_search:LocalSearch",
         "group_lasso": "heuristics.group_lasso:GroupLasso",
-        "window_search": "exact.window_search:WindowSearch",
         "enumerate": "exact.enumeration:Enumerate",
         "branch_and_bound": "exact.branch_and_bound:BranchAndBound",
         "highs": "exact.outer_approximation:Highs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from solvers.certificates.certificate import EnumerationCertificate, MultiplierC
 from solvers.certificates.tree_certificate import Certificate, TreeCertificate
 from solvers.errors import ProblemError
 from solvers.problem import SubsetProblem
-from solvers.protocol import Selection, WindowCertificate
+from solvers.protocol import Selection
 from solvers.verification import Verification, verify
 
 _ROUNDING = 1e-9
@@ -154,14 +153,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-_KIND, _WINDOWS = "certificate", "windows"
-_KINDS: dict[type, str] = {
-    MultiplierCertificate: "multipliers",
-    TreeCertificate: "tree",
-    EnumerationCertificate: "enumeration",
+_KIND, _TENSORS, _ROOT = "certificate", "bound.", "root."
+"""What a file of a certificate calls its kind, its tensors, and of these those of a tree's root."""
+
+_KINDS = {
+    "multipliers": MultiplierCertificate,
+    "tree": TreeCertificate,
+    "enumeration": EnumerationCertificate,
 }
-_ROOT, _UNITS = "root", "units"
-"""The parts of a tree and of a window that are not the tree's own tensors."""
 
 _MARK = "marks"
 """A tensor of no meaning: a file of tensors holds at least one."""
@@ -170,67 +169,43 @@ _MARK = "marks"
 def save_certificate(path: str | os.PathLike[str], solution: Solution) -> bool:
     """Write what proves a solution to a ``.safetensors`` file; return whether anything does.
 
-    Raises ProblemError if the file has another suffix, or cannot be written.
+    Raises ProblemError if the file cannot be written.
     """
-    kind = _KINDS.get(type(solution.certificate), "")
-    if not kind and not solution.windows:
+    if solution.certificate is None:
         return False
-    tensors = {_MARK: torch.zeros(1, dtype=torch.int8)}
-    if kind:
-        tensors |= _tensors(solution.certificate, "bound.")
-    for index, window in enumerate(solution.windows):
-        tensors[f"{index}.{_UNITS}"] = window.units
-        tensors |= _tensors(window.certificate, f"{index}.")
-    storage.write(path, {_KIND: kind, _WINDOWS: len(solution.windows)}, tensors)
+    (kind,) = (name for name, one in _KINDS.items() if type(solution.certificate) is one)
+    tensors = {_MARK: torch.zeros(1, dtype=torch.int8)} | _tensors(solution.certificate, _TENSORS)
+    storage.write(path, {_KIND: kind}, tensors)
     return True
 
 
-def load_certificate(
-    path: str | os.PathLike[str],
-) -> tuple[Certificate | None, tuple[WindowCertificate, ...]]:
-    """Read what `save_certificate` wrote: the certificate of the bound, and those of windows.
-
-    ``certificate.bound(problem)`` is what the certificate of the bound proves.
+def load_certificate(path: str | os.PathLike[str]) -> Certificate:
+    """Read what `save_certificate` wrote: ``certificate.bound(problem)`` is what it proves.
 
     Raises ProblemError if the file is missing, or holds no certificate.
     """
     header, tensors = storage.read(path)
     try:
-        kind = header[_KIND]
-        proof = _certificate(kind, _part(tensors, "bound.")) if kind else None
-        windows = (_part(tensors, f"{index}.") for index in range(header[_WINDOWS]))
-        return proof, tuple(map(_window, windows))
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        made, own = _KINDS[header[_KIND]], _part(tensors, _TENSORS)
+        root = _part(own, _ROOT)
+        parts: dict[str, Any] = {n: t for n, t in own.items() if not n.startswith(_ROOT)}
+        if made is TreeCertificate:
+            parts["root"] = MultiplierCertificate(**root) if root else None
+        return made(**parts)
+    except (KeyError, TypeError) as error:
         raise ProblemError(f"{path} is not a certificate: {error}") from error
 
 
 def _tensors(certificate: Any, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of a certificate, and of its root if it is a tree, by their names."""
     found: dict[str, Tensor] = {}
-    for one in dataclasses.fields(certificate):
-        value = getattr(certificate, one.name)
+    for name, value in vars(certificate).items():
         if isinstance(value, Tensor):
-            found[prefix + one.name] = value
+            found[prefix + name] = value
         elif value is not None:
-            found |= _tensors(value, f"{prefix}{one.name}.")
+            found |= _tensors(value, prefix + _ROOT)
     return found
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _certificate(kind: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a certificate of a kind, of which a tree may have a root."""
-    made = next(of for of, name in _KINDS.items() if name == kind)
-    root = _part(tensors, f"{_ROOT}.")
-    own = {name: value for name, value in tensors.items() if not name.startswith(f"{_ROOT}.")}
-    more = (
-        {_ROOT: MultiplierCertificate(**root) if root else None} if made is TreeCertificate else {}
-    )
-    return made(**own, **more)
-
-
-def _window(tensors: dict[str, Tensor]) -> WindowCertificate:
-    units = tensors.pop(_UNITS)
-    return WindowCertificate(units, _certificate(_KINDS[TreeCertificate], tensors))

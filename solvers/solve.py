@@ -138,7 +138,6 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
             gap_tolerance=float(selection.gap_tolerance),
             iterations=int(selection.iterations),
             history=tuple(map(float, selection.history)),
-            windows=tuple(selection.windows),
             bound_from=str(selection.bound_from),
         )
         check_fields(checked)

@@ -5,7 +5,6 @@ What `verify` recomputes, and what it can only fail to refute:
 - the problem is well posed, the support feasible, the weights the refit on it, and the loss theirs:
   always recomputed;
 - ``SWAP_OPTIMAL``: every exchange is tried by the formula, and the best of them refitted;
-- ``WINDOW_OPTIMAL``: every window is posed anew, and its certificate bounds the window's choices;
 - a lower bound with a certificate is recomputed from it, and so is what rests on it, ``OPTIMAL``
   or ``BOUNDED``; a bound that the loss with all units kept reaches needs no certificate, since
   removing units never lowers the loss;
@@ -31,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.certificates.tree_certificate import Certificate, TreeCertificate
+from solvers.certificates.tree_certificate import Certificate
 from solvers.closed_forms.pivot import PivotState, best_swap
 from solvers.closed_forms.refit import (
     loss_rounding,
@@ -39,11 +38,10 @@ from solvers.closed_forms.refit import (
     refit_loss,
     refit_loss_and_rounding,
 )
-from solvers.closed_forms.schur import window_problem
 from solvers.errors import ProblemError, VerificationError, require
 from solvers.linalg.gram import TILE_ROWS
 from solvers.problem import SubsetProblem
-from solvers.protocol import Status, WindowCertificate
+from solvers.protocol import Status
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -124,10 +122,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "certificate": (
         lambda v: v is None or isinstance(v, Certificate),
         "None or a known certificate",
-    ),
-    "windows": (
-        lambda v: isinstance(v, tuple) and all(isinstance(w, WindowCertificate) for w in v),
-        "a tuple of WindowCertificate",
     ),
 }
 """What is claimed, and rests on more than the backend's word."""
@@ -315,7 +309,7 @@ def _check_bound(problem: SubsetProblem, claim: Any) -> float:
 
 
 def _check_status(problem: SubsetProblem, claim: Any, loss: float, slack: float) -> None:
-    """Refuse a status that claims more than the bound, or the windows, say."""
+    """Refuse a status that claims more than the bound says."""
     if claim.status is Status.BOUNDED:
         require(_has_bound(claim), "a bound is claimed, and there is none")
     if claim.status is Status.OPTIMAL:
@@ -326,37 +320,6 @@ def _check_status(problem: SubsetProblem, claim: Any, loss: float, slack: float)
             f"optimality is claimed with a gap of {left:.3g} at a loss of {loss:.3g}; the "
             f"tolerance is {claim.gap_tolerance:.3g} of it",
         )
-    if claim.status is Status.WINDOW_OPTIMAL:
-        require(len(claim.windows) > 0, "window optimality is claimed without a window")
-        for window in claim.windows:
-            _check_window(problem, claim, loss, slack, window)
-
-
-def _check_window(
-    problem: SubsetProblem, claim: Any, loss: float, slack: float, window: WindowCertificate
-) -> None:
-    """Refuse a window in which a better choice may exist, all other units held where they are."""
-    units = window.units
-    require(
-        _is_tensor(units, torch.int64, 1) and units.device == problem.device,
-        "the units of a window must be an int64 tensor beside the problem",
-    )
-    require(
-        isinstance(window.certificate, TreeCertificate),
-        "a window is certified by a TreeCertificate",
-    )
-    try:
-        inside = window_problem(problem, claim.support, units)
-    except ProblemError as error:
-        raise VerificationError(
-            f"a window certificate does not fit the problem: {error}"
-        ) from error
-    proved = window.certificate.bound(inside)
-    require(
-        loss - proved <= claim.gap_tolerance * loss + slack + _BOUND_TOLERANCE * loss,
-        f"a window of {len(units)} units is proved to {proved:.9g} only, and the loss is "
-        f"{loss:.9g}",
-    )
 
 
 def _not_recomputed(claim: Any, bound: float) -> tuple[str, ...]:

@@ -100,12 +100,6 @@ def window_problem(problem: SubsetProblem, support: Tensor, units: Tensor) -> Su
     return SubsetProblem(consumers, keep, f"{problem.name}[{len(units)} units]")
 
 
-def apply_window(support: Tensor, units: Tensor, chosen: Tensor) -> Tensor:
-    """Return `support` with its part inside the window replaced by ``units[chosen]``."""
-    outside = support[~torch.isin(support, units)]
-    return torch.cat([outside, units[chosen]]).sort().values
-
-
 def _mask(problem: SubsetProblem, units: Tensor) -> Tensor:
     mask = torch.zeros(problem.units, dtype=torch.bool, device=problem.device)
     mask[units] = True

@@ -34,7 +34,7 @@ CERTIFIED = ("branch_and_bound", "enumerate", "perspective")
 AGAIN = ("ties", "ragged_consumers")
 """Instances that are solved a second time."""
 
-LONG = ("cvxpy", "group_lasso", "gurobi", "highs", "window_search")
+LONG = ("cvxpy", "group_lasso", "gurobi", "highs")
 SOME = ("correlated", "dead", "ragged_consumers")
 """Instances on which backends that take long always run, and on the others with the slow tests."""
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from solvers import Status, SubsetProblem, refit, solve
 from solvers.closed_forms.pivot import PivotState, best_swap, candidates, swap_gains
-from solvers.closed_forms.schur import apply_window, window_problem
-from solvers.exact.window_search import WindowSearch
+from solvers.closed_forms.schur import window_problem
 from solvers.heuristics import local_search
 from solvers.linalg import symmetric
-from tests.solvers.instances import INSTANCES, build, random_data, random_problem
-
-PROBLEM = INSTANCES["scalar"].problem
+from tests.solvers.instances import INSTANCES, build, random_data
 
 # ---- exchanges -----------------------------------------------------------------------------------
 
@@ -110,7 +105,12 @@ def test_searches_beat_chance():
             assert solve(instance.problem, backend).loss < 0.9 * random
 
 
-# ---- windows: their loss is the whole layer's, and searching them improves it --------------------
+# ---- windows: their loss is the whole layer's ----------------------------------------------------
+
+
+def whole_support(support, units, chosen):
+    """Return a support with its part inside a window replaced by some of its units."""
+    return torch.tensor(sorted({*support.tolist()} - {*units.tolist()} | {*units[chosen].tolist()}))
 
 
 @pytest.mark.parametrize("name", ["target", "permuted", "ragged_consumers", "sparse"])
@@ -121,8 +121,7 @@ def test_window_loss_is_the_loss_of_the_whole(name):
     window = window_problem(problem, support, units)
     assert window.units == 4
     for chosen in torch.combinations(torch.arange(4), window.keep):
-        whole = apply_window(support, units, chosen)
-        assert whole.tolist() == sorted({*whole.tolist()})
+        whole = whole_support(support, units, chosen)
         assert len(whole) == problem.keep
         loss = refit(problem, whole)[1]
         assert refit(window, chosen)[1] == pytest.approx(loss, rel=1e-9, abs=1e-10)
@@ -135,33 +134,5 @@ def test_a_consumer_without_a_row_in_the_window_is_a_constant():
     assert window.consumers[1].H.shape == (1, 1)
     solution = solve(window, "enumerate")
     solution.verify()
-    whole = refit(problem, apply_window(support, units, solution.support))[1]
+    whole = refit(problem, whole_support(support, units, solution.support))[1]
     assert solution.loss == pytest.approx(whole, rel=1e-12)
-    solve(problem, "window_search", units=2).verify()
-
-
-def test_window_search():
-    small = random_problem(0, 11, 1, 4, 5, spread=1.0)
-    solution = solve(small, "window_search")  # one window holds everything
-    assert solution.status is Status.WINDOW_OPTIMAL
-    assert solution.loss == pytest.approx(solve(small, "enumerate").loss, rel=2e-5)
-    large = random_problem(3, 30, 1, 3, 15, spread=1.0)
-    solution = solve(large, "window_search", units=14, windows=4)
-    solution.verify()
-    assert list(solution.history) == sorted(solution.history, reverse=True)
-    assert solution.loss < solve(large, "local_search").loss
-    unsolved = solve(large, "window_search", units=28, windows=1, time_limit=0.0)
-    assert unsolved.status is Status.FEASIBLE
-
-
-def test_a_window_that_is_not_solved_leaves_nothing_proved(monkeypatch):
-    """Also after one that was."""
-    solved, found = WindowSearch._solve, []
-
-    def first_alone(self, *arguments):
-        found.append(solved(self, *arguments))
-        return replace(found[-1], status=Status.OPTIMAL if len(found) == 1 else Status.TIME_LIMIT)
-
-    monkeypatch.setattr(WindowSearch, "_solve", first_alone)
-    assert WindowSearch(units=5, windows=2).select(PROBLEM).status is Status.FEASIBLE
-    assert [one.status for one in found] == [Status.OPTIMAL] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,19 +115,9 @@ def test_random_damage_ends_in_problem_errors(path):
 def test_a_certificate_proves_the_same_from_its_file(path, backend):
     solution = solve(PROBLEM, backend)
     assert save_certificate(path, solution)
-    proof, windows = load_certificate(path)
+    proof = load_certificate(path)
     assert type(proof) is type(solution.certificate)
     assert proof.bound(PROBLEM) == solution.certificate.bound(PROBLEM)
-    assert not windows
-
-
-def test_windows_prove_the_same_from_their_file(path):
-    solution = solve(INSTANCES["correlated"].problem, "window_search")
-    assert save_certificate(path, solution)
-    windows = load_certificate(path)[1]
-    (own,), (window,) = solution.windows, windows
-    assert torch.equal(window.units, own.units)
-    assert replace(solution, windows=windows).verify().not_recomputed == ()
 
 
 def test_what_proves_nothing_is_not_written(path):
@@ -141,8 +130,7 @@ def test_what_proves_nothing_is_not_written(path):
     "change",
     [
         lambda h, t: h.update(certificate="word of mouth"),
-        lambda h, t: h.update(windows=10**12),
-        lambda h, t: h.pop("windows"),
+        lambda h, t: h.pop("certificate"),
         lambda h, t: t.pop(next(key for key in t if key.startswith("bound."))),
         lambda h, t: t.update({"bound.more": torch.zeros(1)}),
     ],

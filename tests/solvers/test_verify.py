@@ -16,7 +16,6 @@ from solvers import (
     Status,
     SubsetProblem,
     VerificationError,
-    WindowCertificate,
     quadratic_loss,
     refit,
     solve,
@@ -138,31 +137,6 @@ def test_a_loss_of_zero_with_a_bound_below_it():
     refused(best, "with a gap of 1 at a loss of 0", lower_bound=-1.0)
     report = replace(best, lower_bound=0.0).verify()
     assert (report.lower_bound, report.not_recomputed) == (0.0, ())
-
-
-def test_window_optima_need_their_windows():
-    problem = INSTANCES["correlated"].problem
-    best = solve(problem, "window_search")
-    assert best.status is Status.WINDOW_OPTIMAL
-    assert best.verify().not_recomputed == ()
-    (window,) = best.windows
-    other = on(problem, [*range(5)], status=Status.WINDOW_OPTIMAL)
-    for solution in (replace(best, windows=()), other):
-        refused(solution, "without a window")
-    perspective = solve(problem, "perspective").certificate
-    loose = solve(problem, "branch_and_bound", node_limit=1).certificate
-    for forged, message in [
-        (replace(window, units=window.units[:-1]), "must be 9 positive numbers"),
-        (replace(window, units=window.units.double()), "an int64 tensor"),
-        (replace(window, units=window.units.to_sparse()), "an int64 tensor"),
-        (replace(window, units=window.units * 0), "from 0 to 9, each once"),
-        (replace(window, units=window.units + 1), "from 0 to 9, each once"),
-        (replace(window, certificate=perspective), "by a TreeCertificate"),
-        (WindowCertificate(torch.arange(10), loose), "is proved to .* only"),
-    ]:
-        refused(best, message, windows=(forged,))
-    taken = {"windows": best.windows, "gap_tolerance": best.gap_tolerance}
-    refused(other, "proved to .* only", **taken)
 
 
 # ---- gaps and records ----------------------------------------------------------------------------
