@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -175,11 +174,9 @@ def both(*shares: float) -> tuple[Setting, ...]:
     )
 
 
-def flops(*shares: float, residual: bool = False) -> tuple[Setting, ...]:
-    """Keep shares of the operations; with residual channels, half of the way by these."""
-    extra = {s: {"residual": round(math.sqrt(s), 3)} if residual else {} for s in shares}
-    name = " with residual channels" if residual else ""
-    return tuple(Setting(f"{s} of FLOPs{name}", {"flops": s, **extra[s]}) for s in shares)
+def flops(*shares: float) -> tuple[Setting, ...]:
+    """Keep shares of the operations."""
+    return tuple(Setting(f"{s} of FLOPs", {"flops": s}) for s in shares)
 
 
 def speeds(*times: float) -> tuple[Setting, ...]:
@@ -196,7 +193,7 @@ SHARES = (0.2, 0.3, 0.4, 0.5)
 TASKS = {
     "smollm2": Task(lambda a: Text("smollm2-135m", a), (*neurons(*SHARES), *both(*SHARES))),
     "demo": Task(lambda a: Text("demo", a), (*neurons(*SHARES), *both(*SHARES))),
-    "resnet20": Task(resnet20, (*flops(0.7, 0.5, 0.3), *flops(0.7, 0.5, 0.3, residual=True))),
+    "resnet20": Task(resnet20, flops(0.7, 0.5, 0.3)),
     "mobilenet": Task(mobilenet, flops(0.66)),
     "mixture": Task(lambda a: Text(str(a.mixture), a), experts(0.75, 0.5)),
 }
