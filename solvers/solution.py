@@ -186,12 +186,14 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
     """
     header, tensors = storage.read(path)
     try:
-        made, own = _KINDS[header[_KIND]], _part(tensors, _TENSORS)
+        made: Any = _KINDS[header[_KIND]]
+        own = _part(tensors, _TENSORS)
         root = _part(own, _ROOT)
         parts: dict[str, Any] = {n: t for n, t in own.items() if not n.startswith(_ROOT)}
         if made is TreeCertificate:
             parts["root"] = MultiplierCertificate(**root) if root else None
-        return made(**parts)
+        proof: Certificate = made(**parts)
+        return proof
     except (KeyError, TypeError) as error:
         raise ProblemError(f"{path} is not a certificate: {error}") from error
 
