@@ -67,8 +67,7 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
         place = min(places, default="")
         code = guard.replace(place, "n")
         if len(places) == 1 and _POLYNOMIAL.fullmatch(code) and _beyond([code]) <= _MOST_TRIED:
-            name = "batch" if place.endswith(".shape[0]") else place
-            of_sizes.setdefault(name, []).append(code)
+            of_sizes.setdefault(place, []).append(code)
         elif not _ALIKE.fullmatch(guard):
             others.append(_MULTIPLE.sub(r"\1 is a multiple of \2", guard))
     said, given = list[str](), list[str]()
@@ -79,11 +78,11 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
         pairs = zip(dense.sizes.shapes[name], made.sizes.shapes[name], strict=True)
         sizes = [one or other for one, other in pairs]
         if sizes[:1] == [None] and not said:
-            batch = _words(samples, of_sizes.get("batch", []))
+            batch = _words(samples, of_sizes.pop(f"{name}.shape[0]", []))
             of = "batches" if " " in batch else "a batch"
             said.append(f"{'any batch' if batch == 'one or more' else of} of {batch}")
         own = [of_sizes.get(f"{name}.shape[{dim}]", []) for dim in range(len(sizes))]
-        if name == "input_ids" and sizes == [None, None]:
+        if name == "input_ids" and sizes == [None, None] and not own[0]:
             given.append(_words(1, own[1], "token"))
             continue
         words = (

@@ -327,6 +327,15 @@ def test_sizes_are_said_in_words(guards, said):
         assert sizes_in_words(program, program, samples=2) == fewest
 
 
+def test_inputs_of_other_counts_are_said_each_for_itself():
+    sizes = Sizes({"x": (None, 3), "y": (None,)}, ("x.shape[0] > 4", "3 >= y.shape[0]"))
+    given = {"input_names": ("x", "y"), "inputs": (torch.zeros(5, 3), torch.zeros(2))}
+    program = SimpleNamespace(sizes=sizes, **given)
+    assert sizes_in_words(program, program) == (
+        "batches of five or more, and x (any, 3), y (one to three)"
+    )
+
+
 class WithNumber(Net):
     def forward(self, x, k=0):
         h = torch.relu(self.a(x))
