@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -21,7 +19,6 @@ from osscar.network.modules import copied, evaluating, graphics_cards, named_ten
 from osscar.offload.on_disk import OnDisk
 from osscar.proof.equivalence import (
     Inputs,
-    Match,
     by_name,
     distance_from_masked,
     finer_precision,
@@ -34,9 +31,6 @@ from osscar.proof.structural import DensePrograms, StructureError, Unproved, den
 from osscar.shrinking.fold import fold, unfold
 from osscar.shrinking.integers import IntegerSearch, kind_of
 from osscar.shrinking.slice import adapted, nearby, slice_units
-
-_MOST_TRIALS, _MOST_SECONDS = 64, 120.0
-"""Of the search for groups to blame."""
 
 
 @dataclass(frozen=True)
@@ -102,29 +96,23 @@ def shrink(
         if programs is None:
             fold_named(model, plan, inputs)
             programs = dense_programs(model, by_name(model, inputs[0]))
-        masked = _Masked.from_run(model, plan, inputs)
         try:
-            proof = _proved(model, plan, masked, programs)
-            structure = proof.certificate.structure
-            if structure is not None and structure.untried:
-                sizes = " or ".join(structure.untried)
-                warn(
-                    f"nothing is proved for {sizes}, where the model's code does something else; "
-                    "compare outputs there before you rely on them"
-                )
-            return proof
+            proof = _proved(model, plan, inputs, programs)
         except EquivalenceError as error:
-            if not isinstance(error, StructureError):  # who is to blame shows without programs
-                programs = replace(programs, programs=(), refusal="outputs differ")
-            attempt = partial(rehearse, model, inputs=inputs, programs=programs)
-            found = Feasibility(model, attempt, _MOST_TRIALS, _MOST_SECONDS)
-            found.grown([], plan.groups, error)
-            names = list(found.reasons)
-            blamed = f"{'one of ' if found.spent else ''}{listed([*map(repr, names)], 8)}"
+            said = set(error.by_module) if isinstance(error, StructureError) else set[str]()
+            near = [repr(one.name) for one in plan.groups if said & set(nearby(model, one))]
+            them = f"; prune without those of {listed(near, 8)} whose width that code uses"
             raise type(error)(
-                f"{error}; nothing was written. The failure comes from pruning {blamed}: prune "
-                f"without {'them' if len(names) > 1 else 'it'} (skip, `--skip {names[0]!r}`)"
+                f"{error}; nothing was written{f'{them} (skip, `--skip`)' if near else ''}"
             ) from error
+        structure = proof.certificate.structure
+        if structure is not None and structure.untried:
+            sizes = " or ".join(structure.untried)
+            warn(
+                f"nothing is proved for {sizes}, where the model's code does something else; "
+                "compare outputs there before you rely on them"
+            )
+        return proof
 
 
 def rehearse(
@@ -132,7 +120,7 @@ def rehearse(
 ) -> None:
     """Shrink a model in evaluation mode and prove it, as `shrink` does, and put everything back."""
     with preserved(model):
-        _proved(model, plan, _Masked.from_run(model, plan, inputs), programs)
+        _proved(model, plan, inputs, programs)
 
 
 def prove(model: nn.Module, dense: nn.Module, example: Inputs | Tensor) -> Structure:
@@ -181,27 +169,16 @@ def prove(model: nn.Module, dense: nn.Module, example: Inputs | Tensor) -> Struc
     return structure
 
 
-@dataclass(frozen=True)
-class _Masked:
-    """How far models are from the masked one, in a finer number format or their own."""
-
-    untouched: ModelState
-    distance: Callable[[nn.Module], Match]
-    finer: bool
-
-    @classmethod
-    def from_run(cls, model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) -> _Masked:
-        """Run a model without what a plan removes."""
-        untouched, own = ModelState(model), number_format(model)
-        with untouched.watching(), finer_precision(model, inputs[0]):
-            distance = distance_from_masked(model, plan, inputs, keeping=True)
-            return cls(untouched, distance, number_format(model) != own)
-
-
-def _proved(model: nn.Module, plan: PruningPlan, masked: _Masked, programs: DensePrograms) -> Proof:
+def _proved(
+    model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs], programs: DensePrograms
+) -> Proof:
     """Shrink a model and prove it; if that fails, it is as it was."""
+    untouched, own = ModelState(model), number_format(model)
+    with untouched.watching(), finer_precision(model, inputs[0]):
+        distance = distance_from_masked(model, plan, inputs, keeping=True)
+        finer = number_format(model) != own
     with preserved(model, on_error=True):
-        before, untouched = dict(named_tensors(model)), masked.untouched
+        before = dict(named_tensors(model))
         untouched.put_back()
         for name, buffer in model.named_buffers():  # which adapters may change in place
             before[name] = buffer if isinstance(buffer, OnDisk) else buffer.clone()
@@ -209,9 +186,8 @@ def _proved(model: nn.Module, plan: PruningPlan, masked: _Masked, programs: Dens
         forget_cached(model)
         found: tuple[Integer, ...] = ()
         try:
-            with untouched.watching(), finer_precision(model) if masked.finer else nullcontext():
-                check = partial(masked.distance, model)
-                match, found = IntegerSearch(model, plan, check).run()
+            with untouched.watching(), finer_precision(model) if finer else nullcontext():
+                match, found = IntegerSearch(model, plan, partial(distance, model)).run()
         except EquivalenceError as error:
             if not isinstance(error, AdapterError):  # the programs say in which line of code
                 with suppress(Unproved):
@@ -262,27 +238,15 @@ class Feasibility:
 
     `attempt` shrinks and proves a model, and puts it back; it raises where that fails.  Groups near
     the modules that are to blame are left out first, and what is not clear then is found by
-    halving.  After so many trials or seconds, groups that are not cleared stay.
+    halving.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        attempt: Callable[[PruningPlan], object],
-        trials: float = math.inf,
-        seconds: float = math.inf,
-    ) -> None:
+    def __init__(self, model: nn.Module, attempt: Callable[[PruningPlan], object]) -> None:
         self.model, self.attempt = model, attempt
-        self.trials, self.deadline = trials, time.monotonic() + seconds
         self.reasons: dict[str, str] = {}
         """Why groups cannot go, by name."""
         self.of_forms: dict[tuple[object, ...], str] = {}
         """Why not, by what groups of repeated blocks have in common."""
-
-    @property
-    def spent(self) -> bool:
-        """Whether no more is tried."""
-        return self.trials <= 0 or time.monotonic() > self.deadline
 
     def grown(
         self,
@@ -294,8 +258,8 @@ class Feasibility:
         failure = failure or self.failure([*going, *more])
         if failure is None:
             return [*going, *more]
-        if len(more) == 1 or self.spent:
-            self.reasons |= {plan.name: self._reason(plan, going, failure) for plan in more}
+        if len(more) == 1:
+            self.reasons[more[0].name] = self._reason(more[0], going, failure)
             return list(going)
         blamed = self._blamed(failure, more)
         if blamed:
@@ -314,7 +278,7 @@ class Feasibility:
         """
         form = re.sub(r"(?<![^.])\d+(?![^.])", "", plan.name), plan.kind, plan.units
         if form not in self.of_forms:
-            alone = self.failure([plan]) if going and not self.spent else None
+            alone = self.failure([plan]) if going else None
             self.of_forms[form] = self._in_words(alone or failure)
         return self.of_forms[form]
 
@@ -342,7 +306,6 @@ class Feasibility:
 
     def failure(self, plans: Sequence[GroupPlan]) -> Exception | None:
         """Return how groups fail together, or None if they can go."""
-        self.trials -= 1
         try:
             self.attempt(PruningPlan(tuple(plans)))
         except (EquivalenceError, ModelError) as error:

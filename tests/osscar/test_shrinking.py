@@ -149,7 +149,7 @@ class Counting(nn.Module):
 def test_passes_leave_nothing_behind_whether_a_model_can_follow_or_not() -> None:
     model, x = Counting(divides=True).eval(), torch.randn(5, 4)
     plan = PruningPlan((neurons_of_two_layers(),))
-    with pytest.raises(EquivalenceError, match="prune without it"):
+    with pytest.raises(EquivalenceError, match="prune without those of 'neurons'"):
         shrink(model, plan, [(x,)])
     assert model.passes == 0
     program = osscar.shrink_program(model, plan, [(x,)], {"x": x}).model
