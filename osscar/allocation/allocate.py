@@ -8,7 +8,6 @@ from the dense model.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import warnings
 from bisect import bisect
@@ -35,12 +34,12 @@ from osscar.allocation.limits import (
 from osscar.allocation.measured import (
     Curve,
     compared_samples,
-    curves_for_all,
+    curves_at,
     dense_references,
     measured_curves,
 )
 from osscar.allocation.search import Chosen, Search, equal_shares
-from osscar.allocation.speedup import Aim, Kept, Proposal, WholeModels
+from osscar.allocation.speedup import Kept, WholeModels, Within
 from osscar.allocation.task import PruningTask, possible_counts, possible_widths, why_frozen
 from osscar.allocation.times import time_operators
 from osscar.base.errors import NonFiniteError, RequestError
@@ -192,7 +191,7 @@ def measured_once(tasks: Sequence[PruningTask]) -> Measuring | None:
         return Sharing(_within_reach(task, allowed)[0]).choose(allowed).kept
 
     choices = [ranks.broadcast("widths", partial(equal, task)) for task in every]
-    found = curves_for_all(every[0], choices)
+    found = curves_at(every[0], choices, {})
     return lambda task, choose: found
 
 
@@ -214,9 +213,9 @@ def _shared_out(
                 f"remove less{_more_to_prune(task, least, one.budget)}"
             )
     within_reach()
-    wanted, models = request.speedup if task.times is None else None, WholeModels.shared(tasks[-1])
-    if wanted is not None:
-        ranks.broadcast("the fastest model", partial(models.check_reach, wanted))
+    by_time, models = request.speedup and task.times is None, WholeModels.shared(tasks[-1])
+    if by_time:
+        ranks.broadcast("the fastest model", models.check_reach)
     else:
         tasks = _within_reach(task, allowed)
 
@@ -228,8 +227,8 @@ def _shared_out(
     if request.allocation != "uniform" and task.shared:
         sharing = Sharing(task, *(measuring or measured_curves)(task, choose))
     sharings = [replace(sharing, task=one) for one in tasks]
-    if wanted is not None:
-        return _timed(sharings, models, wanted, allowed)
+    if by_time:
+        return _timed(sharings, models, allowed)
     choices = ((s, ranks.broadcast("widths", partial(s.choose, allowed))) for s in sharings)
     best = _closest(choices, _on_trial if task.streams else lambda *_: 0.0)
     assert best is not None  # the least widths are within
@@ -285,7 +284,7 @@ def _told(best: _Candidate, allowed: Sequence[Allowance]) -> Budget:
 
 
 def _timed(
-    sharings: Sequence[Sharing], models: WholeModels, wanted: float, allowed: Sequence[Allowance]
+    sharings: Sequence[Sharing], models: WholeModels, allowed: Sequence[Allowance]
 ) -> Budget:
     """Choose widths whose model was timed to be as fast as wanted, within all other limits.
 
@@ -297,31 +296,25 @@ def _timed(
     (operations,) = (one for one in allowed if one.budget is BudgetKind.SPEEDUP)
     table = ranks.broadcast("times of operators", lambda: time_operators(task, models.clock))
 
-    def allowing(cost: CountedCost, share: float) -> list[Allowance]:
+    def kept_of(sharing: Sharing, cost: CountedCost, share: float) -> Kept:
         limit = replace(operations, cost=cost, most=share * cost.dense)
-        return [limit if one is operations else one for one in allowed]
+        chosen = sharing.choose([limit if one is operations else one for one in allowed])
+        return {**sharing.task.keep, **chosen.kept}
 
     def expected(kept: Kept) -> float:
         return table.of(kept) / table.dense
 
-    def by_table(sharing: Sharing, share: float) -> Kept:
-        return {**sharing.task.keep, **sharing.choose(allowing(table, share)).kept}
+    def by_operations(sharing: Sharing) -> Within:
+        at = cache(lambda step: kept_of(sharing, operations.cost, step / _SHARES))
+        steps = range(1, _SHARES + 1)
+        return lambda share: at(bisect(steps, share, key=lambda n: expected(at(n))) or 1)
 
-    def by_operations(sharing: Sharing) -> Callable[[float], Kept]:
-        @cache
-        def at(step: int) -> Kept:
-            kept = sharing.choose(allowing(operations.cost, step / _SHARES)).kept
-            return {**sharing.task.keep, **kept}
-
-        return lambda share: at(
-            bisect(range(1, _SHARES + 1), share, key=lambda n: expected(at(n))) or 1
-        )
-
-    aim = Aim(models, wanted, expected)
-
-    def fitting(proposals: Iterable[tuple[Sharing, Proposal]]) -> Iterator[tuple[Sharing, Chosen]]:
-        for sharing, proposal in proposals:
-            kept = ranks.broadcast("a model that is fast enough", partial(aim.fitted, proposal))
+    def fitting(
+        proposals: Iterable[tuple[Sharing, Within]], most: int
+    ) -> Iterator[tuple[Sharing, Chosen]]:
+        for sharing, within in proposals:
+            fitted = partial(models.fitted, within, expected, most)
+            kept = ranks.broadcast("a model that is fast enough", fitted)
             if kept is not None:
                 yield sharing, Chosen({name: kept[name] for name in sharing.options})
 
@@ -331,24 +324,24 @@ def _timed(
 
     stairs = replace(task, times=table).options
     tables = [replace(sharing, widths=stairs) for sharing in sharings]
-    by_times = [(one, Proposal(partial(by_table, one), 6)) for one in tables]
-    best = _closest(fitting(by_times), distance)
+    by_times = [(one, partial(kept_of, one, table)) for one in tables]
+    best = _closest(fitting(by_times, 6), distance)
     if curves is not None:
         first = sharings[0] if best is None else replace(best.sharing, widths=None)
         anyhow = {g.name: possible_widths(g, replace(task.widths, round_to=1)) for g in task.shared}
         auto = task.widths.round_to == AUTO
         others = [replace(first, widths=anyhow), first] if auto else [first]
-        by_counts = ((one, Proposal(by_operations(one), 2)) for one in others)
-        best = _closest(fitting(by_counts), distance, best)
-    if best is None:  # the tables go on between what was timed
-        best = _closest(itertools.islice(fitting(by_times), 1), distance)
+        best = _closest(fitting(((one, by_operations(one)) for one in others), 2), distance, best)
+    if best is None:  # the table goes on between what was timed
+        best = _closest(fitting(by_times[:1], 12), distance)
     if best is None:
-        ranks.broadcast("no model is fast enough", aim.refuse)
+        ranks.broadcast("no model is fast enough", models.refuse)
     assert best is not None
     # A bound, and what other limits come to, would be of operations, and say nothing of times.
     budget, kept = _told(best, allowed), {**best.sharing.task.keep, **best.chosen.kept}
     reached = ranks.broadcast("its time", lambda: 1 / models.speedup(kept))
-    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, 1 / wanted, 1.0, reached, assumed=table.assumed)
+    wanted = 1 / models.wanted
+    timed = Limit(BudgetKind.SPEEDUP, Cost.TIME, wanted, 1.0, reached, assumed=table.assumed)
     rest = (one for one in budget.limits if one.budget is not BudgetKind.SPEEDUP)
     return replace(budget, limits=(timed, *rest))
 

@@ -200,32 +200,23 @@ def measured_curves(
     overflows that was not measured before; others keep their curves, with a warning.
     """
     curves = {} if before is None else known_curves(before)
-    keep = choose(curves or None)
-    wanted = widths_to_measure(task.shared, keep, curves, task.widths)
-    return _curves_at(task, {name: [width] for name, width in wanted.items()}, curves)
+    return curves_at(task, [choose(curves or None)], curves)
 
 
-def curves_for_all(
-    task: PruningTask, choices: Sequence[Mapping[str, int]]
+def curves_at(
+    task: PruningTask, choices: Sequence[Mapping[str, int]], curves: dict[str, Curve]
 ) -> tuple[dict[str, Curve], Measure]:
-    """Return the same for several sizes of a model, where each group is refitted once.
+    """Return the same, measured at about what groups keep by several choices.
 
-    It is measured at about what it keeps by each of the `choices`.
+    Each group is refitted once for all of them, and what is known goes through that, too.
     """
     units = {group.name: group.units for group in task.shared}
     wanted: dict[str, list[int]] = {}
     for keep in choices:
-        for name, width in widths_to_measure(task.shared, keep, {}, task.widths).items():
+        for name, width in widths_to_measure(task.shared, keep, curves, task.widths).items():
             others = wanted.setdefault(name, [])
             if all(abs(width - other) > _NEAR * units[name] for other in others):
                 others.append(width)
-    return _curves_at(task, wanted, {})
-
-
-def _curves_at(
-    task: PruningTask, wanted: Mapping[str, Sequence[int]], curves: dict[str, Curve]
-) -> tuple[dict[str, Curve], Measure]:
-    """Put the curves of groups, by name, through what these come to at some widths."""
     prepared, groups = task.prepared, task.shared
     if prepared.inputs.samples < _ONE_IN:
         raise RequestError(

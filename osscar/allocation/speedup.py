@@ -46,8 +46,13 @@ _FINEST = 1e-3
 Kept = dict[str, int]
 """What every group keeps of which a request or a budget says so."""
 
+Within = Callable[[float], Kept]
+"""A proposal: the best widths of which a share of the dense model's time is expected."""
+
 Point = tuple[float, float]
 """A limit, and the seconds of the model that came of it, relative to the dense one."""
+
+_DENSE: Point = (1.0, 1.0)
 
 
 class Ratio(NamedTuple):
@@ -61,52 +66,22 @@ class Ratio(NamedTuple):
         return max(CLOSE / 2, (abs(self.speedup / wanted - 1) - CLOSE) / _CLEARLY)
 
 
-_DENSE: Point = (1.0, 1.0)
-
-
-class Ends(NamedTuple):
-    """Limits between which widths are looked for: the model of one is too fast, the other's slow.
-
-    `quick` are the widths of the first, if the proposal came to them.
-    """
-
-    fast: Point
-    slow: Point
-    quick: Kept | None = None
-
-
-@dataclass(eq=False)
-class Proposal:
-    """A way to come to widths."""
-
-    within: Callable[[float], Kept]
-    """Returns the best widths of which a share of the dense model's time is expected."""
-    models: int
-    """How many are built and timed at most."""
-    ends: Ends | None = None
-    """What is known of it."""
-
-
 @dataclass(eq=False)
 class WholeModels:
     """Models of the first units of each group, timed beside the dense one."""
 
     task: PruningTask
-    ratios: dict[tuple[int, ...], Ratio] = field(default_factory=dict)
-    """How fast they were, by their widths in the order of `names`."""
+    ratios: dict[frozenset[tuple[str, int]], Ratio] = field(default_factory=dict)
+    """How fast they were, by what groups keep."""
+    limit: float | None = None
+    """Where the last proposal has ended, and the next begins."""
 
     @classmethod
     def shared(cls, task: PruningTask) -> WholeModels:
         """Return those of a task, with what others of the same model have timed."""
-        request, found = task.request, cls(task)
-        timed = request.timed, request.timed_in, request.context, request.batch
-        found.ratios = task.prepared.timed.setdefault(("models", *timed, *found.names), {})
-        return found
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The groups of which widths are told."""
-        return *self.task.options, *self.task.keep
+        request = task.request
+        timed = "models", request.timed, request.timed_in, request.context, request.batch
+        return cls(task, task.prepared.timed.setdefault(timed, {}))
 
     @cached_property
     def least(self) -> Kept:
@@ -124,21 +99,6 @@ class WholeModels:
         assert self.task.request.speedup is not None
         return self.task.request.speedup
 
-    @property
-    def speedups(self) -> dict[tuple[int, ...], float]:
-        """How fast they were, by their widths."""
-        return {key: ratio.speedup for key, ratio in self.ratios.items()}
-
-    @property
-    def error(self) -> float:
-        """The largest, of those of which it is not known whether they are as fast as wanted."""
-        unsure = (r.error for r in self.ratios.values() if r.error > r.told(self.wanted))
-        return max(unsure, default=0.0)
-
-    def key(self, kept: Mapping[str, int]) -> tuple[int, ...]:
-        """Return what stands for widths; 0 is for groups that keep all."""
-        return tuple(kept.get(name, 0) for name in self.names)
-
     def speedup(self, kept: Mapping[str, int]) -> float:
         """Return how many times as fast as the dense model it is.
 
@@ -146,106 +106,82 @@ class WholeModels:
 
         A `RequestError` says that the device is too noisy to tell.
         """
-        key = self.key(kept)
+        key = frozenset(kept.items())
         found = self.ratios.get(key)
         if found is None or found.error > max(CLOSE, found.told(self.wanted)):
-            smaller = _built(self.task.prepared, kept)
-            found = time_against(self.clock.dense, self.clock.timer(smaller), self.wanted)
-            self.ratios[key] = found
+            found = self.ratios[key] = self.timed(kept)
         return found.speedup
 
-    def check_reach(self, wanted: float) -> None:
+    def timed(self, kept: Mapping[str, int]) -> Ratio:
+        """Build a model, and time it."""
+        smaller = _built(self.task.prepared, kept)
+        return time_against(self.clock.dense, self.clock.timer(smaller), self.wanted)
+
+    def check_reach(self) -> None:
         """Time the model of the least widths: a `RequestError` says that no model is so fast."""
         fastest = self.speedup(self.least)
-        if fastest < wanted * (1 - CLOSE):
+        if fastest < self.wanted * (1 - CLOSE):
             raise RequestError(
-                f"speedup {wanted:g} cannot be met: the smallest possible model is "
+                f"speedup {self.wanted:g} cannot be met: the smallest possible model is "
                 f"{fastest:.2f} times as fast as the dense one; ask for less, or prune more kinds "
                 "of units"
             )
 
-
-class Aim:
-    """Finds widths whose model was timed to be as fast as wanted.
-
-    Each proposal begins at the limit where the one before has ended.
-
-    Parameters
-    ----------
-    expected
-        Returns what share of the dense model's time widths take, by the table.
-    """
-
-    def __init__(
-        self, models: WholeModels, wanted: float, expected: Callable[[Kept], float]
-    ) -> None:
-        self.models, self.wanted, self.expected = models, wanted, expected
-        self._limit: float | None = None
-
-    def fitted(self, proposal: Proposal) -> Kept | None:
-        """Return widths that a proposal comes to within what is `CLOSE`.
+    def fitted(self, within: Within, expected: Callable[[Kept], float], models: int) -> Kept | None:
+        """Return widths of a proposal that were timed to be as fast as wanted, but for `CLOSE`.
 
         They are faster if other limits of the request, or the widths that there are, allow nothing
-        between; None where neither is found with so many models: then the next call goes on.
+        between; None where neither is found with so many models.  `expected` returns what share of
+        the dense model's time widths take, by the table.
         """
-        timed = set[tuple[int, ...]]()
-        limit, ends = self._begin(proposal)
+        seconds, seen = 1 / self.wanted, set[frozenset[tuple[str, int]]]()
+        fast: Point = (expected(self.least), 1 / self.speedup(self.least))
+        slow, quick = _DENSE, None
+        limit = max(fast[0], seconds) if self.limit is None else self.limit
         for _ in range(_PROPOSED):
-            kept = proposal.within(limit)
-            key = self.models.key(kept)
-            if key not in timed and len(timed) == proposal.models:
+            kept = within(limit)
+            seen.add(frozenset(kept.items()))
+            if len(seen) > models:
                 return None
-            timed.add(key)
-            speedup = self.models.speedup(kept)
-            if abs(speedup / self.wanted - 1) <= CLOSE:
-                self._limit = limit
+            found = 1 / self.speedup(kept)
+            if abs(seconds / found - 1) <= CLOSE:
+                self.limit = limit
                 return kept
-            at = limit, 1 / speedup
-            fast = speedup > self.wanted
-            ends = ends._replace(fast=at, quick=kept) if fast else ends._replace(slow=at)
-            proposal.ends = ends
-            if ends.slow[0] - ends.fast[0] <= _FINEST:
+            if found < seconds:
+                fast, quick = (limit, found), kept
+            else:
+                slow = limit, found
+            if slow[0] - fast[0] <= _FINEST:
                 break
-            limit = _between(ends, 1 / self.wanted)
-        self._limit = ends.fast[0] if ends.quick else self._limit
-        return ends.quick
-
-    def _begin(self, proposal: Proposal) -> tuple[float, Ends]:
-        """Return the limit at which a proposal begins, or goes on, and what is known of it."""
-        if proposal.ends is not None:
-            return _between(proposal.ends, 1 / self.wanted), proposal.ends
-        least = self.models.least
-        fewest = self.expected(least)
-        start = max(fewest, 1 / self.wanted) if self._limit is None else self._limit
-        return start, Ends((fewest, 1 / self.models.speedup(least)), _DENSE)
+            # Of the least widths most time is overhead: as long as nothing else was too fast, the
+            # next limit lies on the line through the dense model.
+            limit = _between(fast, slow, fast if quick or slow[1] >= 1 else _DENSE, seconds)
+        if quick:
+            self.limit = fast[0]
+        return quick
 
     def refuse(self) -> None:
         """Raise a `RequestError` that says that none was found, and why."""
-        told = sorted(self.models.speedups.values())
-        near = min(told, key=lambda speedup: abs(speedup / self.wanted - 1))
-        noise = (
-            f"this device is too noisy to aim at a time, which is known to {self.models.error:.1%} "
-            "only; end what else runs on it, or give flops (`--flops`)"
-        )
-        tries = f"no more are tried; ask for {near:.2f}, or give flops (`--flops`)"
+        ratios = self.ratios.values()
+        near = min(ratios, key=lambda one: abs(one.speedup / self.wanted - 1)).speedup
+        error = max((one.error for one in ratios if one.error > one.told(self.wanted)), default=0.0)
+        why = f"no more are tried; ask for {near:.2f}, or give flops (`--flops`)"
+        if error:
+            why = (
+                f"this device is too noisy to aim at a time, which is known to {error:.1%} only; "
+                "end what else runs on it, or give flops (`--flops`)"
+            )
         raise RequestError(
-            f"speedup {self.wanted:g} cannot be met within {CLOSE:.0%}: of {len(told)} models that "
-            f"were timed the closest is {near:.2f} times as fast as the dense one, and "
-            f"{noise if self.models.error else tries}"
+            f"speedup {self.wanted:g} cannot be met within {CLOSE:.0%}: of {len(ratios)} models "
+            f"that were timed the closest is {near:.2f} times as fast as the dense one, and {why}"
         )
 
 
-def _between(ends: Ends, seconds: float) -> float:
-    """Return the limit at which so many seconds are expected, between the ends.
+def _between(fast: Point, slow: Point, other: Point, seconds: float) -> float:
+    """Return the limit at which so many seconds are expected, on the line through two points.
 
-    It lies on the line through both.  Of the least widths most time is overhead: as long as nothing
-    else was too fast, it lies on the line through the dense model.  It is not near the ends, as
-    times are noisy: a bisection where these mislead.
+    It is not near the ends, as times are noisy: a bisection where these mislead.
     """
-    fast, slow, quick = ends
-    if slow[0] <= fast[0]:
-        return slow[0]
-    other = fast if quick is not None or slow[1] >= 1 else _DENSE
     slope = (slow[1] - other[1]) / (slow[0] - other[0])
     part = (slow[1] - seconds) / max(slope * (slow[0] - fast[0]), 1e-9)
     return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
