@@ -53,75 +53,42 @@ _TASK, _CODE, _ANSWER, _SAID = "task", "code", "answer", "said"
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One way in which a checkpoint is read, in float32.
+class Task:
+    """What a process is to do: read a checkpoint in float32 as its card says, and compare it.
 
-    kind: The class of transformers that reads it; None for `osscar.load`.
+    kind: The class of transformers that reads it, beside `osscar.load`; None if that alone does.
     dense: For code of a user's own, the dense model with any weights.
     ceiling: How much memory may be taken; None for what is read whole.
     """
 
-    kind: str | None = None
-    dense: nn.Module | None = None
-    ceiling: int | None = None
-
-    def model(self, directory: Path, device: torch.device) -> nn.Module:
-        """Read it."""
-        if self.ceiling is not None:
-            return read_streamed(directory, WeightCache(self.ceiling, device), torch.float32)
-        if self.kind is not None:
-            kind = getattr(transformers, self.kind)
-            options = {"dtype": torch.float32, "trust_remote_code": True}
-            read: nn.Module = kind.from_pretrained(directory, **options).eval()
-        else:
-            read = load(directory, dtype=torch.float32, dense=self.dense)
-        return read.to(device)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a process is to do: read a checkpoint in each way, and run it on inputs.
-
-    formats: The tensors whose digests are asked for, and in which number format.
-    """
-
     directory: Path
-    readings: tuple[Reading, ...]
+    kind: str | None
+    dense: nn.Module | None
+    ceiling: int | None
     device: torch.device
-    inputs: tuple[Inputs, ...]
-    formats: Mapping[str, torch.dtype]
+    expected: Expected
 
-    def answers(self) -> tuple[Answer, ...]:
-        """Read and run it in each way (CheckpointError)."""
-        return tuple(map(self._answer, self.readings))
-
-    def _answer(self, reading: Reading) -> Answer:
+    def check(self) -> None:
+        """Read, run and compare it in each way (CheckpointError, EquivalenceError)."""
         with attempt() as tried:  # the model may be anyone's code, and so may what reads it
-            model = reading.model(self.directory, self.device)
-            found = digests(model, self.formats)
-            with evaluating(model):
-                inputs = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), self.inputs)
-                outputs = proof_outputs(model, inputs) if inputs else []
-            return Answer(tuple(outputs), found)
-        raise CheckpointError(
-            "the checkpoint that was written cannot be read and run, and was not kept: "
-            f"{_said(tried.error)}"
-        ) from tried.error
+            found = [self.expected.found_in(model, self.device) for model in self._models()]
+        if tried.failed:
+            raise CheckpointError(
+                "the checkpoint that was written cannot be read and run, and was not kept: "
+                f"{_said(tried.error)}"
+            ) from tried.error
+        for outputs, digests in found:
+            self.expected.compare(outputs, digests)
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What was read returns, and the digests of its tensors by name."""
-
-    outputs: tuple[Tensor, ...]
-    digests: Mapping[str, str]
-
-
-def digests(model: nn.Module, formats: Mapping[str, torch.dtype]) -> dict[str, str]:
-    """Return the digests of a model's tensors by name, each in a number format."""
-    state = model.state_dict() if formats else {}
-    known = {n: values_of(state[n]).to(kind) for n, kind in formats.items() if n in state}
-    return {name: sha256_of([("", values)]) for name, values in known.items()}
+    def _models(self) -> Iterator[nn.Module]:
+        dtype = torch.float32
+        if self.ceiling is not None:
+            yield read_streamed(self.directory, WeightCache(self.ceiling, self.device), dtype)
+            return
+        if self.kind is not None:
+            read = getattr(transformers, self.kind).from_pretrained
+            yield read(self.directory, dtype=dtype, trust_remote_code=True).eval().to(self.device)
+        yield load(self.directory, dtype=dtype, dense=self.dense).to(self.device)
 
 
 def _said(error: BaseException) -> str:
@@ -167,8 +134,8 @@ class NewPython:
 
 
 @contextmanager
-def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]:
-    """Start a process; yield what has it do one task, once, for a model (`Task.answers`).
+def fresh_process() -> Iterator[Callable[[Task, nn.Module], None]]:
+    """Start a process; yield what has it do one task, once, for a model (`Task.check`).
 
     That raises `Elsewhere` if the process cannot build the model or the inputs.
     """
@@ -176,8 +143,8 @@ def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]
         folder = Path(name)
         process = NewPython(folder)
 
-        def do(task: Task, model: nn.Module) -> tuple[Answer, ...]:
-            code = list(_code_of(model, [reading.dense for reading in task.readings]))
+        def do(task: Task, model: nn.Module) -> None:
+            code = list(_code_of(model, task.dense))
             # The model may be anyone's code.
             with attempt() as tried, (folder / _TASK).open("wb") as file:
                 torch.save(task, file)
@@ -186,16 +153,15 @@ def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]
             (folder / _CODE).write_bytes(pickle.dumps((torch.get_num_threads(), code)))
             status = process.run()
             try:
-                found = torch.load(folder / _ANSWER, weights_only=False)
+                failure = pickle.loads((folder / _ANSWER).read_bytes())
             except FileNotFoundError as error:
                 said = (folder / _SAID).read_text(errors="replace").strip().splitlines()
                 raise CheckpointError(
                     "the checkpoint that was written was not kept: the process that read it back "
                     f"ended with status {status}{': ' if said else ''}{' '.join(said[-1:]):.300}"
                 ) from error
-            if isinstance(found, BaseException):
-                raise found
-            return tuple(found)
+            if failure is not None:
+                raise failure
 
         try:
             yield do
@@ -203,11 +169,9 @@ def fresh_process() -> Iterator[Callable[[Task, nn.Module], tuple[Answer, ...]]]
             process.end()
 
 
-def _code_of(
-    model: nn.Module, dense: Sequence[nn.Module | None]
-) -> Iterator[tuple[str, str | None]]:
+def _code_of(model: nn.Module, dense: nn.Module | None) -> Iterator[tuple[str, str | None]]:
     """Yield the modules of Python that whoever reads a checkpoint imports, with their files."""
-    own = [module for one in dense if one is not None for module in one.modules()]
+    own = [] if dense is None else list(dense.modules())
     adapters = (adapter_of(module) for module in (*own, *model.modules()))
     found: list[Any] = [*map(type, own), *(one for one in adapters if one is not None)]
     if isinstance(model, ProgramModule):
@@ -226,9 +190,8 @@ def _code_of(
 
 
 def work(folder: str) -> None:
-    """Do the task in a folder, and write the answer, or the error, beside it."""
-    place = Path(folder)
-    found: tuple[Answer, ...] | Exception
+    """Do the task in a folder, and write the error beside it, or None."""
+    place, failure = Path(folder), None
     try:
         threads, code = pickle.loads((place / _CODE).read_bytes())
         torch.set_num_threads(threads)
@@ -238,11 +201,11 @@ def work(folder: str) -> None:
             task = torch.load(place / _TASK, weights_only=False)
         if tried.failed:
             raise Elsewhere(_said(tried.error)) from tried.error
-        found = task.answers()
+        task.check()
     except (OsscarError, Elsewhere) as error:
-        found = error.with_traceback(None)
-        found.__cause__ = found.__context__ = None
-    torch.save(found, place / _ANSWER)
+        failure = error.with_traceback(None)
+        failure.__cause__ = failure.__context__ = None
+    (place / _ANSWER).write_bytes(pickle.dumps(failure))
 
 
 def _import(name: str, file: str | None) -> None:
@@ -266,13 +229,12 @@ class Expected:
 
     inputs: On which it runs; the first is the `sample`, if there is one.
     outputs: What it returns on all of these.
-    formats, digests: Its tensors, where no inputs are sure to reach all of them.
+    digests: Of its tensors by name, where no inputs are sure to reach all of them.
     sample: What the checkpoint keeps.
     """
 
     inputs: tuple[Inputs, ...]
-    outputs: tuple[torch.Tensor, ...]
-    formats: Mapping[str, torch.dtype]
+    outputs: tuple[Tensor, ...]
     digests: Mapping[str, str]
     sample: Sample | None
 
@@ -282,29 +244,42 @@ class Expected:
         if number_format(model) != torch.float32:
             model = cast(copied(model), torch.float32)
         inputs = () if example_inputs is None else (example_inputs,)
-        formats, vocabulary = {}, vocabulary_of(model)
         with model_state(model):
-            sample, outputs = _sample_of(model, example_inputs), list[torch.Tensor]()
+            sample, outputs = _sample_of(model, example_inputs), list[Tensor]()
             if sample is not None:
                 drawn = to_device(sample.drawn(), model)
                 outputs = proof_outputs(model, [drawn])
                 sample, inputs = sample.with_outputs(outputs), (drawn, *inputs)
             if example_inputs is not None:
                 outputs += proof_outputs(model, [example_inputs])
-        if vocabulary is None and example_inputs is None:
-            state = model.state_dict()
-            formats = {n: t.dtype for n, t in state.items() if isinstance(t, torch.Tensor)}
-        return cls(inputs, tuple(outputs), formats, digests(model, formats), sample)
+        whole = vocabulary_of(model) is None and example_inputs is None
+        return cls(inputs, tuple(outputs), _digests(model) if whole else {}, sample)
 
-    def compare(self, found: Answer) -> None:
+    def found_in(
+        self, model: nn.Module, device: torch.device
+    ) -> tuple[list[Tensor], Mapping[str, str]]:
+        """Return the outputs and digests of what was read back."""
+        with evaluating(model):
+            inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), self.inputs)
+            outputs = proof_outputs(model, inputs) if inputs else []
+        return outputs, _digests(model) if self.digests else {}
+
+    def compare(self, outputs: Sequence[Tensor], digests: Mapping[str, str]) -> None:
         """Compare it with what was read back."""
         for name, digest in self.digests.items():
-            if found.digests.get(name) != digest:
+            if digests.get(name) != digest:
                 raise EquivalenceError(f"{name!r} was not read back as it was written")
         if self.outputs:
-            again = (a.to(b.device) for a, b in zip(found.outputs, self.outputs, strict=True))
+            again = (a.to(b.device) for a, b in zip(outputs, self.outputs, strict=True))
             names = ("the model", "the model that was read back")
             prove_equal(self.outputs, again, names=names)
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Return the digests of a model's tensors by name, of fractions in float32."""
+    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    values = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    return {name: sha256_of([("", values_of(one))]) for name, one in values.items()}
 
 
 def _sample_of(model: nn.Module, example_inputs: Inputs | None) -> Sample | None:
@@ -325,39 +300,29 @@ def read_back(
     path: Path,
     kind: str | None,
     expected: Expected,
-    elsewhere: Callable[[Task, nn.Module], tuple[Answer, ...]],
+    elsewhere: Callable[[Task, nn.Module], None],
 ) -> bool:
     """Compare a model with what is read as its card says; tell whether a new process read it.
 
     `kind` is the class of transformers on the card, and `elsewhere` what `fresh_process` yields.
     """
-    readings = tuple(_readings(model, kind))
-    task = Task(path, readings, device_of(model), expected.inputs, expected.formats)
+    cache, kind = weight_cache(model), kind if hasattr(transformers, str(kind)) else None
+    dense = _dense_of(model) if cache is None and builder_of(model) is None else None
+    ceiling = None if cache is None else cache.ceiling
+    task = Task(path, kind, dense, ceiling, device_of(model), expected)
     try:
-        answers, fresh = elsewhere(task, model), True
-    except Elsewhere as reason:
-        warn(
-            "the checkpoint was checked only in this process, which may have cached numbers: "
-            f"{reason}; define the model in a module, and import it"
-        )
-        answers, fresh = task.answers(), False
-    try:
-        for answer in answers:
-            expected.compare(answer)
+        try:
+            elsewhere(task, model)
+            return True
+        except Elsewhere as reason:
+            warn(
+                "the checkpoint was checked only in this process, which may have cached numbers: "
+                f"{reason}; define the model in a module, and import it"
+            )
+            task.check()
+            return False
     except EquivalenceError as error:
         raise EquivalenceError(f"the checkpoint was not kept: {error}") from error
-    return fresh
-
-
-def _readings(model: nn.Module, kind: str | None) -> Iterator[Reading]:
-    """Yield the ways in which its card says that a checkpoint is read."""
-    cache = weight_cache(model)
-    if cache is not None:
-        yield Reading(ceiling=cache.ceiling)
-        return
-    if hasattr(transformers, str(kind)):
-        yield Reading(kind)
-    yield Reading(dense=None if builder_of(model) else _dense_of(model))
 
 
 def _dense_of(model: nn.Module) -> nn.Module:
