@@ -45,7 +45,7 @@ class Case:
     def batches(self) -> list[dict[str, Tensor]]:
         """The calibration data as arguments of the model."""
         at_once = IMAGES_AT_ONCE if self.labels is not None else WINDOWS_AT_ONCE
-        return list(as_inputs(self.model, self.data).batches(self.model, at_once))
+        return list(as_inputs(self.model, self.data).batches(at_once))
 
     @property
     def labels(self) -> Tensor | None:

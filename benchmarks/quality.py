@@ -368,7 +368,7 @@ def sample(subject: Subject) -> dict[str, torch.Tensor]:
     """Return what forward passes are timed on: 64 images, or one window."""
     text = isinstance(subject, Text)
     data = subject.calibration("same form", 1 if text else 64, 0)
-    return as_inputs(subject.model, data).batches(subject.model, 64)[0]
+    return as_inputs(subject.model, data).batches(64)[0]
 
 
 @torch.no_grad()

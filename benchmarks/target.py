@@ -141,7 +141,7 @@ def opened(task: Task, arguments: argparse.Namespace) -> tuple[osscar.LoadedMode
 @torch.no_grad()
 def first_classes(model: Any, images: Any) -> torch.Tensor:
     """Return the class that a model puts first, for each image."""
-    batches = as_inputs(model, images).batches(model, 50)
+    batches = as_inputs(model, images).batches(50)
     return torch.cat([model(**batch).argmax(1) for batch in batches])
 
 

@@ -21,7 +21,7 @@ from benchmarks.coverage.case import Inputs, Made
 from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import OsscarError, first_line
-from osscar.data.batches import named_inputs
+from osscar.data.reader import Reader
 from osscar.preparation.prepare import Prepared, prepare
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.request import PruningRequest
@@ -82,7 +82,7 @@ def measured(made: Made) -> Row:
 
 def by_name(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """Return inputs under the names of a model's arguments."""
-    return dict(inputs) if isinstance(inputs, dict) else named_inputs(model, inputs)
+    return dict(inputs) if isinstance(inputs, dict) else Reader.of(model).named(inputs)
 
 
 def counts(prepared: Prepared) -> Row:

@@ -26,7 +26,7 @@ from osscar.base.devices import this_device
 from osscar.base.errors import ModelError, optional
 from osscar.base.printable import pluralize
 from osscar.base.timing import busy_clock
-from osscar.data.batches import Batch
+from osscar.data.reader import Batch
 from osscar.network.hooks import computable_mixtures
 from osscar.network.modules import device_of, forward, number_format, tensors_in
 from osscar.network.onnx_runtime import bound, program_of, session_of, to_onnx

@@ -28,7 +28,7 @@ import graph
 from graph import CouplingGroup, Operand, Operator, Role, Size
 from osscar.base.errors import RequestError
 from osscar.checkpoint.builders import saved_format, written_tensors
-from osscar.data.batches import Batch
+from osscar.data.reader import Batch
 from osscar.network.modules import named_tensors
 from osscar.network.operations import count_flops, flop_counter, multiplies
 from osscar.preparation.prepare import Prepared

@@ -173,7 +173,7 @@ def allowances(task: PruningTask) -> list[Allowance]:
             )
         program = None
         if form is Form.EXPORTED:
-            proofs = prepared.inputs.proofs(prepared.model, request.seed)
+            proofs = prepared.inputs.proofs(request.seed)
             program = dense_program(prepared.model, proofs, prepared.example)
         return count(kind, prepared, groups, program)
 

@@ -168,11 +168,11 @@ def dense_references(
         last, size, step = dataclasses.replace(last, tensors=windows), 1, _PREDICTIONS
         if picks_predictions(model, last):  # several take no more memory for logits than one whole
             size = min(step, prepared.batch_size, -(-samples // prepared.ranks.size))
-    distance = Distance.from_outputs(model, last, last.batches(model, 1)[0], asked)
+    distance = Distance.from_outputs(model, last, last.batches(1)[0], asked)
     # What torch.cond and the like call cannot be captured in a mode, nor again after it was tried;
     # and what passes write on modules is not written where these are not run.
     captures = any(hasattr(torch.ops.higher_order, o.target) for o in prepared.traced.operators)
-    arguments = distance, model, last.batches(model, size), prepared.ranks, step
+    arguments = distance, model, last.batches(size), prepared.ranks, step
     run = partial(
         Reference.from_run, *arguments, resumable=not (captures or prepared.untouched.written)
     )

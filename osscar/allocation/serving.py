@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from graph import CouplingGroup, DependencyGraph, UnitKind
 from osscar.allocation.costs import CountedCost, Product
 from osscar.base.errors import RequestError
-from osscar.data.batches import Batch
+from osscar.data.reader import Batch
 from osscar.network.hooks import hooks, running_modules
 from osscar.network.modules import context_length, fresh
 from osscar.network.predictions import named_logits

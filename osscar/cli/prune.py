@@ -165,7 +165,7 @@ class _Job(SavingJob):
             data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
             if self.ranks.first:
                 tell_data("recovery", loaded, data, always=True)
-        split(as_inputs(loaded.model, data), loaded.model, self.recovery)  # refuses too few
+        split(as_inputs(loaded.model, data), self.recovery)  # refuses too few
         return data
 
     def _made(

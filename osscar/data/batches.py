@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import DataError, ModelError, of_part
-from osscar.base.inputs import safe_repr
+from osscar.base.errors import DataError, of_part
+from osscar.data.reader import TOKENS, Batch, Reader
 from osscar.data.samples import SampleSet, alike, check_tensors, joined, shapes_of
 from osscar.data.text import CalibrationSet
-from osscar.network.modules import context_length, example_length, token_embeddings
-
-Batch: TypeAlias = dict[str, Tensor]
-"""Keyword arguments of a model's forward pass."""
 
 CalibrationData: TypeAlias = CalibrationSet | SampleSet
 """What `osscar.load_calibration`, `osscar.load_images` and their like return."""
@@ -35,7 +30,7 @@ _PROOF_TOKENS = 64
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """Calibration data as one model reads them.
+    """Calibration data as one model, the `reader`, reads them, on its device.
 
     They are `tensors` by argument, the first dimension being the sample, windows of a language
     model (`tokens`), or samples `apart` of sizes of their own, which run alone or, of equal shapes,
@@ -44,6 +39,7 @@ class ModelInputs:
     says in words where they come from.
     """
 
+    reader: Reader
     tensors: Mapping[str, Tensor]
     tokens: bool = False
     predictions: tuple[int, ...] | None = None
@@ -94,29 +90,31 @@ class ModelInputs:
             sizes[name] = [one[0] if len(set(one)) == 1 else None for one in along]
         return {"samples": self.samples, "sizes": sizes, "dtypes": dtypes}
 
-    def example(self, model: nn.Module) -> Batch:
+    def on(self, model: nn.Module) -> ModelInputs:
+        """Return these for a copy of the model, on a device and in a number format of its own."""
+        return dataclasses.replace(self, reader=self.reader.on(model))
+
+    def example(self) -> Batch:
         """Return inputs to trace the model with: two samples, or one of those that run alone."""
         if self.tokens:
-            ids = torch.zeros(2, example_length(model), dtype=torch.int64)
-            return to_model({"input_ids": ids}, model)
-        return self.first(model) if self.alone else self.two(model)
+            ids = torch.zeros(2, self.reader.example_length, dtype=torch.int64)
+            return self.reader.placed({TOKENS: ids})
+        return self.first() if self.alone else self.two()
 
-    def sample(self, model: nn.Module) -> Batch:
+    def sample(self) -> Batch:
         """Return inputs of the form of the example, with the numbers of the data."""
-        example = self.example(model)
         if not self.tokens:
-            return example
-        length = example["input_ids"].shape[1]
-        return {"input_ids": self.two(model)["input_ids"][:, :length]}
+            return self.example()
+        return {TOKENS: self.two()[TOKENS][:, : self.reader.example_length]}
 
-    def first(self, model: nn.Module) -> Batch:
-        """Return the first sample, on the model's device; the others stay where they are."""
-        return self.part(0, 1).batches(model, 1)[0]
+    def first(self) -> Batch:
+        """Return the first sample; the others stay where they are."""
+        return self.part(0, 1).batches(1)[0]
 
-    def batches(self, model: nn.Module, batch_size: int) -> list[Batch]:
-        """Return batches of equal shapes, of at most so many samples, on the model's device."""
+    def batches(self, batch_size: int) -> list[Batch]:
+        """Return batches of equal shapes, of at most so many samples."""
         some = self._alike(1 if self.alone else batch_size)
-        return [self._at(model, torch.tensor(rows)) for rows in some]
+        return [self._at(torch.tensor(rows)) for rows in some]
 
     def extremes(self) -> ModelInputs:
         """Return the samples with the least and the largest of the numbers that may be indices."""
@@ -142,8 +140,8 @@ class ModelInputs:
         near = counts[counts <= 2 * count]
         return int(near[(near - count).abs().argmin()]) if len(near) else count
 
-    def proofs(self, model: nn.Module, seed: int) -> list[Batch]:
-        """Return inputs of several sizes on which outputs are compared, on the model's device.
+    def proofs(self, seed: int) -> list[Batch]:
+        """Return inputs of several sizes on which outputs are compared.
 
         The first are drawn: tokens from the vocabulary; other tensors become noise with the mean
         and spread of the data where they are floating-point, then such noise with heavy tails, and
@@ -151,60 +149,43 @@ class ModelInputs:
         """
         generator = torch.Generator().manual_seed(seed)
         if self.tokens:
-            known, seqlen = _vocabulary(model), self.tensors["input_ids"].shape[1]
-            seqlen = min(seqlen, _PROOF_TOKENS)
+            known, windows = self.reader.vocabulary, self.tensors[TOKENS]
+            seqlen = min(windows.shape[1], _PROOF_TOKENS)
             shapes = (2, seqlen), (1, max(2, seqlen // 2)), (5, max(2, seqlen // 4))
             drawn = [torch.randint(known, shape, generator=generator) for shape in shapes]
-            own = self.tensors["input_ids"][self.positions[:2], :seqlen]
-            return [to_model({"input_ids": ids}, model) for ids in (*drawn, own)]
+            own = windows[self.positions[:2], :seqlen]
+            return [self.reader.placed({TOKENS: ids}) for ids in (*drawn, own)]
         if self.apart:
-            some = self.part(0, 2).batches(model, 1)
-            some += [self.two(model)] * self.together
+            some = self.part(0, 2).batches(1)
+            some += [self.two()] * self.together
             return [*(_noise_like(one, generator) for one in some), *some]
         proofs = []
         for count, tails in ((3, False), (1, False), (7, True), (1, True)):
             rows = torch.randint(self.samples, (count,), generator=generator)
-            proofs.append(_noise_like(self._at(model, rows), generator, tails=tails))
-        return [*proofs, self.two(model)]
+            proofs.append(_noise_like(self._at(rows), generator, tails=tails))
+        return [*proofs, self.two()]
 
     def count(self, batch: Batch) -> int:
         """Return how many samples there are in a batch."""
         return 1 if self.alone else len(next(iter(batch.values())))
 
-    def two(self, model: nn.Module) -> Batch:
+    def two(self) -> Batch:
         """Return the first two samples of equal shapes, or the first one twice."""
         some = self._alike(2)
         rows = next((rows for rows in some if len(rows) == 2), some[0] * 2)
-        return self._at(model, torch.tensor(rows))
+        return self._at(torch.tensor(rows))
 
     def _alike(self, batch_size: int) -> list[list[int]]:
         shapes = [shapes_of(one) for one in self.apart]
         return alike([shapes[at] if shapes else () for at in self.positions.tolist()], batch_size)
 
-    def _at(self, model: nn.Module, rows: Tensor) -> Batch:
-        """Return samples of equal shapes."""
+    def _at(self, rows: Tensor) -> Batch:
+        """Return samples of equal shapes, on the model's device."""
         at = self.positions[rows]
         if self.apart:
-            return to_model(joined([self.apart[index] for index in at.tolist()]), model)
+            return self.reader.placed(joined([self.apart[index] for index in at.tolist()]))
         found = {name: tensor[at.to(tensor.device)] for name, tensor in self.tensors.items()}
-        return to_model(found, model)
-
-
-def to_model(batch: Mapping[str, Tensor], model: nn.Module) -> Batch:
-    """Return tensors on a model's device, and in its number format if they have fractions."""
-    reference = next(model.parameters())
-    return {
-        name: tensor.to(reference)
-        if tensor.is_floating_point() and reference.is_floating_point()
-        else tensor.to(reference.device)
-        for name, tensor in batch.items()
-    }
-
-
-def _vocabulary(model: nn.Module) -> int:
-    table = token_embeddings(model)
-    assert table is not None
-    return table.shape[0]
+        return self.reader.placed(found)
 
 
 def _noise_like(batch: Batch, generator: torch.Generator, *, tails: bool = False) -> Batch:
@@ -230,58 +211,32 @@ FORMS = (
 
 def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     """Return calibration data, of any kind that `osscar.prune` takes, as the model reads them."""
-    check_signature(model)
-    told: dict[str, Any] = {}
+    reader = Reader.of(model)
+    given, known = calibration, dict[str, Any]()
     if isinstance(calibration, CalibrationSet):
-        told = {"source": calibration.source}
-        calibration = calibration.tokens
-    alone = isinstance(calibration, Tensor)
-    fractions = alone and calibration.is_floating_point() and calibration.ndim > 2
-    if alone and not fractions and _reads_tokens(model):
-        _check_tokens(model, calibration)
-        return ModelInputs({"input_ids": calibration}, tokens=True, **told)
-    of_set = isinstance(calibration, SampleSet)
-    given = calibration.arguments() if of_set else calibration
-    if of_set:
+        given, known = calibration.tokens, {"source": calibration.source}
+    elif isinstance(calibration, SampleSet):
+        given = calibration.arguments()
         names = "source", "predictions", "sample_groups"
-        told = {name: getattr(calibration, name) for name in names}
-    if of_set and isinstance(given, list):
-        return ModelInputs({}, apart=_samples_apart(model, given), **told)
-    tensors = _by_name(model, given)
+        known = {name: getattr(calibration, name) for name in names}
+    if isinstance(given, list):
+        return ModelInputs(reader, {}, apart=_samples_apart(reader, given), **known)
+    fractions = isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 2
+    if isinstance(given, Tensor) and reader.vocabulary and not fractions:
+        _check_tokens(reader, given)
+        return ModelInputs(reader, {TOKENS: given}, tokens=True, **known)
+    tensors = reader.by_name(given)
     if tensors is None:
-        kind = type(calibration).__name__
+        kind = type(given).__name__
         raise DataError(f"cannot calibrate on a {kind}; give token windows, images, {FORMS}")
     check_tensors(tensors)
-    check_arguments(model, tensors)
-    return ModelInputs(tensors, **told)
+    reader.check(tensors)
+    return ModelInputs(reader, tensors, **known)
 
 
-_WRAPPED = ("_orig_mod", "module")
-"""Where `torch.compile`, DataParallel and averaging wrappers keep the model that they wrap."""
-
-_ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def check_signature(model: nn.Module) -> None:
-    """Refuse models whose forward pass does not tell what it takes."""
-    takes = inspect.signature(model.forward).parameters.values()
-    wrapped = [name for name in _WRAPPED if isinstance(getattr(model, name, None), nn.Module)]
-    if wrapped and all(one.kind in _ANYTHING for one in takes):
-        raise ModelError(
-            f"{type(model).__name__} wraps a model; give the wrapped one (model.{wrapped[0]}), and "
-            "wrap the result"
-        )
-
-
-def _reads_tokens(model: nn.Module) -> bool:
-    """Whether a model tells how many tokens it knows, and takes them as transformers' models do."""
-    takes = accepted_arguments(model)
-    return token_embeddings(model) is not None and (not takes or "input_ids" in takes)
-
-
-def _check_tokens(model: nn.Module, windows: Tensor) -> None:
+def _check_tokens(reader: Reader, windows: Tensor) -> None:
     """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
-    context, known = context_length(model), _vocabulary(model)
+    context, known = reader.context, reader.vocabulary
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
         wrong = "windows must be int64 (samples, seqlen) and not empty, not "
         wrong += f"{windows.dtype} of {tuple(windows.shape)}"
@@ -296,7 +251,7 @@ def _check_tokens(model: nn.Module, windows: Tensor) -> None:
     raise DataError(f"calibration {wrong}")
 
 
-def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) -> tuple[Batch, ...]:
+def _samples_apart(reader: Reader, samples: Sequence[Any]) -> tuple[Batch, ...]:
     """Return samples apart, in the order of the model's arguments."""
     if not samples:
         raise DataError("the list holds no samples; give one or more")
@@ -307,11 +262,11 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
                 check_tensors(one)  # which says what to give
             for name, tensor in one.items():
                 check_tensors({name: tensor})  # each by itself, since samples are no entries
-            check_arguments(model, one)
-            if "input_ids" in one and _reads_tokens(model):
-                tokens = one["input_ids"].long()
-                _check_tokens(model, tokens.reshape(-1, tokens.shape[-1]))
-        named.append({name: one[name] for name in accepted_arguments(model) if name in one})
+            reader.check(one)
+            if TOKENS in one and reader.vocabulary:
+                tokens = one[TOKENS].long()
+                _check_tokens(reader, tokens.reshape(-1, tokens.shape[-1]))
+        named.append({name: one[name] for name in reader.takes if name in one})
         forms = [{name: (t.dtype, t.ndim) for name, t in named[i].items()} for i in (0, index)]
         if forms[0] != forms[1]:
             raise DataError(
@@ -319,62 +274,3 @@ def _samples_apart(model: nn.Module, samples: Sequence[Mapping[str, Tensor]]) ->
                 f"{forms[0]}; give all of them in the same form"
             )
     return tuple(named)
-
-
-# ---- the arguments of a forward pass -----------------------------------------------------
-
-
-def check_arguments(model: nn.Module, names: Collection[str]) -> None:
-    """Refuse data under names that a model does not take, and data that lack what it needs."""
-    given, takes = set(names), inspect.signature(model.forward).parameters
-    if not set(needed_arguments(model)) <= given <= takes.keys():
-        raise DataError(
-            f"{type(model).__name__}.forward takes {', '.join(takes)}, and the data are called "
-            f"{', '.join(names) or 'nothing'}; name them after the arguments that read them"
-        )
-
-
-def accepted_arguments(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of all arguments that a model's forward pass has names for."""
-    takes = inspect.signature(model.forward).parameters.values()
-    return tuple(one.name for one in takes if one.kind not in _ANYTHING)
-
-
-def needed_arguments(model: nn.Module) -> list[str]:
-    """Return the names of the arguments that a model cannot do without."""
-    takes = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in takes if p.default is p.empty and p.kind not in _ANYTHING]
-
-
-def named_inputs(model: nn.Module, args: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return positional arguments under the names that the model's forward pass gives them."""
-    takes = accepted_arguments(model)
-    if not len(needed_arguments(model)) <= len(args) <= len(takes):
-        raise DataError(
-            f"{type(model).__name__}.forward names the arguments {', '.join(takes) or 'nothing'}, "
-            f"and there are {len(args)} tensors; give a mapping of names to tensors"
-        )
-    return dict(zip(takes, args, strict=False))
-
-
-def named_example(model: nn.Module, example: Any) -> dict[str, Tensor]:
-    """Return example inputs, a tensor or a tuple or mapping of tensors, by argument name."""
-    args = tuple(example) if isinstance(example, list) else example
-    named = _by_name(model, args) if isinstance(args, Tensor) or args else None
-    if named is None:
-        raise DataError(
-            f"{safe_repr(example)} ({type(example).__name__}) are not example inputs; give a "
-            "tensor, a tuple of tensors, or a mapping of their names to tensors"
-        )
-    return named
-
-
-def _by_name(model: nn.Module, given: Any) -> dict[str, Tensor] | None:
-    """Return tensors in the order of a model's arguments; None of anything else."""
-    if isinstance(given, Mapping) and all(isinstance(t, Tensor) for t in given.values()):
-        takes = [name for name in inspect.signature(model.forward).parameters if name in given]
-        return {name: given[name] for name in dict.fromkeys([*takes, *given])}
-    args = (given,) if isinstance(given, Tensor) else given
-    if isinstance(args, tuple) and all(isinstance(t, Tensor) for t in args):
-        return named_inputs(model, args)
-    return None

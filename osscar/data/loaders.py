@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
 from osscar.base.errors import DataError, FileError, first_line, of_part, warn
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.memory import attempt
 from osscar.base.printable import listed, pluralize
-from osscar.data.batches import (
-    FORMS,
-    accepted_arguments,
-    check_arguments,
-    named_inputs,
-    needed_arguments,
-)
+from osscar.data.batches import FORMS
+from osscar.data.reader import TOKENS, Reader
 from osscar.data.samples import (
     GROUPS,
     IGNORED,
@@ -39,9 +33,8 @@ from osscar.data.samples import (
     has_columns,
     kind_of_numbers,
 )
-from osscar.data.sequences import TOKENS, decoder_inputs, divided, hides, makes_decoder_inputs
+from osscar.data.sequences import divided, hides
 from osscar.data.text import CalibrationSet, TextSet
-from osscar.network.modules import check_usable
 
 DEFAULT_WINDOWS, DEFAULT_SAMPLES = 32, 256
 """That calibrate a model unless the caller says otherwise."""
@@ -87,13 +80,13 @@ def load_batches(
         If there is no batch, batches differ in form, do not fit the model, or are padded in
         another way than at the ends of sequences.
     """
-    check_usable(model)
+    reader = Reader.of(model)
     data = _batches_of(data)
     if samples is not None:
         whole_number(samples, "the number of samples (samples=)", 1)
     elif not isinstance(data, _AT_HAND):
-        samples = DEFAULT_WINDOWS if _is_causal(model) else DEFAULT_SAMPLES
-    return _read(data, model, samples, sample_groups)[0]
+        samples = DEFAULT_WINDOWS if reader.causal else DEFAULT_SAMPLES
+    return _read(data, reader, samples, sample_groups)[0]
 
 
 def read_once(
@@ -110,26 +103,26 @@ def read_once(
     of a causal language model, or `samples` of any other, but all of a list and of tensors.  With
     `whole` all of them are read, as for a score.
     """
+    reader = Reader.of(model)
     data = _batches_of(data)
     if isinstance(data, Mapping):
         ready = not any(name in LABEL_NAMES or str(name).endswith("_mask") for name in data)
     elif isinstance(data, TensorSet):
-        read_labels = data.labels is not None and makes_decoder_inputs(model, data.tensors)
-        ready = not (hides(model, data.tensors) or read_labels)
+        read_labels = data.labels is not None and reader.decoder_beside(data.tensors) is not None
+        ready = not (hides(reader, data.tensors) or read_labels)
     else:
         kinds = (Tensor, str, bytes, SampleSet, CalibrationSet, TextSet)
         ready = isinstance(data, kinds) or not isinstance(data, Iterable | Dataset)
     if ready:
         return data
-    check_usable(model)
     if whole and _length(data) is None:
         raise DataError(
             f"{_called(data)} has no length; say how many samples to score: "
             "osscar.load_batches(data, model, samples=...)"
         )
     every = whole or isinstance(data, _AT_HAND)
-    count = windows if _is_causal(model) else samples
-    found, notes = _read(data, model, None if every else count)
+    count = windows if reader.causal else samples
+    found, notes = _read(data, reader, None if every else count)
     if notes:
         warn(f"the data are {found.source}")
     return found
@@ -157,27 +150,16 @@ def _length(data: Any) -> int | None:
         return None
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether it is a causal language model, which reads tokens and predicts the next."""
-    return (
-        isinstance(model, PreTrainedModel)
-        and model.can_generate()
-        and not model.config.is_encoder_decoder
-        and model.main_input_name == TOKENS
-    )
-
-
 # ---- reading -----------------------------------------------------------------------------
 
 
 def _read(
-    data: Any, model: nn.Module, samples: int | None, groups: Any = None
+    data: Any, reader: Reader, samples: int | None, groups: Any = None
 ) -> tuple[CalibrationSet | SampleSet, list[str]]:
     """Return data as a set, and what was left out of them or cut off, which its source says too."""
-    source, what, notes = data, _called(data), list[str]()
-    length = _length(data)
+    source, what, length = data, _called(data), _length(data)
     if isinstance(data, TensorSet):
-        labels = {} if data.labels is None else {LABEL_NAMES[0]: data.labels}
+        labels = {} if data.labels is None else {LABELS: data.labels}
         groups = data.sample_groups if groups is None else groups
         source, what, length = [{**data.tensors, **labels}], data.source, 1
     elif isinstance(data, Mapping | Tensor | np.ndarray):
@@ -190,74 +172,123 @@ def _read(
         )
     elif isinstance(data, str) or not isinstance(data, Iterable):
         raise DataError(f"cannot read batches of {what}; give {FORMS}")
-    batches, count = list[TensorSet | SampleList](), 0
-    left_out, hidden = dict[str, None](), dict[str, None]()  # in order, each name once
+    found, count = _Batches(reader), 0
     for number, given in enumerate(source):
         with of_part(f"batch {number} of the data"):
-            batch, without, masks = _named(model, given)
-        batches.append(batch)
-        left_out |= dict.fromkeys(without)
-        hidden |= dict.fromkeys(masks)
-        count += len(batch)
+            count += found.add(given)
         if samples is not None and count >= samples:
             break  # the next batch may be long in coming
-    if not batches:
+    if not count:
         raise DataError(f"{what} is empty or exhausted; give a list or a new DataLoader")
-    cut = samples is not None and count > samples
-    if samples is not None and cut:
-        batches[-1] = batches[-1].rows(torch.arange(len(batches[-1]) - count + samples))
+    notes = list[str]()
+    if samples is not None and (count > samples or (count == samples and length != number + 1)):
+        notes = [f"its first {pluralize(samples, 'sample')}"]
+        found.read[-1] = found.read[-1].rows(torch.arange(len(found.read[-1]) - count + samples))
         count = samples
-    if cut or (count == samples and length != len(batches)):
-        notes = [f"its first {pluralize(count, 'sample')}"]
-    title = f"{what}, {notes[0] if notes else pluralize(count, 'sample')}"
-    found, notes = _joined(model, batches, list(left_out), list(hidden), title, notes)
+    joined, told = found.joined(f"{what}, {notes[0] if notes else pluralize(count, 'sample')}")
     if groups is None:
-        return found, notes
-    if isinstance(found, CalibrationSet):
+        return joined, notes + told
+    if isinstance(joined, CalibrationSet):
         raise DataError(
             "windows of text take no sample_groups, since copies are found by comparison; omit them"
         )
-    return replace(found, sample_groups=groups[:count]), notes  # type: ignore[type-var]
+    return replace(joined, sample_groups=groups[:count]), notes + told  # type: ignore[type-var]
 
 
-def _named(
-    model: nn.Module, given: Any
-) -> tuple[TensorSet | SampleList, list[str], tuple[str, ...]]:
-    """Return a batch by argument, what was left out of it, and which masks hid something."""
-    inputs, labels, left_out = given, None, list[str]()
-    if isinstance(given, tuple | list):
-        if not 1 <= len(given) <= 2:
-            raise DataError(f"a {type(given).__name__} of {len(given)} is no pair; give {FORMS}")
-        inputs, labels = (*given, None)[:2]
-    if isinstance(inputs, Mapping):
-        takes, needed = accepted_arguments(model), needed_arguments(model)
-        aside = [name for name in inputs if name in LABEL_NAMES and name not in needed]
-        labels = next((inputs[name] for name in aside), labels)
-        left_out = [str(name) for name in inputs if name not in (*takes, *aside)]
-        named = {
-            name: _tensor(inputs[name])
-            for name in takes
-            if inputs.get(name) is not None and name not in aside
-        }
-        if not named:
+@dataclass
+class _Batches:
+    """Batches as one model reads them, what was left out of them, and which masks hid something."""
+
+    reader: Reader
+    read: list[TensorSet | SampleList] = field(default_factory=list)
+    left_out: dict[str, None] = field(default_factory=dict)  # in order, each name once
+    hidden: dict[str, None] = field(default_factory=dict)
+
+    def add(self, given: Any) -> int:
+        """Take a batch; return how many samples it has."""
+        inputs, labels, reader = given, None, self.reader
+        if isinstance(given, tuple | list):
+            if not 1 <= len(given) <= 2:
+                kind = type(given).__name__
+                raise DataError(f"a {kind} of {len(given)} is no pair; give {FORMS}")
+            inputs, labels = (*given, None)[:2]
+        if isinstance(inputs, Mapping):
+            aside = [name for name in inputs if name in LABEL_NAMES and name not in reader.needs]
+            labels = next((inputs[name] for name in aside), labels)
+            others = (str(name) for name in inputs if name not in (*reader.takes, *aside))
+            self.left_out |= dict.fromkeys(others)
+            mine = [name for name in reader.takes if name not in aside]
+            named = {n: _tensor(inputs[n]) for n in mine if inputs.get(n) is not None}
+            if not named:
+                raise DataError(
+                    f"{reader.name}.forward takes {', '.join(reader.takes)}, and there are "
+                    f"{', '.join(map(str, inputs)) or 'no entries'}; name the entries after "
+                    "the arguments that read them, and make tensors of what is not (text by the "
+                    "tokenizer, images by osscar.load_images)"
+                )
+        else:
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            named = reader.named([_tensor(one) for one in args])
+        scored = None if labels is None else _scored(labels)
+        if labels is not None and scored is None:
+            self.left_out |= {LABELS: None}
+        decoder = reader.decoder_beside(named)
+        if scored is not None and scored.ndim == 2 and decoder is not None:
+            named |= decoder(scored)
+        reader.check(named)
+        apart = divided(reader, named, scored)
+        self.hidden |= dict.fromkeys(hides(reader, named))
+        whole = TensorSet("", named, scored) if apart is None else SampleList("", apart, scored)
+        self.read.append(whole)
+        return len(whole)
+
+    def joined(self, title: str) -> tuple[CalibrationSet | SampleSet, list[str]]:
+        """Join them to a set; return what its source says beside the title as well."""
+        causal, takes, batches = self.reader.causal, self.reader.takes, self.read
+        divided = all(isinstance(one, SampleList) for one in batches)
+        if self.hidden and not divided:
             raise DataError(
-                f"{type(model).__name__}.forward takes {', '.join(takes)}, and there are "
-                f"{', '.join(map(str, inputs)) or 'no entries'}; name the entries after "
-                "the arguments that read them, and make tensors of what is not (text by the "
-                "tokenizer, images by osscar.load_images)"
+                "the data have a mask, and this model does not support padded samples; give "
+                "samples without padding"
             )
-    else:
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        named = named_inputs(model, [_tensor(one) for one in args])
-    scored = None if labels is None else _scored(labels)
-    if labels is not None and scored is None:
-        left_out = [*left_out, LABEL_NAMES[0]]
-    if scored is not None and scored.ndim == 2 and makes_decoder_inputs(model, named):
-        named |= decoder_inputs(model, scored)
-    check_arguments(model, named)
-    apart = divided(model, named, scored)
-    found = TensorSet("", named, scored) if apart is None else SampleList("", apart, scored)
-    return found, left_out, hides(model, named)
+        parts = (one.samples if isinstance(one, SampleList) else [one.tensors] for one in batches)
+        samples = [sample for part in parts for sample in part]
+        forms = [
+            {name: f"{name} {str(t.dtype)[6:]} of {list(t.shape[1:])}" for name, t in one.items()}
+            for one in samples
+        ]
+        other = next((i for i, form in enumerate(forms) if form != forms[0]), None)
+        if other is not None and not divided:
+            raise DataError(
+                f"batch {other} of the data has {', '.join(forms[other].values())}, and batch 0 "
+                f"{', '.join(forms[0].values())}; give all in the same form, or samples that each "
+                "run by themselves: osscar.SampleList('graphs', [{'x': ...}, ...])"
+            )
+        decodes = any(name.startswith("decoder_") or name in LABEL_NAMES for name in samples[0])
+        labels = _labels(batches, longest=decodes)
+        if labels is not None and (
+            causal or (other is not None and labels.ndim > 1 and not decodes)
+        ):
+            labels = None
+        if labels is None and any(one.labels is not None for one in batches):
+            self.left_out |= {LABELS: None}
+        masks = [name for name in self.hidden if name in samples[0]]
+        told = []
+        if labels is not None:
+            told = ["labels set aside to score by"]
+            unread = [n for n in takes if n in {"target", "targets"} - {*samples[0]}]
+            told += [f"the model gets no {n}: name the inputs to give it" for n in unread]
+        told += [f"without {listed([*self.left_out], 8)}"] if self.left_out else []
+        told += ["padding cut off"] if len(masks) < len(self.hidden) else []
+        told += [f"what {listed(masks)} hides counts"] if masks else []
+        source = "; ".join([title, *told])
+        together = not divided or all(len(x) == 1 for one in samples for x in one.values())
+        if other is not None or not together:
+            return SampleList(source, tuple(samples), labels), told
+        tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
+        if causal and set(tensors) == {TOKENS}:
+            return CalibrationSet(tensors[TOKENS].long(), source, None), told
+        return TensorSet(source, tensors, labels), told
 
 
 def _scored(labels: Any) -> Tensor | None:
@@ -283,62 +314,6 @@ def _tensor(value: Any) -> Tensor:
             f"a {type(value).__name__} is no tensor; give {FORMS}, or images of PIL to "
             "osscar.load_images"
         ) from None
-
-
-def _joined(
-    model: nn.Module,
-    batches: Sequence[TensorSet | SampleList],
-    left_out: list[str],
-    hidden: list[str],
-    title: str,
-    notes: list[str],
-) -> tuple[CalibrationSet | SampleSet, list[str]]:
-    """Join batches to a set; return what was left out of them as well."""
-    divided = all(isinstance(one, SampleList) for one in batches)
-    if hidden and not divided:
-        raise DataError(
-            "the data have a mask, and this model does not support padded samples; give samples "
-            "without padding"
-        )
-    parts = (one.samples if isinstance(one, SampleList) else [one.tensors] for one in batches)
-    samples = [sample for part in parts for sample in part]
-    forms = [
-        {name: f"{name} {str(t.dtype)[6:]} of {list(t.shape[1:])}" for name, t in one.items()}
-        for one in samples
-    ]
-    other = next((i for i, form in enumerate(forms) if form != forms[0]), None)
-    if other is not None and not divided:
-        raise DataError(
-            f"batch {other} of the data has {', '.join(forms[other].values())}, and batch 0 "
-            f"{', '.join(forms[0].values())}; give all in the same form, or samples that each run "
-            "by themselves: osscar.SampleList('graphs', [{'x': ...}, ...])"
-        )
-    decodes = any(name.startswith("decoder_") or name in LABEL_NAMES for name in samples[0])
-    labels = _labels(batches, longest=decodes)
-    if (
-        labels is None
-        or _is_causal(model)
-        or (other is not None and labels.ndim > 1 and not decodes)
-    ):
-        labelled = any(one.labels is not None for one in batches)
-        labels, left_out = None, [*left_out, LABEL_NAMES[0]] if labelled else left_out
-    stay = [name for name in hidden if name in samples[0]]
-    unread = [n for n in accepted_arguments(model) if n in {"target", "targets"} - {*samples[0]}]
-    told = []
-    if labels is not None:
-        told = ["labels set aside to score by"]
-        told += [f"the model gets no {n}: name the inputs to give it" for n in unread]
-    told += [f"without {listed(left_out, 8)}"] if left_out else []
-    told += ["padding cut off"] if len(stay) < len(hidden) else []
-    told += [f"what {listed(stay)} hides counts"] if stay else []
-    source = "; ".join([title, *told])
-    together = all(len(x) == 1 for one in samples for x in one.values()) or not divided
-    if other is not None or not together:
-        return SampleList(source, tuple(samples), labels), [*notes, *told]
-    tensors = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
-    if _is_causal(model) and set(tensors) == {TOKENS}:
-        return CalibrationSet(tensors[TOKENS].long(), source, None), [*notes, *told]
-    return TensorSet(source, tensors, labels), [*notes, *told]
 
 
 def _labels(batches: Sequence[TensorSet | SampleList], *, longest: bool) -> Tensor | None:
@@ -386,7 +361,7 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 def holds_images(spec: str | Path, model: nn.Module) -> bool:
     """Tell whether a name is a directory, or an archive of `images` that the model lacks."""
     path = os.path.expanduser(spec)
-    if not path.endswith(".npz") or IMAGES in accepted_arguments(model):
+    if not path.endswith(".npz") or IMAGES in Reader.of(model).takes:
         return os.path.isdir(path)
     with attempt(), np.load(path, allow_pickle=False) as arrays:
         return IMAGES in arrays.files
@@ -419,10 +394,11 @@ def load_tensors(spec: str | Path, model: nn.Module) -> TensorSet:
             f"{type(model).__name__} reads tensors; give a {' or '.join(_SUFFIXES)} file with its "
             "inputs",
         )
-    tensors, needed = read_tensors(path), needed_arguments(model)
+    tensors = read_tensors(path)
+    reader = Reader.of(model)
     labels, groups = (
-        None if name in needed else tensors.pop(name, None) for name in (LABELS, GROUPS)
+        None if name in reader.needs else tensors.pop(name, None) for name in (LABELS, GROUPS)
     )
     with of_part(str(spec)):
-        check_arguments(model, tensors)
+        reader.check(tensors)
         return TensorSet(str(spec), tensors, labels, groups)

@@ -21,6 +21,7 @@ from osscar.base.errors import DataError
 from osscar.base.files import short_hash
 from osscar.base.printable import share
 from osscar.data.batches import ModelInputs
+from osscar.data.reader import TOKENS
 from osscar.data.samples import SampleSet, bytes_of, named_generator
 from osscar.data.text import CalibrationSet
 from osscar.proof.seen import LARGEST_SHARE, RUN, Seen, fingerprints_of_runs
@@ -71,7 +72,7 @@ def copies(inputs: ModelInputs) -> Tensor:
         first: dict[int, int] = {}
         pairs += ((first.setdefault(value, at), at) for at, value in enumerate(values))
     if inputs.tokens:
-        pairs += _overlapping(inputs.tensors["input_ids"][inputs.positions])
+        pairs += _overlapping(inputs.tensors[TOKENS][inputs.positions])
     one, other = np.array(pairs).T
     linked = coo_matrix((np.ones(len(pairs)), (one, other)), shape=(len(positions),) * 2)
     return torch.from_numpy(connected_components(linked, directed=False)[1]).long()

@@ -18,7 +18,7 @@ from osscar.base.inputs import Read, check_fields, safe_repr
 from osscar.base.json_files import STRICT, validated
 from osscar.base.memory import attempt
 from osscar.base.printable import published
-from osscar.data.batches import Batch, named_inputs
+from osscar.data.reader import Batch, Reader
 from osscar.proof.lineage import Input, Lineage
 
 _LARGEST_SIDE = 2**14
@@ -270,7 +270,7 @@ def resolved(
 
             made = known.transform()(Image.new(known.mode, (256, 256)))
             kind = Input(tuple(made.shape), str(made.dtype)[6:])
-            example = named_inputs(model, (_noise(kind),))
+            example = Reader.of(model).named([_noise(kind)])
         return known, example
     if example is not None and image is None:
         raise no_images(example, source)
@@ -282,7 +282,7 @@ def resolved(
     height, width = known.crop if isinstance(known.crop, tuple) else (known.crop, known.crop)
     if image is None or tuple(image.shape[-2:]) != (height, width):
         kind = Input((known.channels, height, width), "float32")
-        example = named_inputs(model, (_noise(kind),))
+        example = Reader.of(model).named([_noise(kind)])
     return known, example
 
 

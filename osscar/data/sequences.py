@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from osscar.base.errors import DataError
-from osscar.data.batches import accepted_arguments, needed_arguments
+from osscar.data.batches import ModelInputs
+from osscar.data.reader import DECODER_TOKENS, TOKENS, Reader
 from osscar.data.samples import IGNORED, LABELS
-
-TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 
 _MASKS = {
     TOKENS: "attention_mask",
@@ -34,9 +31,9 @@ _IMAGES, _GRID = "pixel_values", "image_grid_thw"
 """Images, or patches of images with the grid of each: time, height and width."""
 
 
-def hides(model: nn.Module, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+def hides(reader: Reader, tensors: Mapping[str, Any]) -> tuple[str, ...]:
     """Name the masks that hide something from a model of transformers, where masks mean padding."""
-    takes = accepted_arguments(model) if isinstance(model, PreTrainedModel) else ()
+    takes = reader.takes if reader.pads else ()
     masks = {n: t for n, t in tensors.items() if str(n).endswith("_mask") and n in takes}
     return tuple(n for n, t in masks.items() if isinstance(t, Tensor) and not bool(t.all()))
 
@@ -45,46 +42,23 @@ _RUN = 3
 """Padding tokens at an end of a sample that are no chance: a text may end with one of them."""
 
 
-def padded_without_mask(model: nn.Module, tensors: Mapping[str, Tensor]) -> int:
+def padded_without_mask(inputs: ModelInputs) -> int:
     """Return how many samples of tokens have padding that no mask hides, as it may."""
-    mask, tokens = _MASKS[TOKENS], tensors.get(TOKENS)
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    mask, tokens, pad = _MASKS[TOKENS], inputs.tensors.get(TOKENS), inputs.reader.padding
     if pad is None or tokens is None or tokens.ndim != 2 or tokens.shape[1] <= _RUN:
         return 0
-    if mask in tensors or mask not in accepted_arguments(model):
+    if mask in inputs.tensors or mask not in inputs.reader.takes:
         return 0
     ends = tokens[:, :_RUN], tokens[:, -_RUN:]
     padded = torch.stack([(end == pad).all(1) for end in ends]).any(0)
     return int(padded.sum())
 
 
-def makes_decoder_inputs(model: nn.Module, names: Mapping[str, Any]) -> bool:
-    """Whether a model makes what its decoder reads of labels, since there is nothing else."""
-    return (
-        isinstance(model, PreTrainedModel)
-        and model.config.is_encoder_decoder
-        and DECODER_TOKENS in accepted_arguments(model)
-        and not any(name.startswith("decoder_") for name in names)
-    )
-
-
-def decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
-    """Return what a model, or the code around it, makes of labels for its decoder to read."""
-    code = vars(sys.modules[type(model).__module__])
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return {DECODER_TOKENS: model.prepare_decoder_input_ids_from_labels(labels=labels)}
-    if "shift_tokens_right" not in code:
-        return {LABELS: labels}
-    config = model.config
-    shifted = code["shift_tokens_right"](labels, config.pad_token_id, config.decoder_start_token_id)
-    return {DECODER_TOKENS: shifted}
-
-
 def divided(
-    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor | None
+    reader: Reader, inputs: Mapping[str, Tensor], labels: Tensor | None
 ) -> list[Mapping[str, Tensor]] | None:
     """Return the samples of a batch, each without its padding; None where it reads no sequences."""
-    if not isinstance(model, PreTrainedModel):
+    if not reader.pads:
         return None
     kept = {
         name: _kept(name, inputs, mask)
@@ -98,13 +72,12 @@ def divided(
         for name in (DECODER_TOKENS, LABELS):
             if name in kept and known.shape == kept[name].shape:
                 kept[name] = _checked(LABELS, kept[name] & known)
-    needed = needed_arguments(model)
     masks = {_MASKS[name] for name in kept}
-    passed = {name: x for name, x in inputs.items() if name not in masks or name in needed}
+    passed = {name: x for name, x in inputs.items() if name not in masks or name in reader.needs}
     samples = [dict[str, Tensor]() for _ in next(iter(kept.values()))]
     for name, x in passed.items():
         owner = next((one for one in kept if _is_cut_with(name, one, x, kept)), None)
-        for row, part in enumerate(_by_row(model, name, inputs, len(samples))):
+        for row, part in enumerate(_by_row(name, inputs, reader.image, len(samples))):
             keep = None if owner is None else kept[owner][row]
             samples[row][name] = part if keep is None else part[:, keep]
     return samples  # type: ignore[return-value]
@@ -147,15 +120,12 @@ def _checked(name: str, kept: Tensor) -> Tensor:
     return kept
 
 
-def _by_row(
-    model: PreTrainedModel, name: str, inputs: Mapping[str, Tensor], rows: int
-) -> list[Tensor]:
+def _by_row(name: str, inputs: Mapping[str, Tensor], token: int | None, rows: int) -> list[Tensor]:
     """Return what each sample has of an input; images go with the tokens that stand for them."""
     x = inputs[name]
     if rows == 1:
         return [x]
-    config, ids = model.config, inputs.get(TOKENS)
-    token = getattr(config, "image_token_id", None)
+    ids = inputs.get(TOKENS)
     if name in (_IMAGES, _GRID) and ids is not None and token is not None and _IMAGES in inputs:
         # An image has as many tokens as others, or as many as its patches allow.
         tokens = (ids == token).sum(1).cumsum(0)

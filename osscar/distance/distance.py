@@ -23,7 +23,8 @@ from osscar.base.inputs import NATS, RELATIVE, AnyDistance, OwnDistance, safe_re
 from osscar.base.json_files import STRICT
 from osscar.base.printable import listed, pluralize
 from osscar.base.ranks import ALONE, Ranks
-from osscar.data.batches import Batch, ModelInputs, to_model
+from osscar.data.batches import ModelInputs
+from osscar.data.reader import Batch, to_model
 from osscar.distance.scores import Scores, asked_scores, real_positions, scores_of, watched
 from osscar.network.hooks import HELD_BYTES, Recording
 from osscar.network.modules import device_of, forward, forward_in_bfloat16, fresh

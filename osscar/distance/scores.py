@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osscar.data.batches import Batch, ModelInputs
+from osscar.data.batches import ModelInputs
+from osscar.data.reader import Batch
 from osscar.network.hooks import hooks
 from osscar.network.predictions import (
     LOGITS,

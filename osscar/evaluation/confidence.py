@@ -190,7 +190,7 @@ class Judge:
     ) -> Judge:
         """Run the dense model on samples that can be judged (RequestError, DataError)."""
         inputs = as_inputs(dense, data)
-        batches = inputs.batches(dense, 1)
+        batches = inputs.batches(1)
         asked = distance if quality is TargetKind.DIVERGENCE else None
         measured = Distance.from_outputs(dense, inputs, batches[0], asked)
         if quality is TargetKind.PERPLEXITY and not (inputs.tokens and measured.measure == "nats"):

@@ -16,8 +16,9 @@ from osscar.base.errors import DataError, ModelError, NonFiniteError, warn
 from osscar.base.inputs import whole_number
 from osscar.base.timing import progress_bar
 from osscar.checkpoint.validation import check_causal
-from osscar.data.batches import Batch, as_inputs, named_inputs, to_model
+from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
+from osscar.data.reader import Batch, Reader, to_model
 from osscar.data.samples import IGNORED, SampleList, SampleSet, TensorSet, end_of, rows_and_batches
 from osscar.data.text import CalibrationSet, TextSet
 from osscar.distance.distance import summed_divergence
@@ -230,7 +231,7 @@ def _loss(logits: Tensor, following: Tensor) -> float:
 
 def arguments(model: nn.Module, batch: Tensor | Batch) -> Batch:
     """Return a batch by the names of a model's arguments, in the format of its weights."""
-    named = named_inputs(model, (batch,)) if isinstance(batch, Tensor) else batch
+    named = Reader.of(model).named([batch]) if isinstance(batch, Tensor) else batch
     return to_model(named, model)
 
 

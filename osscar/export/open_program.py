@@ -28,16 +28,9 @@ from osscar.base.inputs import safe_repr
 from osscar.base.memory import attempt
 from osscar.checkpoint.files import checkpoint_directory
 from osscar.checkpoint.reading import load
-from osscar.data.batches import (
-    Batch,
-    check_arguments,
-    check_signature,
-    named_example,
-    needed_arguments,
-    to_model,
-)
 from osscar.data.loaders import load_tensors
 from osscar.data.preprocessing import recorded_example
+from osscar.data.reader import Batch, Reader, to_model
 from osscar.data.samples import LABEL_NAMES
 from osscar.network.modules import check_usable, context_length, evaluating
 from osscar.network.onnx_runtime import program_of
@@ -328,7 +321,7 @@ def read(
     """Return a model as it is, or the one in a directory, in a number format."""
     found = model if isinstance(model, nn.Module) else load(model, dtype=dtype, dense=dense)
     check_usable(found)
-    check_signature(found)
+    Reader.of(found)  # which refuses what wraps a model
     if is_on_disk(found):
         raise ModelError("the model's weights stay on disk; save it, and export the directory")
     return found
@@ -340,13 +333,13 @@ def example_for(model: nn.Module, given: Any = None) -> Batch:
         samples = load_tensors(os.fspath(given), model).tensors
         known: Batch | None = {name: tensor[:2] for name, tensor in samples.items()}
     else:
-        known = _without_labels(model) if given is None else named_example(model, given)
+        known = _without_labels(model) if given is None else Reader.of(model).example(given)
     if known is None:
         raise DataError(
             f"it is not known what this {type(model).__name__} takes: give two inputs or "
             "more, by `--inputs FILE`, or by example_inputs= in Python"
         )
-    check_arguments(model, known)
+    Reader.of(model).check(known)
     if all(tensor.ndim and len(tensor) == 1 for tensor in known.values()):
         # The size 1 of a trace stays 1.
         known = {name: torch.cat([tensor, tensor]) for name, tensor in known.items()}
@@ -364,7 +357,7 @@ def _without_labels(model: nn.Module) -> Batch | None:
     known = _known_example(model)
     if known is None or isinstance(model, ProgramModule):
         return known
-    needed = needed_arguments(model)
+    needed = Reader.of(model).needs
     return {n: x for n, x in known.items() if n not in _LABELS or n in needed} or known
 
 
@@ -380,7 +373,7 @@ def _known_example(model: nn.Module) -> Batch | None:
     if recorded is not None:
         return recorded
     if sample is not None:
-        return named_example(model, sample.drawn())
+        return Reader.of(model).example(sample.drawn())
     return _images_of(model, config)
 
 

@@ -20,7 +20,7 @@ from osscar.base.devices import default_torch
 from osscar.base.errors import ModelError, OutputError, check_onnx
 from osscar.base.files import atomic_write
 from osscar.base.memory import attempt
-from osscar.data.batches import Batch
+from osscar.data.reader import Batch
 from osscar.export.open_program import (
     Exported,
     OpenProgram,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from osscar.base.errors import ModelError, first_line, import_timm, import_torchvision, warn
 from osscar.base.memory import attempt
 from osscar.checkpoint.builders import LibraryOrigin
-from osscar.data.batches import named_inputs
 from osscar.data.preprocessing import AnyPreprocessing, Preprocessing, Transform
+from osscar.data.reader import Reader
 from osscar.models.loaded import LoadedModel
 from osscar.network.detectors import DetectorNetwork
 from osscar.proof.lineage import Library, lineage_of, stored_dtype
@@ -56,7 +56,7 @@ def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> 
         example = (torch.zeros(2, 3, _FLOW_SIDE, _FLOW_SIDE),) * 2
     return LoadedModel(
         model=model,
-        example=named_inputs(model, example) if example else None,
+        example=Reader.of(model).named(example) if example else None,
         source=f"{library} {own}{', freshly initialized weights' if random else ''}",
         path=None,
         stored_dtype=stored_dtype(model),

@@ -17,7 +17,6 @@ from osscar.base.memory import FOR_MODELS, memory_for, memory_of
 from osscar.base.printable import published
 from osscar.checkpoint import reading as checkpoint
 from osscar.checkpoint.builders import LibraryOrigin, builder_of, cast
-from osscar.data.batches import Batch, named_example, needed_arguments, to_model
 from osscar.data.preprocessing import (
     AnyPreprocessing,
     as_preprocessing,
@@ -26,6 +25,7 @@ from osscar.data.preprocessing import (
     recorded_example,
     resolved,
 )
+from osscar.data.reader import Batch, Reader, to_model
 from osscar.models.libraries import fill, load_of_library, preprocessing_of, read_state
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, LIBRARIES, ModelKind, directory_of, kind_of
@@ -189,7 +189,7 @@ def _from_code(name: str, weights: str | Path | None) -> LoadedModel:
     check_usable(model)
     if weights is not None:
         fill(model, read_state(weights), str(weights))
-    needed = needed_arguments(model)
+    needed = Reader.of(model).needs
     if example is None and len(needed) > 1:
         raise ModelError(
             f"{name} gives no example inputs, and its model reads {', '.join(needed)}; return the "
@@ -301,7 +301,7 @@ def build_from_code(name: str) -> tuple[nn.Module, Batch | None, AnyPreprocessin
         if one.is_meta or nn.parameter.is_lazy(one):
             raise ModelError(f"{of!r} of what {name} returned has no values; initialize it")
     with of_part(f"what {name} returned"):
-        named = None if example is None else named_example(model, example)
+        named = None if example is None else Reader.of(model).example(example)
     image = None if named is None else image_of(named)
     channels = 3 if image is None else image.shape[1]
     known = None if transform is None else as_preprocessing(transform, name, channels)

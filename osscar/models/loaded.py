@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from osscar.base.errors import DataError, OptionError
-from osscar.data.batches import Batch, needed_arguments
 from osscar.data.images import ImageSet, find_images, has_images
 from osscar.data.loaders import (
     DEFAULT_SAMPLES,
@@ -27,6 +26,7 @@ from osscar.data.preprocessing import (
     image_of,
     no_images,
 )
+from osscar.data.reader import Batch, Reader
 from osscar.data.samples import SampleSet, TensorSet
 from osscar.data.text import (
     DEFAULT_SEQLEN,
@@ -253,7 +253,7 @@ class LoadedModel:
         return None if inputs is None else self.tensors(inputs)
 
     def _no_data(self, option: str) -> DataError:
-        needed = ", ".join(needed_arguments(self.model))
+        needed = ", ".join(Reader.of(self.model).needs)
         return DataError(
             f"{self.source} reads no text: give {option} a directory of images, an .npz file of "
             f"them, or an .npz or .safetensors file of tensors for {needed}"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from graph.tracing.export import CAPTURE_HINT, failing_module, first_lines, is_of_capture
 from osscar.base.errors import DataError, ModelError, OsscarError
 from osscar.base.memory import FOR_BATCHES, is_shortage, shortage
-from osscar.data.batches import INDICES, Batch, ModelInputs
+from osscar.data.batches import INDICES, ModelInputs
+from osscar.data.reader import Batch
 from osscar.network.model_state import model_state
 from osscar.proof.equivalence import (
     Inputs,
@@ -132,7 +133,7 @@ def together(model: nn.Module, inputs: ModelInputs) -> ModelInputs:
     if not all(len(x) == 1 for one in inputs.apart for x in one.values()):
         return inputs
     joined = dataclasses.replace(inputs, together=bool(inputs.apart))
-    return joined if joined.together and computes_alone(model, joined.two(model)) else inputs
+    return joined if joined.together and computes_alone(model, joined.two()) else inputs
 
 
 def computes_alone(model: nn.Module, pair: Batch) -> bool:

@@ -71,17 +71,18 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module, inputs: ModelInputs) -> Fingerprint:
         """Read a dense model, which is left as it was, and its data; run it on few samples."""
-        batches = enumerate(inputs.batches(model, inputs.batch_size))
+        inputs = inputs.on(model)
+        batches = enumerate(inputs.batches(inputs.batch_size))
         data = ((f"{i}.{name}", x) for i, batch in batches for name, x in batch.items())
         # Of these a divergence is measured.
         labelled = torch.tensor([-1] if inputs.predictions is None else [1, *inputs.predictions])
-        sample = inputs.first(model)
+        sample = inputs.first()
         with (
             model_state(model),
             failures_named(model, sample, inputs.source),
             room_for_pass(model, max(x.numel() for x in sample.values())),
         ):
-            found = proof_outputs(model, [sample, inputs.example(model)])
+            found = proof_outputs(model, [sample, inputs.example()])
         return cls(
             own_code(lineage_of(model).source),
             sha256_of(named_tensors(model)),

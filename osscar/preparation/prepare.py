@@ -24,8 +24,9 @@ from osscar.base.timing import Stage, timed
 from osscar.consumers.consumer import ExpertMap, LinearMap
 from osscar.consumers.linear_maps import last_matrices, linear_maps, refittable, refittable_mixtures
 from osscar.consumers.products import Product, weights_read_elsewhere
-from osscar.data.batches import Batch, ModelInputs, as_inputs, to_model
+from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
+from osscar.data.reader import Batch, to_model
 from osscar.data.sequences import padded_without_mask
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks, record_layers
@@ -166,11 +167,11 @@ class Prepared:
     @property
     def sample(self) -> Batch:
         """The first sample of the calibration data."""
-        return self.inputs.first(self.model)
+        return self.inputs.first()
 
     def batches(self, start: int = 0, stop: int | None = None) -> list[Batch]:
         """Return some samples of the calibration data, as batches on the model's device."""
-        return self.inputs.part(start, stop).batches(self.model, self.batch_size)
+        return self.inputs.part(start, stop).batches(self.batch_size)
 
 
 @contextmanager
@@ -209,7 +210,7 @@ def prepare(
         inputs = as_inputs(model, calibration)
         if seed is not None:
             inputs = shuffled(inputs, seed)
-        padded = padded_without_mask(model, inputs.tensors)
+        padded = padded_without_mask(inputs)
         if padded:
             warn(
                 f"{padded} of {inputs.samples} samples have padding at an end, which counts, since "
@@ -242,9 +243,9 @@ def _prepared(
     ranks: Ranks,
 ) -> Prepared:
     """Prepare a model in evaluation mode, in place."""
-    inputs = together(model, inputs)
-    untouched, example = ModelState(model), inputs.example(model)
-    remember_structure(model, inputs.sample(model))
+    inputs = together(model, inputs.on(model))
+    untouched, example = ModelState(model), inputs.example()
+    remember_structure(model, inputs.sample())
     with untouched.watching():
         expected = outputs_or_none(model, example)
         _try_data(model, inputs, example, bool(expected))
@@ -293,8 +294,8 @@ def _try_data(model: nn.Module, inputs: ModelInputs, example: Batch, runs: bool)
     """Refuse data on which a model fails (DataError), before minutes of work."""
     batches = [] if runs else [example]
     if not inputs.tokens:  # alone: two rows of a sample may pass for one, of two channels
-        batches.append(inputs.first(model))
-    batches += inputs.extremes().batches(model, inputs.batch_size)
+        batches.append(inputs.first())
+    batches += inputs.extremes().batches(inputs.batch_size)
     for batch in batches:
         with failures_named(model, batch if inputs.apart else inputs.tensors, inputs.source):
             call(model, to_model(batch, model))
@@ -310,7 +311,7 @@ def _in_bfloat16(prepared: Prepared) -> bool:
     if routed or not single or is_on_disk(model) or not multiplies_bfloat16(device_of(model)):
         return False
     few = inputs.part(0, 1 if inputs.tokens else _TRIED)
-    [sample, *_] = few.batches(model, _TRIED)
+    [sample, *_] = few.batches(_TRIED)
     state = ModelState(model)
     with state.watching(), torch.no_grad():
         if inputs.tokens:

@@ -12,9 +12,10 @@ from torch import nn
 from osscar.base.devices import resolve_device
 from osscar.base.errors import DataError, OptionError
 from osscar.base.printable import are, pluralize
-from osscar.data.batches import Batch, ModelInputs, as_inputs
+from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.parts import held_out, run_length, shuffled
+from osscar.data.reader import Batch
 from osscar.data.samples import alike, joined, named_generator, shapes_of
 from osscar.distance.distance import Distance
 from osscar.network.modules import copied, device_of
@@ -39,9 +40,7 @@ def samples_for(request: RecoveryRequest, *, windows: bool) -> int:
     return request.steps * size + (request.held_out or HELD_OUT_MOST[windows])
 
 
-def split(
-    inputs: ModelInputs, model: nn.Module, request: RecoveryRequest
-) -> tuple[list[Batch], list[Batch]]:
+def split(inputs: ModelInputs, request: RecoveryRequest) -> tuple[list[Batch], list[Batch]]:
     """Return the samples that train, and those that are held out, one a batch (DataError).
 
     They are shuffled by the seed, copies together (`shuffled`), and the last are held out.  A
@@ -49,7 +48,7 @@ def split(
     is less) does not train.
     """
     inputs = shuffled(inputs, request.seed)
-    samples = inputs.batches(model, 1)
+    samples = inputs.batches(1)
     usual = max(1, held_out(len(samples), HELD_OUT_MOST[inputs.tokens]))
     held = request.held_out or usual
     if not inputs.tokens and held < len(samples):
@@ -90,7 +89,7 @@ class Setup:
         self.dense = dense if device_of(dense) == device else copied(dense).to(device)
         self.inputs = together(self.dense, as_inputs(dense, data))
         self.shifts = images and request.augment != "none"
-        self.samples, self.held_out = split(self.inputs, self.dense, request)
+        self.samples, self.held_out = split(self.inputs, request)
         self.size = request.batch_size or min(STEP[self.inputs.tokens], len(self.samples))
         self.distance = Distance.from_outputs(
             self.dense, self.inputs, self.held_out[0], request.distance

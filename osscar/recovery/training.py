@@ -23,7 +23,7 @@ from osscar.base.memory import attempt
 from osscar.base.printable import are, pluralize, share
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, progress_bar, timed
-from osscar.data.batches import Batch
+from osscar.data.reader import Batch
 from osscar.distance.distance import Reference
 from osscar.network.model_state import ModelState
 from osscar.network.modules import device_of, tensors_in

@@ -28,7 +28,8 @@ from osscar.base.printable import in_bytes, listed
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.hf_config import adopt_config
-from osscar.data.batches import Batch, as_inputs, to_model
+from osscar.data.batches import as_inputs
+from osscar.data.reader import Batch, to_model
 from osscar.distance.distance import Distance, Reference
 from osscar.network.modules import copied, count_parameters
 from osscar.preparation import prepare as preparation
@@ -119,7 +120,7 @@ def prepare(
             with timed(Stage.DENSE):
                 note_dense(prepared.model, model)
                 last = prepared.inputs.part(-max(1, task.samples_held_out))
-                batches = last.batches(prepared.model, 1 if last.tokens else prepared.batch_size)
+                batches = last.batches(1 if last.tokens else prepared.batch_size)
                 distance = Distance.from_outputs(prepared.model, last, batches[0], request.distance)
                 tell(f"distance: {distance.compared}")
                 reference = Reference.from_run(distance, prepared.model, batches, ranks)
@@ -226,7 +227,7 @@ def shrunk(
     """Return the smaller model, its proof, and how many batch norms have new statistics."""
     prepared, request = task.prepared, task.request
     work = prepared.model
-    inputs = prepared.inputs.proofs(work, request.seed)
+    inputs = prepared.inputs.proofs(request.seed)
 
     def renew(plan: PruningPlan) -> int:
         with timed(Stage.PRUNED):

@@ -115,7 +115,7 @@ def _tried_routed(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[st
                 f"{kind} can be removed only by one process and in memory; run without torchrun, "
                 "and omit max_memory (`--max-memory`)"
             )
-    model, inputs = prepared.model, prepared.inputs.proofs(prepared.model, task.request.seed)
+    model, inputs = prepared.model, prepared.inputs.proofs(task.request.seed)
     attempt = partial(rehearse, model, inputs=inputs[:1], programs=DensePrograms((), "routed"))
     trial = Feasibility(model, attempt)
     if groups:
@@ -223,7 +223,7 @@ def _trying(task: PruningTask, form: Form) -> Iterator[Feasibility]:
 def _rehearsal(task: PruningTask, form: Form) -> Callable[[PruningPlan], object]:
     """Return what shrinks a model on trial and proves it; the model is then as it was."""
     prepared, model = task.prepared, task.prepared.model
-    inputs = prepared.inputs.proofs(model, task.request.seed)
+    inputs = prepared.inputs.proofs(task.request.seed)
     if form is Form.EAGER:
         programs = prepared.programs
         return lambda plan: rehearse(model, plan, inputs[:1], programs)

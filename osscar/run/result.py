@@ -229,7 +229,7 @@ def measured(dense: nn.Module, smaller: nn.Module, calibration: Any) -> dict[str
         return {"forward": None, "unmeasured": ""}
     with attempt() as tried:  # no figure of a report is worth a run
         # A program knows nothing of tokens, so the inputs are those of the dense model.
-        first = as_inputs(dense, calibration).first(dense)
+        first = as_inputs(dense, calibration).first()
         sample = {name: tensor.to(device_of(smaller)) for name, tensor in first.items()}
         before, after = measure_forward([dense, smaller], sample)
     if tried.failed:

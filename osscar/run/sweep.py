@@ -22,9 +22,10 @@ from osscar.base.files import digest, resolved, write_json, write_text
 from osscar.base.json_files import STRICT
 from osscar.base.printable import pluralize, published
 from osscar.base.timing import Stage, profiled, progress_bar, timed
-from osscar.data.batches import Batch, as_inputs
+from osscar.data.batches import as_inputs
 from osscar.data.images import ImageSet
 from osscar.data.loaders import read_once
+from osscar.data.reader import Batch
 from osscar.data.samples import SampleSet
 from osscar.data.text import TextSet
 from osscar.distance.distance import Compared
@@ -290,8 +291,8 @@ class Sweep:
         budget, scored = self.points[0].budget, _scored(self.score)
         run = run_manifest(self.base, model, data)
         manifest = sweep_manifest(run, budget, scored)
-        check_repeatable(model, data.example(model))
-        sample = data.first(model)
+        check_repeatable(model, data.example())
+        sample = data.first()
         with self.place.begun(manifest):
             found = self._measured(model, calibration, sample)
             entries = [dataclasses.asdict(point) for point in found]

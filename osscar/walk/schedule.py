@@ -19,7 +19,7 @@ from osscar.base.errors import ModelError
 from osscar.base.memory import attempt
 from osscar.consumers.layers import reads
 from osscar.consumers.products import Taken
-from osscar.data.batches import Batch
+from osscar.data.reader import Batch
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named

@@ -14,7 +14,7 @@ from benchmarks.coverage.case import Inputs
 from benchmarks.coverage.images import make_timm
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import CountedCost, operations
-from osscar.data.batches import named_inputs
+from osscar.data.reader import Reader
 from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
 from osscar.shrinking.slice import slice_units
@@ -38,7 +38,7 @@ def _counted(
     model: nn.Module, traced: graph.DependencyGraph, inputs: Inputs
 ) -> tuple[CountedCost, dict[str, torch.Tensor]]:
     """Return what a model costs, once that is compared with torch, and what it was shown."""
-    given = inputs if isinstance(inputs, dict) else named_inputs(model, inputs)
+    given = inputs if isinstance(inputs, dict) else Reader.of(model).named(inputs)
     cost = operations(model, traced, traced.groups, given)
     assert cost.dense == pytest.approx(_by_torch(model, given), rel=1e-12)
     assert cost.fixed >= 0

@@ -33,7 +33,7 @@ class Table(nn.Module):
 
 def held_out(dense, data, distance=None, at_once=1):
     inputs = as_inputs(dense, data)
-    batches = in_batches(inputs.batches(dense, 1), at_once)
+    batches = in_batches(inputs.batches(1), at_once)
     return Reference.from_run(
         Distance.from_outputs(
             dense, inputs, batches[0], read_distance(distance) if distance else None
@@ -96,7 +96,7 @@ def test_windows_that_run_at_once_are_compared_at_the_positions_of_each(picks):
         model.forward = lambda input_ids, **options: whole(input_ids, **options)
     inputs = as_inputs(model, batch["input_ids"])
     distance = Distance.from_outputs(model, inputs, batch)
-    each = [distance.outputs(model, one, step=3) for one in inputs.batches(model, 1)]
+    each = [distance.outputs(model, one, step=3) for one in inputs.batches(1)]
     torch.testing.assert_close(distance.outputs(model, batch, step=3), torch.cat(each))
     assert [len(one) for one in each] == [3, 3, 3]
 
@@ -183,7 +183,7 @@ def test_the_gradient_is_that_of_finite_differences(data):
         dense, given = Several(torch.float64), torch.randn(3, 4, dtype=torch.float64)
     model = perturbed(dense)
     inputs = as_inputs(dense, given)
-    (batch,) = in_batches(inputs.batches(dense, 1), 3)
+    (batch,) = in_batches(inputs.batches(1), 3)
     held = Reference.from_run(Distance.from_outputs(dense, inputs, batch), dense, [batch])
     assert held.divergence(dense) == pytest.approx(0.0, abs=1e-9)
     distance, (due,) = held.distance, held.expected

@@ -36,7 +36,7 @@ from tests.osscar.mixtures import mixture
 def test_a_language_model_makes_one_prediction_in_two(monkeypatch):
     with prepare(tiny("opt", layers=1), tokens(2, 22)) as prepared, torch.no_grad():
         model, inputs, seen = prepared.model, prepared.inputs, []
-        batches = inputs.batches(model, 1)
+        batches = inputs.batches(1)
         distance = Distance.from_outputs(model, inputs, batches[0])
         monkeypatch.setattr("osscar.distance.distance.MOST_BYTES", distance.bytes)
         reference = Reference.from_run(distance, model, batches)

@@ -9,18 +9,21 @@ import osscar
 from osscar.base.errors import DataError
 from osscar.data.batches import ModelInputs
 from osscar.data.parts import copies, held_out, shuffled
+from osscar.data.reader import Reader
 from osscar.recovery.samples import split
 from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, plain, small_net
 
+READER = Reader.of(nn.Linear(1, 1))
+
 
 def numbered(values, **more):
-    return ModelInputs({"x": torch.as_tensor(values)[:, None].float()}, **more)
+    return ModelInputs(READER, {"x": torch.as_tensor(values)[:, None].float()}, **more)
 
 
 def read(inputs):
     """Return what is read of numbered samples, in order."""
-    return [int(x) for batch in inputs.batches(nn.Linear(1, 1), 3) for x in batch["x"]]
+    return [int(x) for batch in inputs.batches(3) for x in batch["x"]]
 
 
 def test_the_seed_alone_orders_samples_and_nothing_is_copied():
@@ -32,8 +35,10 @@ def test_the_seed_alone_orders_samples_and_nothing_is_copied():
     assert found.tensors is inputs.tensors
     assert read(found.part(-8)) == read(found)[-8:]
     assert read(found.part(4, 32).part(0, 3)) == read(found)[4:7]
-    apart = ModelInputs({}, apart=tuple({"x": torch.full((n, 1), float(n))} for n in range(1, 9)))
-    lengths = [len(one["x"]) for one in shuffled(apart, 0).batches(nn.Linear(1, 1), 1)]
+    apart = ModelInputs(
+        READER, {}, apart=tuple({"x": torch.full((n, 1), float(n))} for n in range(1, 9))
+    )
+    lengths = [len(one["x"]) for one in shuffled(apart, 0).batches(1)]
     assert sorted(lengths) == list(range(1, 9)) != lengths
 
 
@@ -70,7 +75,7 @@ def test_a_sample_of_many_copies_is_never_held_out_from_itself(copied):
             assert not set(seen[-last:]) & set(seen[:-last])
         for held in (None, 3, 8):
             request = osscar.RecoveryRequest(seed=seed, held_out=held)
-            training, apart = split(numbered(values), nn.Linear(1, 1), request)
+            training, apart = split(numbered(values), request)
             assert not {float(x["x"]) for x in training} & {float(x["x"]) for x in apart}
 
 
@@ -87,7 +92,9 @@ def test_windows_that_overlap_keep_their_order_and_others_do_not():
 
     def windows(step):
         starts = range(0, 20 * step, step)
-        return ModelInputs({"input_ids": torch.stack([text[s : s + 64] for s in starts])}, True)
+        return ModelInputs(
+            READER, {"input_ids": torch.stack([text[s : s + 64] for s in starts])}, True
+        )
 
     for step, different in ((64, 20), (30, 1), (60, 20)):
         inputs = windows(step)

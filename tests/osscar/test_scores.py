@@ -25,13 +25,13 @@ from tests.osscar.recovery.perturbed import perturbed
 def compared(model, data, distance=None, batch_size=4):
     inputs = as_inputs(model.eval(), data)
     asked = None if distance is None else read_distance(distance)
-    return Distance.from_outputs(model, inputs, inputs.batches(model, batch_size)[0], asked)
+    return Distance.from_outputs(model, inputs, inputs.batches(batch_size)[0], asked)
 
 
 def reference(model, data, distance=None, batch_size=4):
     inputs = as_inputs(model, data)
     found = compared(model, data, distance, batch_size)
-    return Reference.from_run(found, model, inputs.batches(model, batch_size))
+    return Reference.from_run(found, model, inputs.batches(batch_size))
 
 
 class Puts(nn.Module):

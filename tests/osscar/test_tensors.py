@@ -99,7 +99,7 @@ def test_a_model_that_reads_sound_is_pruned_and_scored(run, code, tmp_path):
 # ---- files -------------------------------------------------------------------------------
 
 
-class Mixed(nn.Module):
+class Mixed(nn.Linear):
     def forward(self, tokens, features, scale=None):
         return features + tokens.sum(1, keepdim=True)
 
@@ -111,7 +111,7 @@ def test_samples_of_a_file_are_drawn_and_known_again(tmp_path):
     np.savez(tmp_path / "x.npz", tokens=GOOD["tokens"], features=GOOD["features"].astype(">f8"))
     np.savez(tmp_path / "y.npz", **GOOD)
     np.savez(tmp_path / "z.npz", **{**GOOD, "tokens": GOOD["tokens"].astype("uint16")})
-    model = Mixed()
+    model = Mixed(1, 1)
     found, same, short = (osscar.load_tensors(tmp_path / f"{n}.npz", model) for n in "xyz")
     assert found.fingerprints() == same.fingerprints()
     assert short.tensors["tokens"].dtype == torch.int64  # by which torch may index

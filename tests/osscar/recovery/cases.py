@@ -80,10 +80,10 @@ def _pruned(**asked: Any) -> Callable[[nn.Module, Any], nn.Module]:
 
 def _program(dense: nn.Module, data: Any) -> nn.Module:
     inputs = as_inputs(dense, data)
-    example = inputs.example(dense)
+    example = inputs.example()
     with without_cache(dense):
         plan = kept_at_random(graph.trace(dense, example).prunable)
-    return osscar.shrink_program(dense, plan, inputs.proofs(dense, 0), example).model
+    return osscar.shrink_program(dense, plan, inputs.proofs(0), example).model
 
 
 def _noisy(dense: nn.Module, data: Any) -> nn.Module:

@@ -18,6 +18,7 @@ import osscar
 from osscar.base.errors import DataError, ModelError, NonFiniteError, OptionError
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
+from osscar.data.reader import Reader
 from osscar.data.text import CalibrationSet
 from osscar.distance.distance import Distance, Reference
 from osscar.proof.lineage import lineage_of, note_dense
@@ -37,7 +38,7 @@ def recomputed(model, dense, data, at_once, seed=0):
     """The distance on the samples that decide, drawn anew."""
     dense, model = copy.deepcopy(dense).eval(), copy.deepcopy(model).eval()
     inputs = shuffled(as_inputs(dense, data), seed)
-    samples = inputs.batches(dense, 1)
+    samples = inputs.batches(1)
     deciding = drawing.in_batches(samples[-HELD:], at_once)
     distance = Distance.from_outputs(dense, inputs, deciding[0])
     return Reference.from_run(distance, dense, deciding).divergence(model)
@@ -177,7 +178,7 @@ def tokenizers():
 
 def split(inputs, **asked):
     request = osscar.RecoveryRequest(**asked)
-    training, deciding = drawing.split(inputs, net(), request)
+    training, deciding = drawing.split(inputs, request)
     return ([one["input_ids"][0].tolist() for one in some] for some in (training, deciding))
 
 
@@ -199,7 +200,7 @@ def test_no_text_of_a_window_that_decides_trains(words, samples, seqlen, seed, f
         windows = osscar.load_calibration(
             ["x"], tokenizer, samples=samples, seqlen=seqlen, seed=seed
         )
-    inputs = ModelInputs({"input_ids": windows.tokens}, tokens=True)
+    inputs = ModelInputs(Reader.of(net()), {"input_ids": windows.tokens}, tokens=True)
     try:
         training, deciding = split(inputs)
     except DataError:
