@@ -280,9 +280,9 @@ def export(
 
       osscar export smaller --format gguf
 
-    gguf takes LLaMA, Mistral, SmolLM2, Qwen2, Qwen3, Mixtral, Qwen2-MoE, Qwen3-MoE
-    and OLMoE; onnx and pt2 take any model that torch can trace. The file is kept
-    only if what is read back from it equals the model.
+    gguf takes LLaMA, Mistral, SmolLM2, Qwen2 and Qwen3; onnx and pt2 take any model
+    that torch can trace. The file is kept only if what is read back from it equals
+    the model.
     """
     _run("export", directory, options)
 

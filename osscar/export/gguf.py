@@ -3,9 +3,8 @@
 llama.cpp has one width for all layers in its architectures ``llama`` and ``qwen3``, and one for
 each in two others that compute the same: ``deci`` what ``llama`` does, and ``openelm`` what
 ``qwen3`` does, which normalizes queries and keys.  There ``attention.head_count``,
-``attention.head_count_kv`` and ``feed_forward_length`` are arrays over the layers.  Mixtures have
-one number of experts for all, and the gates of all experts in one tensor and what they multiply in
-another.  The rest is in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+``attention.head_count_kv`` and ``feed_forward_length`` are arrays over the layers.  The rest is in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 ``llama`` and ``deci`` rotate neighbouring features of a head together, transformers and the others
 those half a head apart, so that for these two the rows of the query and key projections are put in
@@ -45,9 +44,7 @@ class _Kind:
     `alike` has one width for all layers, `each` one for each.  `neighbours` says whether they
     rotate neighbouring features, and take other positions than the plain ones; `biased` whether
     there is a place for biases; and `packed` whether `each` wants queries, keys and values in one
-    matrix, and reads its output matrix from the embedding.  Of mixtures of experts there is none
-    with one width for each, and `normalized` says whether a token's weights are divided by their
-    sum.
+    matrix, and reads its output matrix from the embedding.
     """
 
     alike: str
@@ -55,13 +52,6 @@ class _Kind:
     neighbours: bool
     biased: bool
     packed: bool
-    normalized: bool | None = None
-
-
-def _mixture(
-    name: str, *, neighbours: bool = False, biased: bool = False, normalized: bool = False
-) -> _Kind:
-    return _Kind(name, "", neighbours, biased, packed=False, normalized=normalized)
 
 
 _LLAMA = _Kind("llama", "deci", neighbours=True, biased=True, packed=False)
@@ -71,10 +61,6 @@ _FAMILIES = {
     "MistralForCausalLM": _LLAMA,
     "Qwen2ForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _QWEN3,
-    "MixtralForCausalLM": _mixture("llama", neighbours=True, normalized=True),
-    "Qwen2MoeForCausalLM": _mixture("qwen2moe", biased=True),
-    "Qwen3MoeForCausalLM": _mixture("qwen3moe", normalized=True),
-    "OlmoeForCausalLM": _mixture("olmoe"),
 }
 
 _BLOCK = 32
@@ -150,20 +136,14 @@ class Graph:
         self.head_width = width = attentions[0].head_dim
         self.heads = [one.q_proj.out_features // width for one in attentions]
         self.key_heads = [one.k_proj.out_features // width for one in attentions]
-        experts = mixtures(model)
-        self.neurons = [one.down_proj.shape[2] for one in experts]
-        if not experts:
-            self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
+        self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
         self.kind, self.alike = _FAMILIES[type(model).__name__], alike
         self.architecture = self.kind.alike if alike else self.kind.each
-        lacks = "no output matrix beside the embedding, as this model has"
-        if not self.architecture:
-            lacks = "one number of heads and one width for all"
-        if not self.architecture or (self.packed and not self._tied):
+        if self.packed and not self._tied:
             raise ModelError(
-                "llama.cpp cannot run the model: its layers differ, and "
-                f"{self.architecture or self.kind.alike!r} has {lacks}; prune all layers alike "
+                f"llama.cpp cannot run the model: its layers differ, and {self.architecture!r} has "
+                "no output matrix beside the embedding, as this model has; prune all layers alike "
                 "(allocation uniform, `--allocation uniform`)"
             )
 
@@ -196,8 +176,6 @@ class Graph:
             "rope.freq_base": float(config.rope_parameters["rope_theta"]),
             "vocab_size": config.vocab_size,
         }
-        if mixtures(self.model):
-            sizes |= mixture_sizes(self.model)
         return {f"{self.architecture}.{key}": size for key, size in sizes.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -219,7 +197,7 @@ class Graph:
             del tensors["lm_head.weight"]
         for name, tensor in tensors.items():
             if not self.packed or not any(f".{one}_proj." in name for one in "qkv"):
-                yield from in_parts(name, tensor)
+                yield name, tensor
             elif ".q_proj." in name:
                 rows = [tensors[name.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"]
                 yield name.replace(".q_proj.", ".qkv_proj."), torch.cat(rows)
@@ -231,11 +209,8 @@ def _pad_neurons(model: Any) -> int:
     added = 0
     if model.config.hidden_size % _BLOCK:
         return 0
-    for experts in mixtures(model):
-        added += pad_experts(experts, _BLOCK)
-    blocks = (getattr(layer.mlp, "shared_expert", layer.mlp) for layer in model.model.layers)
-    for block in (one for one in blocks if hasattr(one, "gate_proj")):
-        gate, up, down = block.gate_proj, block.up_proj, block.down_proj
+    for layer in model.model.layers:
+        gate, up, down = layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
         count = -down.in_features % _BLOCK
         for linear in (gate, up):
             linear.weight = nn.Parameter(pad(linear.weight, (0, 0, 0, count)))
@@ -257,9 +232,6 @@ def _why_not(model: Any) -> str | None:
     biased = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biased and not graph.biased:
         return f"it has {biased[0]!r}, for which {graph.alike!r} and {graph.each!r} have no place"
-    mixed = graph.normalized is not None
-    if mixed and (reason := why_no_mixture(model, graph.alike, bool(graph.normalized))):
-        return reason
     if model.config.hidden_act != "silu":
         return f"its neurons have the activation {model.config.hidden_act!r} and not 'silu'"
     rotary = model.model.rotary_emb
@@ -349,69 +321,3 @@ def _check_written(path: Path, graph: Graph, fields: Mapping[str, Any]) -> None:
     other = next((key for key, equal in same.items() if not equal), None)
     if other is not None:
         raise EquivalenceError(f"{other!r} was not read back as it was written")
-
-
-# ---- mixtures of experts -----------------------------------------------------------------
-
-
-_FUSED = "experts.gate_up_proj"
-
-
-def mixtures(model: Any) -> list[Any]:
-    """Return the experts of each layer that is a mixture."""
-    found = (getattr(layer.mlp, "experts", None) for layer in model.model.layers)
-    return [experts for experts in found if experts is not None]
-
-
-def why_no_mixture(model: Any, architecture: str, normalized: bool) -> str | None:
-    """Say what about mixtures is not in an architecture of llama.cpp; None if nothing."""
-    counts = [len(experts.down_proj) for experts in mixtures(model)]
-    layers = len(model.model.layers)
-    if len(counts) < layers:
-        return f"{layers - len(counts)} of its {layers} layers are no mixtures"
-    if len(set(counts)) > 1:
-        return f"its layers have {counts} experts, and {architecture!r} has one number for all"
-    if getattr(model.config, "norm_topk_prob", True) is not normalized:
-        does = "divides" if normalized else "does not divide"
-        return f"{architecture!r} {does} the weights of a token's experts by their sum"
-    if getattr(model.config, "clip_qkv", None) is not None:
-        return "it clips queries, keys and values (clip_qkv)"
-    norms = [getattr(layer.self_attn, "k_norm", None) for layer in model.model.layers]
-    wide = {len(norm.weight) for norm in norms if norm is not None}
-    if architecture == "olmoe" and wide != {model.config.hidden_size}:
-        return (
-            f"its keys are normalized over {', '.join(map(str, sorted(wide)))} features, and "
-            f"'olmoe' takes these to be as many as the hidden size, {model.config.hidden_size}"
-        )
-    return None
-
-
-def mixture_sizes(model: Any) -> dict[str, int]:
-    """Return what a file says of mixtures, by key without the architecture."""
-    experts, block = mixtures(model)[0], model.model.layers[0].mlp
-    sizes = {
-        "expert_count": len(experts.down_proj),
-        "expert_used_count": model.config.num_experts_per_tok,
-        "expert_feed_forward_length": experts.down_proj.shape[2],
-    }
-    if hasattr(block, "shared_expert"):
-        sizes["expert_shared_feed_forward_length"] = block.shared_expert.down_proj.in_features
-    return sizes
-
-
-def in_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield a tensor of a model, that of gates and what they multiply as two."""
-    if not name.endswith(_FUSED):
-        yield (f"{name}.weight" if name.endswith("experts.down_proj") else name), tensor
-        return
-    for part, half in zip(("gate", "up"), tensor.chunk(2, 1), strict=True):
-        yield name.replace(_FUSED, f"experts.{part}_proj.weight"), half
-
-
-def pad_experts(experts: Any, block: int) -> int:
-    """Add neurons of zeros to each expert, up to whole blocks; return how many."""
-    count = -int(experts.down_proj.shape[2]) % block
-    gates = pad(experts.gate_up_proj.unflatten(1, (2, -1)), (0, 0, 0, count)).flatten(1, 2)
-    experts.gate_up_proj = nn.Parameter(gates)
-    experts.down_proj = nn.Parameter(pad(experts.down_proj, (0, count)))
-    return count * len(experts.down_proj)
