@@ -14,7 +14,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,56 +82,47 @@ class Sharing:
 
     def choose(self, allowed: Sequence[Allowance]) -> Chosen:
         """Return what groups keep so that the model costs at most what is allowed, or the least."""
-        limits = [one.most for one in allowed]
-        if self.curves is not None:
-            return self._search(self.curves, allowed).choose(limits)
-        costs = [one.cost for one in allowed]
-        return Chosen(equal_shares(self.options, self.task.keep, costs, limits))
+        costs, limits = [one.cost for one in allowed], [one.most for one in allowed]
+        if self.curves is None:
+            return Chosen(equal_shares(self.options, self.task.keep, costs, limits))
+        losses = {name: self.curves[name].losses[some] for name, some in self.options.items()}
+        return Search(self.options, losses, self.task.keep, costs).choose(limits)
+
+    def lost(self, kept: Mapping[str, int]) -> dict[str, float]:
+        """Return the distance that each group is predicted to cause; none without curves."""
+        curves = self.curves or {}
+        return {n: float(curves[n].losses[kept[n]]) for n in self.options if n in curves}
 
     def budget(self, allowed: Sequence[Allowance], chosen: Chosen) -> Budget:
         """Report on a choice, with a prediction where there are curves."""
-        found = chosen.kept
-        kept = {**self.task.keep, **found}
+        kept, lost = {**self.task.keep, **chosen.kept}, self.lost(chosen.kept)
+        curves = {name: (self.curves or {})[name] for name in lost}
         limits = [
             Limit(a.budget, a.kind, a.most, a.dense, a.cost.of(kept), a.cost.assumed)
             for a in allowed
         ]
         limits.sort(key=lambda one: one.reached / one.limit, reverse=True)
-        told: dict[str, Any] = {}
-        parts: dict[str, float] = {}
-        if self.curves is not None:
-            search = self._search(self.curves, allowed)
-            own = {name: self.curves[name] for name in search.options}
-            parts = {name: float(curve.losses[found[name]]) for name, curve in own.items()}
-            told = {
-                "predicted": search.loss(found),
-                "lower_bound": chosen.bound,
-                "measure": self.measure,
-                "curves": {
-                    name: tuple(curve.losses.tolist())
-                    for name, curve in own.items()
-                    if len(search.options[name]) > 1
-                },
-                "measured": {
-                    name: tuple(Measured(*point) for point in sorted(curve.measured.items()))
-                    for name, curve in own.items()
-                    if curve.measured
-                },
-            }
-        widths = {
-            g.name: Width(str(g.kind), g.units, kept.get(g.name, g.units), parts.get(g.name))
-            for g in self.task.groups
-            if g in self.task.shared or g in self.task.streams
-        }
-        return Budget(tuple(limits), widths=widths, **told)
-
-    def loss(self, kept: Mapping[str, int], allowed: Sequence[Allowance]) -> float:
-        """Return the predicted distance from the dense model; 0 without curves."""
-        return 0.0 if self.curves is None else self._search(self.curves, allowed).loss(kept)
-
-    def _search(self, curves: Mapping[str, Curve], allowed: Sequence[Allowance]) -> Search:
-        losses = {name: curves[name].losses[some] for name, some in self.options.items()}
-        return Search(self.options, losses, self.task.keep, [one.cost for one in allowed])
+        return Budget(
+            tuple(limits),
+            None if self.curves is None else sum(lost.values()),
+            chosen.bound,
+            self.measure,
+            curves={
+                name: tuple(curve.losses.tolist())
+                for name, curve in curves.items()
+                if len(self.options[name]) > 1
+            },
+            measured={
+                name: tuple(Measured(*point) for point in sorted(curve.measured.items()))
+                for name, curve in curves.items()
+                if curve.measured
+            },
+            widths={
+                g.name: Width(str(g.kind), g.units, kept.get(g.name, g.units), lost.get(g.name))
+                for g in self.task.groups
+                if g in self.task.shared or g in self.task.streams
+            },
+        )
 
 
 def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
@@ -320,7 +311,8 @@ def _timed(
 
     def distance(sharing: Sharing, chosen: Chosen) -> float:
         # Of residual streams, sums of curves say little.
-        return _on_trial(sharing, chosen) if task.streams else sharing.loss(chosen.kept, allowed)
+        lost = sharing.lost(chosen.kept).values()
+        return _on_trial(sharing, chosen) if task.streams else sum(lost)
 
     stairs = replace(task, times=table).options
     tables = [replace(sharing, widths=stairs) for sharing in sharings]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import Timer
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
 from graph import DependencyGraph, Operator, Size
-from osscar.allocation.costs import traced_alike
+from osscar.allocation.costs import empty, traced_alike
 from osscar.allocation.serving import filled_cache, token_step, token_step_traced
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import this_device
@@ -38,28 +39,31 @@ _ON_CARD = 10
 """Calls of an operator in a row."""
 
 
-class Clock(Protocol):
+@dataclass(frozen=True, eq=False)
+class Clock(ABC):
     """Times operators and whole models, as and where the smaller model is to be fast."""
 
-    @property
-    def described(self) -> str:
-        """What is timed, where, and with how many threads."""
+    model: nn.Module
+    traced: DependencyGraph
+    """The operators of what is timed, with the shapes that they have there."""
+    described: str
+    """What is timed, where, and with how many threads."""
 
-    @property
-    def traced(self) -> DependencyGraph:
-        """The operators of what is timed, with the shapes that they have there."""
-
-    @property
+    @cached_property
     def dense(self) -> Timer:
         """What runs the dense model once."""
+        return self.timer(self.model)
 
+    @abstractmethod
     def timer(self, model: nn.Module) -> Timer:
-        """Return what runs a smaller model once."""
+        """Return what runs a model once."""
 
+    @abstractmethod
     def ready(self, calls: Sequence[OperatorCall]) -> list[Callable[[], float]]:
         """Return for each call of an operator what runs it once, and returns its seconds.
 
-        That is NaN, or it raises, where the operator cannot be called at these sizes.
+        That is NaN, or it raises, where the operator cannot be called at these sizes.  Tensors lie
+        elsewhere each time.
         """
 
 
@@ -67,41 +71,22 @@ class Clock(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class InTorch:
+class InTorch(Clock):
     """Calls operators on random tensors, and models, on the device of the dense one.
 
-    Parameters
-    ----------
-    run
-        Returns what runs a model once.
-    channels_last
-        Whether the inputs of models are so; weights say so themselves.
+    `run` returns what runs a model once, and `channels_last` is whether the inputs of models are
+    so; weights say so themselves.
     """
 
-    model: nn.Module
-    traced: DependencyGraph
-    described: str
     run: Callable[[nn.Module], Callable[[], Any]]
     channels_last: bool = False
-    _random: Tensor = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        device = device_of(self.model)
-        generator = torch.Generator(device).manual_seed(0)
-        made = torch.rand(1 << 16, generator=generator, device=device)
-        object.__setattr__(self, "_random", made)
-
-    @cached_property
-    def dense(self) -> Timer:
-        """What runs the dense model once."""
-        return self.timer(self.model)
 
     def timer(self, model: nn.Module) -> Timer:
         """Return what runs a model once."""
         return Timer(self.run(model), timer=busy_clock)
 
     def ready(self, calls: Sequence[OperatorCall]) -> list[Callable[[], float]]:
-        """Return for each call of an operator what runs it; tensors lie elsewhere each time."""
+        """Return for each call of an operator what runs it."""
         return [partial(self._seconds, *call) for call in calls]
 
     def _seconds(self, operator: Operator, size: Callable[[Size], int]) -> float:
@@ -112,6 +97,12 @@ class InTorch:
         for _ in range(number):
             operator.function(**given)
         return (busy_clock() - began) / number
+
+    @cached_property
+    def _random(self) -> Tensor:
+        device = device_of(self.model)
+        generator = torch.Generator(device).manual_seed(0)
+        return torch.rand(1 << 16, generator=generator, device=device)
 
     @cached_property
     def _last(self) -> bool:
@@ -142,23 +133,15 @@ _AT_ONCE = 128
 
 
 @dataclass(frozen=True, eq=False)
-class InOnnxRuntime:
+class InOnnxRuntime(Clock):
     """Runs operators on random tensors, and models, in sessions on the processor.
 
     To export one operator takes as long as to export many at once, for the exporter reads its
     library each time.  So they are exported together, and each is cut out with what it reads.
     """
 
-    model: nn.Module
-    traced: DependencyGraph
-    described: str
     batch: Batch
     threads: int
-
-    @cached_property
-    def dense(self) -> Timer:
-        """What runs the dense model once."""
-        return self.timer(self.model)
 
     def timer(self, model: nn.Module) -> Timer:
         """Return what runs a model once; a ModelError if it cannot be exported."""
@@ -176,10 +159,9 @@ class InOnnxRuntime:
         return [partial(self._seconds, model) for model in models]
 
     def _seconds(self, model: OperatorModel | None) -> float:
-        """Return the seconds of an operator; its tensors lie elsewhere each time."""
         if model is None:
             return math.nan
-        inputs = {name: one.random() for name, one in model.inputs.items()}
+        inputs = {name: random_like(one) for name, one in model.inputs.items()}
         session = session_of(model.with_weights(inputs), self.threads)
         run = bound(session, inputs)
         run()  # what a session allocates stays for all that comes after, as in a model
@@ -191,37 +173,24 @@ class InOnnxRuntime:
 # ---- models of one operator --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TensorLike:
-    """The shape and number format of a tensor that an operator reads."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def random(self) -> NDArray[Any]:
-        """Return numbers for it: zeros of indices, and masks that hide nothing."""
-        generator = torch.Generator().manual_seed(0)
-        if self.dtype.is_floating_point:
-            return torch.rand(self.shape, dtype=self.dtype, generator=generator).numpy()
-        return torch.full(self.shape, self.dtype is torch.bool, dtype=self.dtype).numpy()
+def random_like(tensor: Tensor) -> NDArray[Any]:
+    """Return numbers for a tensor without any: zeros of indices, and masks that hide nothing."""
+    generator = torch.Generator().manual_seed(0)
+    if tensor.dtype.is_floating_point:
+        return torch.rand(tensor.shape, dtype=tensor.dtype, generator=generator).numpy()
+    return torch.full(tensor.shape, tensor.dtype is torch.bool, dtype=tensor.dtype).numpy()
 
 
 @dataclass(frozen=True, eq=False)
 class OperatorModel:
-    """A model of one operator.
+    """A model of one operator: an `onnx.ModelProto`, all of whose tensors are inputs.
 
-    Parameters
-    ----------
-    graph
-        The `onnx.ModelProto`, all of whose tensors are inputs.
-    inputs
-        What it reads, by name, in the order of the operator's.
-    weights
-        The names of what are weights of a model.
+    `inputs` are what it reads, without numbers, by name, in the order of the operator's; `weights`
+    are the names of those that are weights of a model.
     """
 
     graph: Any = field(repr=False)
-    inputs: Mapping[str, TensorLike]
+    inputs: Mapping[str, Tensor]
     weights: frozenset[str]
 
     def with_weights(self, values: Mapping[str, NDArray[Any]]) -> bytes:
@@ -265,24 +234,17 @@ class _Operators(nn.Module):
         left, found = iter(tensors), list[Tensor]()
         for function, arguments in self.calls:
             # Of some the operator writes to what it reads, which a graph's inputs cannot be.
-            given = pytree.tree_map_only(TensorLike, lambda _: next(left).clone(), arguments)
+            given = pytree.tree_map_only(Tensor, lambda _: next(left).clone(), arguments)
             found.append(tensors_in(function(**given))[0])
         return found
 
 
 def _together(calls: Sequence[OperatorCall]) -> Iterator[OperatorModel]:
     onnx = optional("onnx", "onnx", "ONNX")
-    given = [
-        (operator.function, operator.arguments_at(size, TensorLike)) for operator, size in calls
-    ]
-    reads = [
-        [one for one in pytree.tree_leaves(arguments) if isinstance(one, TensorLike)]
-        for _, arguments in given
-    ]
-    empty = (
-        torch.empty(one.shape, dtype=one.dtype, device="meta") for some in reads for one in some
-    )
-    whole = to_onnx(program_of(_Operators(given), tuple(empty), {})).model_proto
+    given = [(one.function, one.arguments_at(size, empty)) for one, size in calls]
+    reads = [tensors_in(arguments) for _, arguments in given]
+    every = tuple(itertools.chain(*reads))
+    whole = to_onnx(program_of(_Operators(given), every, {})).model_proto
     makers = {name: i for i, node in enumerate(whole.graph.node) for name in node.output}
     constants = {one.name: one for one in whole.graph.initializer}
     left = iter(whole.graph.input)

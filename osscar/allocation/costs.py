@@ -12,10 +12,10 @@ import enum
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -199,7 +199,7 @@ def _dimensions(
     Of experts that are a list of modules, which are alike, the first has as many as there are, and
     the others none; a buffer that several have does not leave with any.
     """
-    resolved = _Resolved(_closed(traced, groups))
+    resolved = _resolved(_closed(traced, groups))
     names = {id(tensor): name for name, tensor in named_tensors(model)}
     found = {
         name: tuple(map(resolved, traced.tensors[name]))
@@ -233,17 +233,12 @@ def _closed(traced: graph.DependencyGraph, groups: Sequence[CouplingGroup]) -> d
     return {group.name: group.units for group in traced.groups if group.name not in names}
 
 
-class _Resolved:
-    """Sizes with some groups at a width, or under another name."""
+Resolved = Callable[[Size], Size]
+"""Returns a size with some groups at a width, or under another name."""
 
-    def __init__(self, given: Mapping[str, int | str]) -> None:
-        self._given = given
-        self._known: dict[Size, Size] = {}
 
-    def __call__(self, size: Size) -> Size:
-        if size not in self._known:
-            self._known[size] = size.given(self._given)
-        return self._known[size]
+def _resolved(given: Mapping[str, int | str]) -> Resolved:
+    return cache(lambda size: size.given(given))
 
 
 # ---- operations --------------------------------------------------------------------------
@@ -268,7 +263,7 @@ def operations(
         for slot in group.slots
         if group.kind.routed and slot.role is Role.PRODUCER and (slot.tensor, slot.dim) in places
     }
-    formulas = _Formulas(_Resolved({**_closed(traced, groups), **routed}), units)
+    formulas = _Formulas(_resolved({**_closed(traced, groups), **routed}), units)
     sizes = Counter(formula for one in traced.operators if (formula := formulas.of(one)).terms)
     found = CountedCost.summed(sizes, units)
     whole = count_flops(model, sample)
@@ -327,7 +322,7 @@ class _Formulas:
     on tensors without memory, and counted.
     """
 
-    def __init__(self, resolved: _Resolved, units: Mapping[str, int]) -> None:
+    def __init__(self, resolved: Resolved, units: Mapping[str, int]) -> None:
         self._resolved, self._units = resolved, units
         self._known: dict[tuple[Any, str], dict[tuple[int, ...], int]] = {}
         self._basis = _monomials()
@@ -377,12 +372,14 @@ class _Formulas:
             number, primitive = _primitive(self._resolved(one))
             return number * values.get(primitive, 1)
 
-        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
         with torch.no_grad(), flop_counter() as counter:
             operator.function(**operator.arguments_at(size, empty))
         return int(counter.get_total_flops())
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _primitive(size: Size) -> tuple[int, Size]:

@@ -64,15 +64,12 @@ def count_kept(group: CouplingGroup, asked: Fraction | int, round_to: RoundTo) -
         )
     if count == group.units:
         return count
-    if round_to == AUTO:
-        if isinstance(asked, int):
-            return count_kept(group, asked, 1)
-        fewer = [int(k) for k in possible_widths(group, Widths(AUTO)) if k < group.units]
-        return min(fewer, key=lambda kept: (abs(kept - exact), -kept))
-    step, largest = _steps(group, round_to)
-    if step == 1:
-        return count
-    return min(max(step, math.floor(exact / step + Fraction(1, 2)) * step), largest)
+    if round_to == AUTO and not isinstance(asked, int):
+        some = [int(kept) for kept in possible_widths(group, Widths(AUTO)) if kept < group.units]
+    else:
+        step, largest = _steps(group, 1 if round_to == AUTO else round_to)
+        some = [*range(step, largest + 1, step)]
+    return min(some, key=lambda kept: (abs(kept - exact), -kept))
 
 
 def possible_counts(group: CouplingGroup) -> str:

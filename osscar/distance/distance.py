@@ -142,10 +142,9 @@ class Distance:
         one = seen(result)
         found = asked_scores(one) if asked == NATS else scores_of(one)
         if asked == RELATIVE or (asked is None and found is None):
-            outputs = _numbers(result, batch)
-            pairs = zip(outputs, comparable(result), strict=True)
-            some = any(x.shape != y.shape for x, y in pairs)
-            over = f"{listed([*_names(result).values()], 6)}{_REAL if some else ''}"
+            outputs, named = _numbers(result, batch), _named(result)
+            some = any(x.shape != y.shape for x, (_, y) in zip(outputs, named, strict=True))
+            over = f"{listed([*dict(named)], 6)}{_REAL if some else ''}"
             why = "nothing says that they are scores of classes" if asked is None else _GIVEN
             return cls(inputs, Compared("relative", over, why))
         if found is None:
@@ -238,19 +237,16 @@ class Distance:
         return torch.stack(errors).mean(), samples
 
 
-def _names(result: Any) -> dict[int, str]:
-    """Return how outputs are called that are compared, by their identity."""
+def _named(result: Any) -> list[tuple[str, Tensor]]:
+    """Return outputs that are compared, with what they are called."""
     names = {id(x): name for name, x in named_outputs(result)}
-    return {id(x): names.get(id(x), "a tensor") for x in comparable(result)}
+    return [(names.get(id(x), "a tensor"), x) for x in comparable(result)]
 
 
 def _numbers(result: Any, batch: Batch) -> list[Tensor]:
     """Return outputs that are numbers, without padded positions."""
-    names, found = _names(result), list[Tensor]()
-    for x in comparable(result):
-        real = real_positions(names[id(x)], x, batch)
-        found.append(x if real is None else x[real])
-    return found
+    found = ((x, real_positions(name, x, batch)) for name, x in _named(result))
+    return [x if real is None else x[real] for x, real in found]
 
 
 def _square(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,18 +129,14 @@ def score(
     """Measure how well several models do on the same data, as `osscar.evaluate` does for one."""
     for model in models:
         check_usable(model)
-    if isinstance(data, SampleSet):
-        return _score_samples(models, data, dense, classes, batch_size)
+    samples = isinstance(data, SampleSet)
+    size = SAMPLES_AT_ONCE if samples else WINDOWS_AT_ONCE
+    if batch_size is not None:
+        size = whole_number(batch_size, "the batch size (batch_size, `--batch-size`)", 1)
+    if samples:
+        return _score_samples(models, data, dense, classes, size)
     text = Windows.of(models, data)
-    return [score_windows(model, text, batch_size) for model in models]
-
-
-def _batch_size(asked: int | None, default: int) -> int:
-    return (
-        default
-        if asked is None
-        else whole_number(asked, "the batch size (batch_size, `--batch-size`)", 1)
-    )
+    return [_score_windows(model, text, size) for model in models]
 
 
 # ---- text --------------------------------------------------------------------------------
@@ -182,12 +179,12 @@ class Windows:
         return cls(data.cut(models), len(data.before))
 
 
-def score_windows(model: Any, text: Windows, batch_size: int | None = None) -> TextQuality:
+def _score_windows(model: Any, text: Windows, size: int) -> TextQuality:
     """Return a language model's perplexity, its context not scored (ModelError, NonFiniteError)."""
     windows, context = text.windows, max(1, text.special_tokens)
     whole = [one for one in windows if len(one) == len(windows[0])]
     batches = [
-        *torch.split(torch.stack(whole), _batch_size(batch_size, WINDOWS_AT_ONCE)),
+        *torch.split(torch.stack(whole), size),
         *(one[None] for one in windows[len(whole) :]),
     ]
     losses = list[float]()
@@ -240,10 +237,9 @@ def _score_samples(
     data: SampleSet,
     dense: nn.Module | None,
     classes: Sequence[str],
-    batch_size: int | None,
+    size: int,
 ) -> list[SampleQuality]:
     runs = [*models, *(() if dense is None or dense in models else (dense,))]
-    size = _batch_size(batch_size, SAMPLES_AT_ONCE)
     if isinstance(data, TensorSet | SampleList):
         every = [together(model, as_inputs(model, data)) for model in runs]
         size = 1 if any(one.alone for one in every) else size
@@ -337,12 +333,11 @@ class _Tally:
     """What one model comes to, summed over batches."""
 
     def __init__(self) -> None:
+        self.sums: Any = Counter()
+        self.apart: Any = Counter()
+        self.size: Any = Counter()
         self.classes_in: str | None = None
-        self.classes = self.labelled = self.first = self.among = self.compared = self.agreeing = 0
-        self.kl = self.surprise = 0.0
-        self.positions = False
-        self.apart: dict[str, float] = {}
-        self.size: dict[str, float] = {}
+        self.classes, self.positions = 0, False
 
     def add(self, mine: _Outputs, dense: _Outputs | None, labels: Tensor | None) -> None:
         """Count a batch; labels of -100 are left out."""
@@ -360,18 +355,17 @@ class _Tally:
             known = labels != IGNORED
             labels = labels[known]
             if self.positions:
-                scores = as_logits(logits)[known]
-                self.surprise += float(F.cross_entropy(scores, labels, reduction="sum"))
-            best = logits[known].topk(min(_TOP, self.classes)).indices
-            self.labelled += len(labels)
-            self.first += int((best[:, 0] == labels).sum())
-            self.among += int((best == labels[:, None]).any(1).sum())
+                lost = F.cross_entropy(as_logits(logits)[known], labels, reduction="sum")
+                self.sums.update({"surprise": float(lost)})
+            best = logits[known].topk(min(_TOP, self.classes)).indices == labels[:, None]
+            first, among = int(best[:, 0].sum()), int(best.any(1).sum())
+            self.sums.update(labelled=len(labels), first=first, among=among)
         if dense is not None and dense.scores is not None:
             theirs = dense.scores
-            self.compared += len(logits)
-            self.agreeing += int((logits.argmax(1) == theirs.argmax(1)).sum())
             p, q = (as_logits(one).log_softmax(1) for one in (theirs, logits))
-            self.kl += float(summed_divergence(p, q))
+            same = int((logits.argmax(1) == theirs.argmax(1)).sum())
+            kl = float(summed_divergence(p, q))
+            self.sums.update({"compared": len(logits), "agreeing": same, "kl": kl})
 
     def _compare(self, mine: _Outputs, dense: _Outputs) -> None:
         """Add up how far outputs are apart."""
@@ -382,24 +376,24 @@ class _Tally:
                 f"{others}"
             )
         for name, known in dense.named.items():
-            apart = float((mine.named[name] - known).abs().square().sum())
-            self.apart[name] = self.apart.get(name, 0.0) + apart
-            self.size[name] = self.size.get(name, 0.0) + float(known.abs().square().sum())
+            self.apart[name] += float((mine.named[name] - known).abs().square().sum())
+            self.size[name] += float(known.abs().square().sum())
+
+    def _mean(self, what: str, of: str) -> Any:
+        return self.sums[what] / self.sums[of] if self.sums[of] else None
 
     def quality(self, samples: int) -> SampleQuality:
         """Return what it comes to."""
-        labelled, compared = self.labelled, self.compared
+        surprise = self._mean("surprise", "labelled") if self.positions else None
         return SampleQuality(
             samples=samples,
             classes_in=self.classes_in,
-            predictions=labelled,
-            top1=self.first / labelled if labelled else None,
-            top5=self.among / labelled if labelled and self.classes > _TOP else None,
-            perplexity=math.exp(min(self.surprise / labelled, MOST_EXPONENT))
-            if self.positions
-            else None,
-            agreement=self.agreeing / compared if compared else None,
-            kl=self.kl / compared if compared else None,
+            predictions=self.sums["labelled"],
+            top1=self._mean("first", "labelled"),
+            top5=self._mean("among", "labelled") if self.classes > _TOP else None,
+            perplexity=None if surprise is None else math.exp(min(surprise, MOST_EXPONENT)),
+            agreement=self._mean("agreeing", "compared"),
+            kl=self._mean("kl", "compared"),
             errors={
                 name: apart / self.size[name] if self.size[name] else None if apart else 0.0
                 for name, apart in self.apart.items()

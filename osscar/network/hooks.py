@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -111,30 +111,25 @@ class InDouble(TorchFunctionMode):
         return _CASTS.get(func, func)(*args, **options)
 
 
-def followed_mixtures(model: nn.Module) -> AbstractContextManager[None]:
-    """Let mixtures of transformers run while the block does by the kernel that can be traced."""
-    return _by_kernels(model, {"eager": "grouped_mm", "batched_mm": "grouped_mm"})
-
-
-def computable_mixtures(model: nn.Module) -> AbstractContextManager[None]:
-    """Let mixtures of transformers run while the block does by the kernel whose shapes torch tells.
-
-    Those of ``grouped_mm`` it tells in bfloat16 alone, and ``eager`` looks at where tokens are
-    sent.
-    """
-    return _by_kernels(model, {"eager": "batched_mm", "grouped_mm": "batched_mm"})
-
-
 @contextmanager
-def _by_kernels(model: nn.Module, instead: Mapping[str, str]) -> Iterator[None]:
+def followed_mixtures(model: nn.Module, kernel: str = "grouped_mm") -> Iterator[None]:
+    """Let mixtures of transformers run while the block does by a kernel that can be traced."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     with ExitStack() as undo:
         for config in configs.values():
-            kernel = str(getattr(config, "_experts_implementation", None))
-            if kernel in instead:
-                undo.callback(setattr, config, "_experts_implementation", kernel)
-                setattr(config, "_experts_implementation", instead[kernel])  # noqa: B010
+            before = str(getattr(config, "_experts_implementation", None))
+            if before in _KERNELS:
+                undo.callback(setattr, config, "_experts_implementation", before)
+                setattr(config, "_experts_implementation", kernel)  # noqa: B010
         yield
+
+
+_KERNELS = {"eager", "batched_mm", "grouped_mm"}
+
+computable_mixtures = partial(followed_mixtures, kernel="batched_mm")
+"""The same by the kernel whose shapes torch tells in every number format.
+
+Those of ``grouped_mm`` it tells in bfloat16 alone, and ``eager`` looks at where tokens are sent."""
 
 
 def record_layers(model: nn.Module) -> None:

@@ -29,9 +29,15 @@ def known_output(result: Any) -> tuple[str, Tensor | None]:
 
 
 def outputs_by_name(result: Any) -> dict[str, Tensor]:
-    """Return the real numbers that a model returns; where one is called `logits`, that alone."""
+    """Return the real numbers that a model returns; where one is called `logits`, that alone.
+
+    A single number counts only if nothing else does.
+    """
     named = named_logits(result)
-    return named_fractions(result) if named is None else {LOGITS: named}
+    if named is not None:
+        return {LOGITS: named}
+    found = {name: one for name, one in named_outputs(result) if one.is_floating_point()}
+    return {name: one for name, one in found.items() if one.ndim} or found
 
 
 def reads_sequences(inputs: Iterable[Tensor]) -> bool:
@@ -66,12 +72,6 @@ def named_outputs(result: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
         members = result.items() if isinstance(result, Mapping) else zip(names, result, strict=True)
         for name, member in members:
             yield from named_outputs(member, f"{place}.{name}" if place else str(name))
-
-
-def named_fractions(result: Any) -> dict[str, Tensor]:
-    """Return the real numbers that a model returned; a single one counts only if none else does."""
-    found = {name: one for name, one in named_outputs(result) if one.is_floating_point()}
-    return {name: one for name, one in found.items() if one.ndim} or found
 
 
 def as_logits(table: Tensor, probabilities: bool | None = None) -> Tensor:

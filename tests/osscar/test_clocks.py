@@ -16,7 +16,7 @@ import graph
 import osscar
 from graph import Size
 from osscar.allocation import clocks, speedup
-from osscar.allocation.clocks import InTorch, clock_of, operator_models
+from osscar.allocation.clocks import InTorch, clock_of, operator_models, random_like
 from osscar.allocation.task import PruningTask
 from osscar.network.modules import tensors_in
 from osscar.network.onnx_runtime import session_of
@@ -187,7 +187,7 @@ def test_an_operator_is_the_same_in_onnx_and_one_that_cannot_be_written_is_left_
         models = [first, *operator_models(calls[1:])]
         assert none is None
         for (operator, _), model in zip(calls, models, strict=True):
-            inputs = {name: one.random() for name, one in model.inputs.items()}
+            inputs = {name: random_like(one) for name, one in model.inputs.items()}
             session = session_of(model.with_weights(inputs), 1)
             names = {one.name for one in session.get_inputs()}
             assert names == model.inputs.keys() - model.weights
