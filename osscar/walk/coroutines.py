@@ -9,7 +9,6 @@ run.  Both are taken off when a pass is suspended and put back when it goes on.
 from __future__ import annotations
 
 import contextvars
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -73,8 +72,6 @@ class Coroutine(greenlet):
         self.arrived: Arrival | None = None
         self.reached = -1
         """The watched call at which it stands, counted from 0."""
-        self.read: dict[int, weakref.ref[Tensor]] = {}
-        """The inputs of some of the calls."""
         self._scratch = scratch
         self._resume: Callable[[], None] = lambda: None
         self._ending = False

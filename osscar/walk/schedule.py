@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from graph import CouplingGroup
@@ -18,15 +18,10 @@ from graph.tracing.preserve import caches_kept, preserved
 from osscar.base.errors import ModelError
 from osscar.base.memory import attempt
 from osscar.consumers.layers import reads
-from osscar.consumers.products import Taken
 from osscar.data.reader import Batch
 from osscar.network.model_state import ModelState, PassState
 from osscar.network.modules import forward
 from osscar.preparation.failures import failures_named
-from osscar.routing.routed import Routed
-
-Call: TypeAlias = tuple[str, tuple[int, int]]
-"""The name of a module, and what identifies the tensor that it reads, until that is written to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +34,6 @@ class Schedule:
     """By group, at which of the calls it is measured."""
     rounds: tuple[tuple[CouplingGroup, ...], ...]
     """The groups that are measured together, in the order in which they are first read."""
-    same_tensor: Mapping[int, int]
-    """Of calls that read one tensor, of which the first alone is measured, that call."""
     in_turn: bool
     """Whether each group is committed before the next is measured."""
 
@@ -49,35 +42,27 @@ class Schedule:
         cls,
         groups: Sequence[CouplingGroup],
         consumers: Mapping[str, Collection[str]],
-        calls: Sequence[Call],
+        calls: Sequence[str],
         *,
         in_turn: bool,
-        outputs: bool,
     ) -> Schedule:
         """Order the groups, given the modules that read each, and the calls of one batch.
 
-        Where outputs of consumers are not needed, one call of several that read the same tensor is
-        enough.  A `ModelError` is raised if a consumer is never called.
+        A `ModelError` is raised if a consumer is never called.
         """
-        called = {name for name, _ in calls}
         for name in itertools.chain(*consumers.values()):
-            if name not in called:
+            if name not in calls:
                 raise ModelError(
                     f"{name!r} was never called on the calibration data, so that it "
                     "cannot be refitted; give inputs that reach it"
                 )
-        measured: dict[str, tuple[int, ...]] = {}
-        same_tensor: dict[int, int] = {}
-        for group in groups:
-            own = [i for i, (name, _) in enumerate(calls) if name in consumers[group.name]]
-            names, tensors = ({calls[i][part] for i in own} for part in (0, 1))
-            if not outputs and len(names) == len(own) > 1 and len(tensors) == 1:
-                same_tensor.update(dict.fromkeys(own, own[0]))
-                own = own[:1]
-            measured[group.name] = tuple(own)
+        measured = {
+            group.name: tuple(i for i, name in enumerate(calls) if name in consumers[group.name])
+            for group in groups
+        }
         order = tuple(sorted(groups, key=lambda group: measured[group.name][0]))
         rounds = tuple((group,) for group in order) if in_turn else (order,)
-        return cls(tuple(name for name, _ in calls), measured, rounds, same_tensor, in_turn)
+        return cls(tuple(calls), measured, rounds, in_turn)
 
     @cached_property
     def passes(self) -> tuple[tuple[int, int], ...]:
@@ -98,13 +83,10 @@ class Schedule:
         return self.passes[-1][0] > index
 
 
-_Seen: TypeAlias = tuple[str, Tensor | Taken, int]
-
-
 def learned_calls(
     model: nn.Module, example: Batch, batch: Batch, names: Collection[str]
-) -> tuple[list[Call], PassState]:
-    """Return the calls of some modules in a pass of a batch, and what passes write on modules."""
+) -> tuple[list[str], PassState]:
+    """Return which of some modules a batch calls, in order, and what passes write on modules."""
     first = ModelState(model)
     with first.watching():
         _called(model, example, names)
@@ -113,10 +95,10 @@ def learned_calls(
     with state.watching(), preserved(model):
         seen = _called_on_shapes(model, batch, names)
     state.put_back()
-    return [(name, (id(x), version)) for name, x, version in seen], state.passing()
+    return seen, state.passing()
 
 
-def _called_on_shapes(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:
+def _called_on_shapes(model: nn.Module, batch: Batch, names: Collection[str]) -> list[str]:
     """Return the calls on a batch of this shape, computing nothing where that is possible."""
     with failures_named(model, 0):
         with (
@@ -128,17 +110,11 @@ def _called_on_shapes(model: nn.Module, batch: Batch, names: Collection[str]) ->
         return _called(model, batch, names)
 
 
-def _called(model: nn.Module, batch: Batch, names: Collection[str]) -> list[_Seen]:
-    """Return each call with the tensor that it reads, and how often that was written to."""
-    calls: list[_Seen] = []
+def _called(model: nn.Module, batch: Batch, names: Collection[str]) -> list[str]:
+    calls: list[str] = []
 
-    def see(name: str, argument: Any) -> None:
-        if isinstance(argument, Taken):  # what a product reads, no other call does
-            calls.append((name, argument, 0))
-            return
-        x = argument.hidden if isinstance(argument, Routed) else argument
-        # Writes to tensors of inference mode are not counted: no two of these are the same.
-        calls.append((name, x, -len(calls) - 1 if x.is_inference() else x._version))
+    def see(name: str, _: Any) -> None:
+        calls.append(name)
 
     with torch.no_grad(), reads(model, names, see):
         forward(model, batch)

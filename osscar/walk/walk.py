@@ -6,15 +6,13 @@ and commits the refitted weights, and the batches go on *through the new weights
 
 A coroutine cannot go back.  Where a group is read in several calls, the batches have passed the
 first of them, through the old weights, when the last is reached.  They then start again: one more
-pass for each such group.  If all its consumers read one tensor, as a block and its shortcut do, the
-group is solved at the first of them, and none is needed.
+pass for each such group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -145,7 +143,7 @@ class Walk:
         faster = (dense or rough) and prepared.bfloat16
         self._pass = forward_in_bfloat16 if rough and faster else forward
         self._dense_pass = forward_in_bfloat16 if faster else forward
-        self.schedule = Schedule.of(groups, names, calls, in_turn=in_turn, outputs=dense)
+        self.schedule = Schedule.of(groups, names, calls, in_turn=in_turn)
         self._runs: list[Coroutine] = []
         self._dense: list[Coroutine] = []
         # Where several groups share a consumer, the first that was committed found it dense.
@@ -206,8 +204,8 @@ class Walk:
             for group in here:
                 if group.name not in grams:
                     grams[group.name] = self._empty_sums(group)
-                once, name = len(calls[group.name]) == 1, self.schedule.calls[call]
-                read += [g for g in grams[group.name] if once or g.linear_map.name == name]
+                name = self.schedule.calls[call]
+                read += [gram for gram in grams[group.name] if gram.linear_map.name == name]
             self._measure(call, read)
             for group in here:
                 if call != calls[group.name][-1]:
@@ -286,23 +284,8 @@ class Walk:
                     f"calibration batch {run.index} {way}: which layers run depends on the data or "
                     "on an earlier pass; give batches that run the same layers"
                 )
-            self._check_same_tensor(run, arrival)
         assert run.arrived is not None
         return run.arrived
-
-    def _check_same_tensor(self, run: Coroutine, arrival: Arrival) -> None:
-        """Refuse a batch whose calls read other tensors than those that calls were learned on."""
-        first = self.schedule.same_tensor.get(run.reached)
-        if first is None:
-            return
-        if first == run.reached:
-            run.read[first] = weakref.ref(arrival.x)
-        elif run.read[first]() is not arrival.x:
-            raise DataError(
-                f"calibration batch {run.index} calls {arrival.module!r} with another tensor than "
-                f"{self.schedule.calls[first]!r}, which read the same one on other data; give "
-                "batches that run alike"
-            )
 
     def _end(self) -> None:
         """End all passes; the next group starts new ones."""
