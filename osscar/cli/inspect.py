@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from graph import UnitKind
+from osscar.allocation.costs import Cost, count
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import OptionError
 from osscar.base.files import write_bytes
@@ -17,7 +18,6 @@ from osscar.cli.opening import quiet, stated_preprocessing
 from osscar.cli.options import InspectOptions, refuse
 from osscar.data.batches import SAMPLES_AT_ONCE, WINDOWS_AT_ONCE
 from osscar.data.samples import SampleList, TensorSet
-from osscar.evaluation.speed import count_owned
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
@@ -53,6 +53,7 @@ def run(model: str, options: InspectOptions) -> None:
             times = None
             if options.times:  # at the widths that a speed-up may give groups
                 times = ModelTimes.measured(PruningTask(prepared, PruningRequest(speedup=2.0)))
+            cost = count(Cost.PARAMETERS, prepared, prepared.groups)
     shown = [g for g in groups if options.all_groups or g.prunable or g.kind is not UnitKind.OTHER]
     show(groups_table(shown, residual))
     for group in shown:
@@ -63,11 +64,12 @@ def run(model: str, options: InspectOptions) -> None:
     if hidden:
         frozen = pluralize(hidden, "frozen group")
         say(f"{frozen} of inputs, outputs and parts of units {are(hidden)} not shown; use --all")
-    shared = [group for group in groups if group.kind in PRUNED_KINDS and group.units > 1]
-    budgeted = [group for group in shared if group.name not in residual]
-    prunable, total = count_owned(loaded.model, budgeted), count_parameters(loaded.model)
-    streams = [group for group in groups if group.name in residual]
-    beside = count_owned(loaded.model, [*budgeted, *streams]) - prunable
+    free = [g for g in groups if g.prunable and g.units > 1]
+    streams = {g.name: 0 for g in free if g.name in residual}
+    budgeted = {g.name: 0 for g in free if g.kind in PRUNED_KINDS and g.name not in residual}
+    total = count_parameters(loaded.model)
+    prunable, both = (total - int(cost.of(some)) for some in (budgeted, budgeted | streams))
+    beside = both - prunable
     more = f", and another {beside / total:.1%} with residual channels" if beside else ""
     say(f"a budget can prune {prunable / total:.1%} of {total:,} parameters{more}")
     if times is not None:

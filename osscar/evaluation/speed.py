@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graph.groups import CouplingGroup
 from graph.tracing.preserve import without_cache
 from osscar.base.errors import ModelError
 from osscar.base.timing import clock, interleaved
@@ -44,24 +42,6 @@ class Footprint:
 def count_parameter_bytes(model: nn.Module) -> int:
     """Count the bytes of parameters, tied ones once."""
     return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def count_owned(model: nn.Module, groups: Iterable[CouplingGroup]) -> int:
-    """Count the parameters that lie in units of some prunable group, each once."""
-    owned: dict[tuple[str, int], set[int]] = {}
-    for group in groups:
-        for slot in group.slots if group.prunable else ():
-            indices = slot.indices(range(slot.units))
-            owned.setdefault((slot.tensor, slot.dim), set()).update(indices)
-    lists = tuple(f"{name}." for name, _ in owned)  # of modules: slots name no tensor there
-    count = 0
-    for name, parameter in model.named_parameters():
-        if name.startswith(lists):
-            count += parameter.numel()
-            continue
-        outside = [n - len(owned.get((name, dim), ())) for dim, n in enumerate(parameter.shape)]
-        count += parameter.numel() - math.prod(outside)
-    return count
 
 
 def count_disk_bytes(path: str | Path | None) -> int | None:

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -170,8 +170,7 @@ class Training:
         }
         # No weight decay: zero is not where the weights belong.
         self._adam = torch.optim.AdamW(self._finer.values(), weight_decay=0.0, fused=True)
-        # cuDNN's recurrent layers have a backward pass in training mode alone.
-        self._cudnn = not any(map(_is_recurrent, self.model.modules()))
+        self._recurrent = any(map(_is_recurrent, self.model.modules()))
         few = CHECKED[setup.inputs.tokens]
         checked = in_batches(setup.held_out[:few], self.at_once)
         batches = [*checked, *in_batches(setup.held_out[few:], self.at_once)]
@@ -289,7 +288,8 @@ class Training:
         with (
             checkpointing(self.model) if options.checkpointing else nullcontext(),
             torch.autocast(device_of(dense).type, torch.bfloat16, enabled=half),
-            _cudnn(self._cudnn),
+            # cuDNN's recurrent layers have a backward pass in training mode alone.
+            torch.backends.cudnn.flags(enabled=False) if self._recurrent else nullcontext(),
         ):
             with torch.no_grad():
                 due = distance.normalized(distance.outputs(dense, batch))
@@ -341,17 +341,6 @@ def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
     for name, tensor in to.items():
         if tensor is not values[name]:
             tensor.copy_(values[name])
-
-
-@contextmanager
-def _cudnn(enabled: bool) -> Iterator[None]:
-    """Switch cuDNN on or off for a block; torch's `flags` would also reset the user's choices."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = enabled and before
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
 
 
 def _is_recurrent(module: nn.Module) -> bool:
