@@ -45,36 +45,28 @@ def failures_named(
     except OsscarError:
         raise
     except Exception as error:  # the model may be anyone's code
-        found = f"{type(error).__name__}: {error}"
-        if isinstance(data, int):
-            where = f"calibration batch {data}"
-            module = failing_module(error.__traceback__, model) or "the model"
-            if is_shortage(error):
-                raise shortage(error, f"{where} in {module!r}", FOR_BATCHES) from error
-            found = f"{where} fails in {module!r}: {found}; leave it out, or mend the model"
-        elif is_shortage(error):
+        name, kind = failing_module(error.__traceback__, model), type(model).__name__
+        where = f"calibration batch {data} in {name or 'the model'!r}"
+        if is_shortage(error):
+            if isinstance(data, int):
+                raise shortage(error, where, FOR_BATCHES) from error
             raise
-        else:
-            found = "" if is_of_capture(error) else _refusal(model, data, source, error)
         if is_of_capture(error):
             raise ModelError(
-                f"{type(model).__name__} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
+                f"{kind} cannot be measured: {first_lines(error)}. {CAPTURE_HINT}"
             ) from error
-        raise DataError(found) from error
-
-
-def _refusal(model: nn.Module, data: Mapping[str, Tensor], source: str, error: Exception) -> str:
-    """Say on what a model failed, where and how."""
-    forms = ", ".join(f"{name} ({_form(tensor)})" for name, tensor in data.items())
-    name = failing_module(error.__traceback__, model)
-    module = model.get_submodule(name)
-    kind = type(module).__name__ if any(module.children()) else f"{module!r:.80}"
-    place = f" in {name!r} ({kind})" if name else ""
-    return (
-        f"{source}: {type(model).__name__} fails on {forms}{place}: {type(error).__name__}: "
-        f"{first_lines(error).removesuffix('.')}; give data of the form, type and range that it "
-        "reads"
-    )
+        why = f"{type(error).__name__}: {first_lines(error).removesuffix('.')}"
+        if isinstance(data, int):
+            where = f"calibration batch {data} fails in {name or 'the model'!r}"
+            raise DataError(f"{where}: {why}; leave it out, or mend the model") from error
+        forms = ", ".join(f"{argument} ({_form(tensor)})" for argument, tensor in data.items())
+        module = model.get_submodule(name)
+        layer = type(module).__name__ if any(module.children()) else f"{module!r:.80}"
+        place = f" in {name!r} ({layer})" if name else ""
+        raise DataError(
+            f"{source}: {kind} fails on {forms}{place}: {why}; give data of the form, type and "
+            "range that it reads"
+        ) from error
 
 
 def _form(tensor: Tensor) -> str:

@@ -26,7 +26,7 @@ from osscar.consumers.linear_maps import last_matrices, linear_maps, refittable,
 from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
-from osscar.data.reader import Batch, to_model
+from osscar.data.reader import Batch
 from osscar.data.sequences import padded_without_mask
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks, record_layers
@@ -216,11 +216,10 @@ def prepare(
                 f"{padded} of {inputs.samples} samples have padding at an end, which counts, since "
                 "no mask hides it; give attention_mask, too"
             )
-        work = copied(model) if copy else model
+        work = in_evaluation(copied(model) if copy else model)
         forget_cached(work)
         if device is not None:
             work = work.to(device)
-        in_evaluation(work)
         record_layers(work)
         # What a model draws at random is nobody else's matter.
         with (
@@ -298,7 +297,7 @@ def _try_data(model: nn.Module, inputs: ModelInputs, example: Batch, runs: bool)
     batches += inputs.extremes().batches(inputs.batch_size)
     for batch in batches:
         with failures_named(model, batch if inputs.apart else inputs.tensors, inputs.source):
-            call(model, to_model(batch, model))
+            call(model, batch)
 
 
 def _in_bfloat16(prepared: Prepared) -> bool:
