@@ -53,7 +53,7 @@ def test_a_family_is_built_small_by_rule(family: str) -> None:
 
 _SLOW = {
     "torchvision": [
-        *("efficientnet_b0", "googlenet", "regnet_x_400mf", "shufflenet_v2_x0_5", "vit_b_32"),
+        *("efficientnet_b0", "googlenet", "regnet_x_400mf", "shufflenet_v2_x0_5"),
         "ssdlite320_mobilenet_v3_large.backbone",
     ],
     "timm": ["repghostnet_050"],
