@@ -280,7 +280,7 @@ class PruningRequest:
     smallest
         With a quality target: what to make as small as possible, ``params`` (the default),
         ``flops``, ``size`` in bytes, or ``time`` of a forward pass on this device, predicted from
-        its operators and measured at the end.
+        its operators.
     distance
         How outputs are compared with the dense model's, to choose widths: ``nats``, the divergence
         of class scores; ``relative``, the squared error of all outputs divided by their squares; or

@@ -46,7 +46,7 @@ from osscar.run.feasibility import (
 from osscar.run.groups import prune_groups
 from osscar.run.memory import MemoryNeeds, matrix_bytes
 from osscar.run.result import PruningResult
-from osscar.run.run_log import LayerRecord, RunLog, begun
+from osscar.run.run_log import ALLOCATION, LayerRecord, RunLog, begun
 from osscar.shrinking.shrink import Proof, rehearse, shrink
 from osscar.shrinking.shrink_program import shrink_program
 from osscar.walk.batch_norm import DenseStatistics, dense_statistics, renew_statistics
@@ -195,7 +195,7 @@ def widths(run: PreparedRun, task: PruningTask, measuring: Measuring | None = No
     """Allocate what groups keep, unless the log has it."""
     log = run.log
     noted: Allocated | None = task.prepared.ranks.broadcast(
-        "what was allocated", lambda: None if log is None else log.allocation()
+        "what was allocated", lambda: None if log is None else log.read(ALLOCATION, Allocated)
     )
     if noted is not None:
         return noted
@@ -210,7 +210,7 @@ def widths(run: PreparedRun, task: PruningTask, measuring: Measuring | None = No
         also = f"; {in_words(task.skipped)}" if task.skipped else ""
         raise type(error)(f"{error}{also}") from error
     if log is not None:
-        log.note_allocation(found)
+        log.write(ALLOCATION, found)
     return found
 
 

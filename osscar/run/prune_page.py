@@ -44,7 +44,6 @@ from osscar.run.target_search import (
     counted_in_words,
     reported_in_words,
     target_in_words,
-    timed_in_words,
 )
 from osscar.study.page import proofs_in_words
 from osscar.study.records import ProofBasis
@@ -188,7 +187,6 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if target := document.get("target"):
         yield "quality target", target_in_words(target)
         yield "test", reported_in_words(target)
-        yield "timed", timed_in_words(target)
     elif budget is not None:
         yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from pydantic import with_config
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from osscar import __version__
 from osscar.allocation.costs import CountedCost
-from osscar.allocation.limits import Allocated
 from osscar.allocation.times import Table
 from osscar.base.json_files import STRICT
 from osscar.data.batches import ModelInputs
@@ -36,10 +35,8 @@ from osscar.request import PruningRequest
 from osscar.run.target_search import Attempt
 from osscar.walk.layer_report import LayerReport
 
-T = TypeVar("T")
-
-_ALLOCATION, _ATTEMPTS = "allocation.safetensors", "attempts.safetensors"
-_TIMES = "times.safetensors"
+ALLOCATION, ATTEMPTS, TIMES = "allocation.json", "attempts.json", "times.json"
+"""What a run has decided, so that one that goes on decides nothing anew."""
 
 
 def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs) -> JournalManifest:
@@ -66,7 +63,7 @@ class LayerRecord:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
-class _Attempts:
+class Attempts:
     """The sizes that were tried to reach a target."""
 
     attempts: tuple[Attempt, ...]
@@ -74,13 +71,26 @@ class _Attempts:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
-class _Times:
+class Times:
     """Tables of times (`osscar.allocation.times`): names, grids and seconds of each."""
 
     fixed: float
     units: dict[str, int]
     assumed: str
     tables: tuple[tuple[tuple[str, ...], list[list[int]], list[Any]], ...]
+
+    @classmethod
+    def from_cost(cls, cost: CountedCost) -> Times:
+        """Write tables as lists."""
+        tables = (one for one in cost.terms if isinstance(one, Table))
+        each = ((t.names, [g.tolist() for g in t.grids], t.seconds.tolist()) for t in tables)
+        return cls(cost.fixed, dict(cost.units), cost.assumed, tuple(each))
+
+    @property
+    def cost(self) -> CountedCost:
+        """The same as a cost."""
+        terms = (Table(n, tuple(map(np.array, g)), np.array(s)) for n, g, s in self.tables)
+        return CountedCost(self.fixed, tuple(terms), self.units, self.assumed)
 
 
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
@@ -94,7 +104,7 @@ class RunLog(Journal):
     done_files = (_GROUPS, f"attempt-[1-9]/{_GROUPS}")
     other_files = (
         *("attempt-[1-9]/recovery/*", "attempt-[1-9]/recovery", "attempt-[1-9]/*", "attempt-[1-9]"),
-        *(_ATTEMPTS, _ALLOCATION, _TIMES),
+        *(ATTEMPTS, ALLOCATION, TIMES),
     )
     otherwise = "start over with --restart"
 
@@ -105,45 +115,9 @@ class RunLog(Journal):
             self.begin(manifest)
             yield tuple(self._read(index) for index in range(self.committed))
 
-    def allocation(self) -> Allocated | None:
-        """Return what groups keep; None if the run has not decided it yet."""
-        return self._noted(_ALLOCATION, Allocated)
-
-    def note_allocation(self, allocated: Allocated) -> None:
-        """Keep what was decided, so that a run that goes on decides nothing anew."""
-        write_record(self.directory / _ALLOCATION, allocated, {})
-
     def attempt(self, number: int) -> RunLog:
         """Return the log of one attempt of a run with a quality target, from 1 on."""
         return RunLog(self.directory / f"attempt-{number}")
-
-    def attempts(self) -> tuple[Attempt, ...]:
-        """Return the attempts that are done and measured."""
-        found = self._noted(_ATTEMPTS, _Attempts)
-        return () if found is None else found.attempts
-
-    def note_attempts(self, attempts: Sequence[Attempt]) -> None:
-        """Keep what was measured, so that a run that goes on tries the same sizes."""
-        write_record(self.directory / _ATTEMPTS, _Attempts(tuple(attempts)), {})
-
-    def times(self) -> CountedCost | None:
-        """Return the times by which sizes are asked for; None if nothing was timed yet."""
-        found = self._noted(_TIMES, _Times)
-        if found is None:
-            return None
-        terms = (Table(n, tuple(map(np.array, g)), np.array(s)) for n, g, s in found.tables)
-        return CountedCost(found.fixed, tuple(terms), found.units, found.assumed)
-
-    def note_times(self, times: CountedCost) -> None:
-        """Keep what was timed, so that a run that goes on asks for the same sizes."""
-        tables = (one for one in times.terms if isinstance(one, Table))
-        each = ((t.names, [g.tolist() for g in t.grids], t.seconds.tolist()) for t in tables)
-        noted = _Times(times.fixed, dict(times.units), times.assumed, tuple(each))
-        write_record(self.directory / _TIMES, noted, {})
-
-    def _noted(self, name: str, schema: type[T]) -> T | None:
-        path = self.directory / name
-        return read_record(path, schema)[0] if path.exists() else None
 
     @property
     def committed(self) -> int:

@@ -9,8 +9,7 @@ good (`osscar.run.target_search`), and has no say in what is tried, or in which 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,17 +17,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from graph.tracing.preserve import without_cache
-from osscar.allocation.clocks import Clock, clock_of
-from osscar.allocation.costs import Cost, CountedCost, count
-from osscar.allocation.limits import COUNTED, Budget, allowances
+from osscar.allocation.clocks import clock_of
+from osscar.allocation.costs import CountedCost, count
+from osscar.allocation.limits import COUNTED, Allocated, Budget, allowances
 from osscar.allocation.measured import known_curves, measured_curves
 from osscar.allocation.search import Search
-from osscar.allocation.speedup import time_against
 from osscar.allocation.task import PruningTask
 from osscar.allocation.times import as_shares, time_operators
-from osscar.base.errors import DataError, NonFiniteError, RequestError, first_line
-from osscar.base.memory import attempt as attempted
+from osscar.base.errors import DataError, NonFiniteError, RequestError
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.batches import as_inputs
@@ -45,13 +41,12 @@ from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
 from osscar.run.result import PruningResult
-from osscar.run.run_log import RunLog, begun
+from osscar.run.run_log import ALLOCATION, ATTEMPTS, TIMES, Attempts, RunLog, Times, begun
 from osscar.run.target_search import (
     SURE,
     Attempt,
     Frontier,
     TargetReport,
-    WholeTime,
     next_limit,
     samples_needed,
 )
@@ -110,9 +105,6 @@ def prune_to_target(
         )
         search = _Search(target, prepared, searched, tested, part, recover)
         (pruned, recovery), report = search.smallest()
-        found = pruned.model if recovery is None else recovery.model
-        if report.cost is Cost.TIME:
-            report = search.timed_whole(report, found)
         with timed(Stage.PRUNED):
             likeness = tested.reference.likeness(pruned.model)
     seconds = time.perf_counter() - start
@@ -120,7 +112,7 @@ def prune_to_target(
     scores, same = measure == "nats", measure == pruned.distance.measure
     result = replace(
         pruned,
-        model=found,
+        model=pruned.model if recovery is None else recovery.model,
         target=report,
         distance=pruned.distance.measured(likeness.distance if same else None),
         divergence=likeness.distance if scores else None,
@@ -194,26 +186,22 @@ class _Search:
         if self._kind is BudgetKind.SPEEDUP:
             times = ranks.broadcast("times of operators", self._times)
             self.prepared = replace(self.prepared, task=replace(self.task, times=times))
-        self.attempts += ranks.broadcast("attempts", lambda: () if log is None else log.attempts())
-        budget, passed = self._known_budget(), dict[int, Made]()
+        self.attempts += ranks.broadcast("attempts", self._known_attempts)
+        budget, best = self._known_budget(), dict[int | None, Made | None]()
 
         def following() -> float | None:
             return next_limit(self._frontier(budget), self.attempts, self.target)
 
         while (limit := ranks.broadcast("the next size", following)) is not None:
-            number = len(self.attempts) + 1
-            made, attempt = self._attempt(number, limit, budget)
+            at = len(self.attempts)
+            made, attempt = self._attempt(at + 1, limit, budget)
             self.attempts.append(attempt)
             if log is not None:
-                log.note_attempts(self.attempts)
+                log.write(ATTEMPTS, Attempts(tuple(self.attempts)))
             report = self._report(budget)
-            self.prepared.tell(f"attempt {number}: {report.searched_in_words(attempt)}")
-            if made is None:
-                continue
-            budget = made[0].budget or budget
-            if attempt.passes(self.target.most):
-                passed[number - 1] = made
-            passed = {at: one for at, one in passed.items() if at == report.chosen}
+            self.prepared.tell(f"attempt {at + 1}: {report.searched_in_words(attempt)}")
+            budget = (made and made[0].budget) or budget
+            best = {n: one for n, one in {**best, at: made}.items() if n == report.chosen}
         report = self._report(budget)
         for line in report.tests_in_words():
             self.prepared.tell(line)
@@ -221,36 +209,30 @@ class _Search:
             if log is not None:
                 log.remove()  # it is of no use to another target
             raise self._failure(report)
-        best = passed.get(report.chosen)
-        if best is None:  # as what was chosen meanwhile has failed, or by a run that was killed
-            best = self._made(report.chosen + 1, self.attempts[report.chosen].limit, budget)
-        return best, report
+        found = best.get(report.chosen)  # unless what was chosen since failed, or a run was killed
+        return found or self._made(
+            report.chosen + 1, self.attempts[report.chosen].limit, budget
+        ), report
 
     def _attempt(self, number: int, limit: float, budget: Budget) -> tuple[Made | None, Attempt]:
         """Make a model, and measure it; a size whose model or outputs overflow has no measure."""
         ranks = self.task.prepared.ranks
         try:
-            with ranks.alike("the model of an attempt"):
+            with ranks.alike("an attempt"):
                 made = pruned, recovery = self._made(number, limit, budget)
+                model = pruned.model if recovery is None else recovery.model
+                lost = ranks.broadcast("its quality", partial(self._measured, model))
         except NonFiniteError:
-            return None, Attempt(limit, limit, None)
-        model = pruned.model if recovery is None else recovery.model
-        measured, tested = ranks.broadcast("an attempt", partial(self._measured, model))
-        if measured is None:
             return None, Attempt(limit, limit, None)
         assert pruned.budget is not None
-        reached = pruned.budget.of(self._kind).reached
-        return made, Attempt(limit, reached, measured, tested)
+        return made, Attempt(limit, pruned.budget.of(self._kind).reached, *lost)
 
     @timed(Stage.PRUNED)
-    def _measured(self, model: nn.Module) -> tuple[Bounded | None, Bounded | None]:
+    def _measured(self, model: nn.Module) -> tuple[Bounded, Bounded | None]:
         """Measure a model on the samples of the search, and where it is good on those of tests."""
-        try:
-            measured = self.searched.measure(model)
-            good = measured.bound <= self.target.most
-            return measured, self.tested.measure(model) if good else None
-        except NonFiniteError:
-            return None, None
+        measured = self.searched.measure(model)
+        good = measured.bound <= self.target.most
+        return measured, self.tested.measure(model) if good else None
 
     def _failure(self, report: TargetReport) -> RequestError:
         """Say that no model is within the target, which is nearest, and what would help."""
@@ -271,8 +253,9 @@ class _Search:
 
     def _report(self, budget: Budget) -> TargetReport:
         target, limit = self.target, budget.of(self._kind)
-        sizes = limit.cost, limit.dense, tuple(self.attempts)
-        return TargetReport(target.kind, target.most, budget.measure, *sizes)
+        return TargetReport(
+            target.kind, target.most, budget.measure, limit.cost, limit.dense, tuple(self.attempts)
+        )
 
     @property
     def _kind(self) -> BudgetKind:
@@ -330,83 +313,61 @@ class _Search:
         asked: dict[str, Any] = dict.fromkeys([*TargetKind, "smallest"])
         return replace(self.task.request, **{**asked, self._kind: value})
 
-    # ---- times ---------------------------------------------------------------------------
-
-    @cached_property
-    def _clock(self) -> Clock:
-        """What times operators and the chosen model, on the first rank."""
-        return clock_of(self.task)
-
     @timed(Stage.ALLOCATION)
     def _times(self) -> CountedCost:
         """Return shares of the dense model's time by widths: those of the log, if it has any."""
-        task, log, clock = self.task, self.prepared.log, self._clock
-        noted = None if log is None else log.times()
+        task, log = self.task, self.prepared.log
+        noted = None if log is None else log.read(TIMES, Times)
         if noted is not None:
-            return noted
-        times = as_shares(time_operators(task, clock))
+            return noted.cost
+        times = as_shares(time_operators(task, clock_of(task)))
         if task.shared and not times.of({**task.keep, **task.least}) < times.of(task.keep):
             raise RequestError(
                 "smallest is time, and by the times of its operators the model is no faster with "
                 f"fewer units; give {task.request.instead_of_time('flops')}"
             )
         if log is not None:
-            log.note_times(times)
+            log.write(TIMES, Times.from_cost(times))
         return times
 
-    @timed(Stage.FORWARD)
-    def timed_whole(self, report: TargetReport, model: nn.Module) -> TargetReport:
-        """Time the chosen model beside the dense one."""
-        assert report.chosen is not None
-        expected = report.dense / report.attempts[report.chosen].reached
+    # ---- what the log has, and makes ---------------------------------------------------------
 
-        def measured() -> WholeTime:
-            clock = self._clock
-            # Without keys and values, as the dense model; and no figure of a report is worth a run.
-            with without_cache(model), attempted() as tried:
-                found = time_against(clock.dense, clock.timer(model), expected)
-                return WholeTime(clock.described, expected, found.speedup, found.error)
-            return WholeTime(clock.described, expected, unknown=first_line(tried.error))
-
-        whole = self.task.prepared.ranks.broadcast("the time of the model", measured)
-        return replace(report, timed=whole)
-
-    # ---- sizes ---------------------------------------------------------------------------
+    def _known_attempts(self) -> tuple[Attempt, ...]:
+        """Return the attempts of the log, on the first rank."""
+        log = self.prepared.log
+        known = None if log is None else log.read(ATTEMPTS, Attempts)
+        return () if known is None else known.attempts
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last attempt; before the first one, measure the curves."""
-        for at in reversed(range(len(self.attempts))):
-            if self.attempts[at].measured is not None:  # or it may have none
-                with self._begun(at + 1, self.attempts[at].limit) as (attempt, request):
-                    return _shared_out(attempt, request)
-        others = self.task.keep
-        most = self._cost.of(others)
-        limit = most - _FIRST * (most - self._cost.of({**others, **self.task.least}))
-        return _shared_out(self.prepared, self._request(min(limit, self._largest)))
+        log = self.prepared.log
+        done = [number for number, one in enumerate(self.attempts, 1) if one.measured is not None]
+        if done:  # which a log has
+            last = self.task.prepared.ranks.broadcast(
+                "the last budget",
+                lambda: None if log is None else log.attempt(done[-1]).read(ALLOCATION, Allocated),
+            )
+        else:
+            others = self.task.keep
+            most = self._cost.of(others)
+            limit = most - _FIRST * (most - self._cost.of({**others, **self.task.least}))
+            request = self._request(min(limit, self._largest))
+            quiet = replace(self.prepared, tell=lambda line: None)  # nothing is pruned
+            last = widths(quiet, replace(self.task, request=request))
+        assert last is not None
+        assert last.budget is not None  # or the request would have been refused
+        return last.budget
 
     def _made(self, number: int, limit: float, before: Budget) -> Made:
         """Make the model of an attempt; groups that its log has are not solved again."""
-        with self._begun(number, limit) as (attempt, request):
+        prepared, request = self.prepared, self._request(limit)
+        log = None if prepared.log is None else prepared.log.attempt(number)
+
+        def tell(line: str) -> None:
+            prepared.tell(f"attempt {number}: {line}")
+
+        with begun(log, self.task.prepared, request) as committed:
+            attempt = replace(prepared, log=log, committed=committed, tell=tell)
             measuring = partial(measured_curves, before=before)
             pruned = prune_prepared(attempt, request, measuring=measuring)
         return pruned, self.recover and self.recover(pruned, self.data, number)
-
-    @contextmanager
-    def _begun(self, number: int, limit: float) -> Iterator[tuple[PreparedRun, PruningRequest]]:
-        """Begin an attempt, or go on with one, in a log of its own; yield it with its request."""
-        prepared, request = self.prepared, self._request(limit)
-        log = None if prepared.log is None else prepared.log.attempt(number)
-        with begun(log, self.task.prepared, request) as committed:
-
-            def tell(line: str) -> None:
-                prepared.tell(f"attempt {number}: {line}")
-
-            yield replace(prepared, log=log, committed=committed, tell=tell), request
-
-
-def _shared_out(prepared: PreparedRun, request: PruningRequest) -> Budget:
-    """Return the budget of a request; nothing is pruned, and nothing is told."""
-    quiet = replace(prepared, tell=lambda line: None)
-    found = widths(quiet, replace(prepared.task, request=request)).budget
-    assert found is not None  # or the request would have been refused
-    return found

@@ -99,24 +99,6 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class WholeTime:
-    """How many times as fast as the dense model one is, timed as a whole beside it.
-
-    speedup: As timed; None where the times are too noisy.
-    error: That of `speedup`, relative.
-    unknown: Why `speedup` is None.
-    """
-
-    what: str
-    """What was timed, and where."""
-    expected: float
-    """How fast it is by the times of its operators."""
-    speedup: float | None = None
-    error: float | None = None
-    unknown: str = ""
-
-
-@dataclass(frozen=True)
 class TargetReport:
     """The sizes that were tried for a quality target, and which of them was chosen."""
 
@@ -131,23 +113,17 @@ class TargetReport:
     dense: float
     """The size of the dense model."""
     attempts: tuple[Attempt, ...]
-    timed: WholeTime | None = None
-    """Of what was chosen, where the time is what was to be small."""
-
-    @cached_property
-    def candidates(self) -> tuple[int, ...]:
-        """The attempts that the search holds for good, in the order of tests: the largest first."""
-        good = [at for at, one in enumerate(self.attempts) if one.good(self.most)]
-        return tuple(sorted(good, key=lambda at: -self.attempts[at].reached))
 
     @cached_property
     def tests(self) -> tuple[tuple[int, bool], ...]:
-        """The attempts that were tested, in order, and whether each passed; only the last fails."""
+        """The attempts that were tested, and whether each passed; only the last fails.
+
+        They are those that the search holds for good, the largest first.
+        """
         found = list[tuple[int, bool]]()
-        for at in self.candidates:
-            found.append((at, self.attempts[at].passes(self.most)))
-            if not found[-1][1]:
-                break
+        for at, one in sorted(enumerate(self.attempts), key=lambda named: -named[1].reached):
+            if one.good(self.most) and all(passed for _, passed in found):
+                found.append((at, one.passes(self.most)))
         return tuple(found)
 
     @property
@@ -228,17 +204,6 @@ def target_in_words(target: Mapping[str, Any]) -> str:
         f"at most {most}; the {best} model that passed its test, of "
         f"{pluralize(attempts, 'attempt')}, {has} {kept} of {counted_in_words(target['cost'])}"
     )
-
-
-def timed_in_words(target: Mapping[str, Any]) -> str:
-    """Return how fast the chosen model was as a whole; nothing where sizes are no times."""
-    if target["timed"] is None:
-        return ""
-    timed = WholeTime(**target["timed"])
-    found = f"the speed of the whole model is not known ({timed.unknown})"
-    if timed.speedup is not None and timed.error is not None:
-        found = f"{timed.speedup:.2f} times as fast as the dense model, known to {timed.error:.1%}"
-    return f"{found}; {timed.expected:.2f} by the times of its operators: {timed.what}"
 
 
 def reported_in_words(target: Mapping[str, Any]) -> str:
