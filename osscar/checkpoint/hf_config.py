@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from graph.groups import UnitKind
 from osscar.checkpoint import modeling_pruned
 from osscar.proof.lineage import lineage_of, note
-from osscar.proof.plan import GroupPlan, PruningPlan, combined_groups
+from osscar.proof.plan import PruningPlan, combined_groups
 from osscar.shrinking.slice import counts
 
 _HEAD_FIELDS = ("num_attention_heads", "num_key_value_heads")
@@ -132,61 +132,41 @@ def adopt_config(model: PreTrainedModel) -> None:
 
 
 def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any] | None:
-    """Return the new values of config fields, or None if layers differ."""
-    changes: dict[str, Any] = {}
-    for plan in plans:
-        heads = [group for group in plan.groups if group.kind is UnitKind.HEADS]
-        neurons = [group for group in plan.groups if group.kind is UnitKind.NEURONS]
-        routed = [group for group in plan.groups if group.kind.routed]
-        if len(heads) + len(neurons) + len(routed) < len(plan.groups):
+    """Return the new values of config fields, or None if layers that were alike no longer are."""
+    kept: dict[tuple[UnitKind, int], int] = {}
+    groups, changes = combined_groups(plans), dict[str, Any]()
+    for group in groups:
+        if kept.setdefault((group.kind, group.units), len(group.kept)) != len(group.kept):
             return None
-        shares = {Fraction(len(group.kept), group.units) for group in heads}
-        if len(shares) > 1 or not _change_widths(config, neurons, changes):
-            return None
-        for share in shares:
-            if not _change_heads(config, share, changes):
-                return None
-    routed = [group for group in combined_groups(plans) if group.kind.routed]
-    if len({(group.units, len(group.kept)) for group in routed}) > 1:
+    shares = {Fraction(of, units) for (kind, units), of in kept.items() if kind is UnitKind.HEADS}
+    widths = {units: of for (kind, units), of in kept.items() if kind is UnitKind.NEURONS}
+    others = [group for group in groups if group.kind not in (UnitKind.HEADS, UnitKind.NEURONS)]
+    if len(shares) > 1 or not all(group.kind.routed for group in others):
         return None
-    for group in routed[:1]:
+    for group in others[:1]:
         changes |= counts(config.to_dict(), group)
-    return changes
-
-
-def _change_heads(config: Any, share: Fraction, changes: dict[str, Any]) -> bool:
-    """Note the new head counts; False if the config has no single count and width."""
-    if _PER_LAYER in config.to_dict():  # whose layers have head fields of their own
-        return False
-    heads, hidden = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
-    if not isinstance(heads, int) or not isinstance(hidden, int):
-        return False
-    for name in _HEAD_FIELDS:
-        old = changes.get(name, getattr(config, name, None))
-        # One key-value head that all query heads share is never cut.
-        if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
-            changes[name] = int(old * share)
-    # Where it is a property, the family derives it, and no config can express fewer heads.
-    if not isinstance(getattr(type(config), "head_dim", None), property):
-        changes["head_dim"] = getattr(config, "head_dim", None) or hidden // heads
-    return True
-
-
-def _change_widths(config: Any, neurons: Sequence[GroupPlan], changes: dict[str, Any]) -> bool:
-    """Note the new widths; False if groups that were of one width no longer are."""
-    widths: dict[int, int] = {}
-    for group in neurons:
-        if widths.setdefault(group.units, len(group.kept)) != len(group.kept):
-            return False
     for name in _WIDTH_FIELDS:
-        old = changes.get(name, getattr(config, name, None))
+        old = getattr(config, name, None)
         if isinstance(old, list):  # a width for each layer
             changes[name] = [widths.get(width, width) for width in old]
         elif old in widths:
             changes[name] = widths[old]
     if len(widths) == 1 and getattr(config, "n_inner", 0) is None:
         (changes["n_inner"],) = widths.values()  # GPT-2 derives its width where none is given
-    return True
+    for share in shares:
+        heads, hidden = (getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
+        alone = _PER_LAYER in config.to_dict()  # whose layers have head fields of their own
+        if alone or not isinstance(heads, int) or not isinstance(hidden, int):
+            return None
+        for name in _HEAD_FIELDS:
+            old = getattr(config, name, None)
+            # One key-value head that all query heads share is never cut.
+            if isinstance(old, int) and not (name == "num_key_value_heads" and old == 1):
+                changes[name] = int(old * share)
+        # Where it is a property, the family derives it, and no config can express fewer heads.
+        if not isinstance(getattr(type(config), "head_dim", None), property):
+            changes["head_dim"] = getattr(config, "head_dim", None) or hidden // heads
+    return changes
 
 
 # ---- any shape ---------------------------------------------------------------------------

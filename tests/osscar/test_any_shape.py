@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ import osscar
 from osscar.checkpoint import directory as checkpoint
 from osscar.checkpoint import hf_config, modeling_pruned
 from osscar.checkpoint.files import read_manifest
-from osscar.checkpoint.hf_config import MODELLING_FILE, _change_widths
+from osscar.checkpoint.hf_config import MODELLING_FILE, _config_changes
 from osscar.checkpoint.streamed import read_streamed
 from osscar.offload.places import WeightCache
 from osscar.proof.plan import GroupPlan, PruningPlan
@@ -169,6 +170,11 @@ def test_nothing_but_whole_numbers_that_are_there_is_changed():
     modeling_pruned.resize(model, {"tensors": {}, "numbers": {path: numbers}})
     assert (module.layer_idx, module.config.hidden_size) == (7, 5)
     assert model.config.hidden_size != 5
+    for tensor, refused in (("self_attn.q_proj", True), ("mlp.up_proj", False)):
+        shapes = {"tensors": {f"model.layers.0.{tensor}.weight": [4, 4]}}
+        config = SimpleNamespace(_attn_implementation="vllm", osscar_shapes=shapes)
+        with pytest.raises(ValueError, match="has lost heads") if refused else nullcontext():
+            modeling_pruned.refuse_one_count(model, config)
 
 
 def test_where_transformers_would_compute_something_else_there_is_a_plan_alone(
@@ -217,6 +223,5 @@ def test_a_config_may_say_a_width_for_each_layer():
     config = SimpleNamespace(intermediate_size=[40, 40, 24])
     kept = (0, 3, 7)
     groups = [GroupPlan(f"{layer}", graph.UnitKind.NEURONS, 40, kept, ()) for layer in (0, 1)]
-    changes = {}
-    assert _change_widths(config, groups, changes)
+    changes = _config_changes(config, [PruningPlan((group,)) for group in groups])
     assert changes == {"intermediate_size": [3, 3, 24]}
