@@ -137,11 +137,6 @@ class TransformersOrigin:
         if isinstance(generation, GenerationConfig):
             generation.save_pretrained(path)
 
-    @property
-    def origin(self) -> Origin:
-        """The library; the rest lies in ``config.json``."""
-        return Origin(self.library)
-
 
 @with_config(STRICT)
 @dataclass(frozen=True)
@@ -183,21 +178,13 @@ class LibraryOrigin(Origin):
             model = builder(**none, **self.options)
             if builder.__module__.startswith(_DETECTION):
                 model = DetectorNetwork(model)
-        note(model, origin=self.origin)
+        note(model, origin=Origin(**vars(self)))
         built: nn.Module = model if dtype is None else model.to(dtype)
         return built
 
-    def write(self, model: nn.Module, path: Path) -> None:
-        """Write nothing: name and options say it all."""
-
-    @property
-    def origin(self) -> Origin:
-        """Library, name and options."""
-        return Origin(self.library, self.name, self.options)
-
 
 Builder: TypeAlias = TransformersOrigin | LibraryOrigin
-"""Builds a dense model, and writes what its `origin` does not hold into a checkpoint."""
+"""Builds a dense model."""
 
 
 def builder_of(model: nn.Module) -> Builder | None:

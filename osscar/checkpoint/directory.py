@@ -28,6 +28,7 @@ from osscar.base.errors import OsscarError, first_line, warn
 from osscar.base.files import system_errors, write_json, write_text
 from osscar.base.printable import pluralize, printable
 from osscar.checkpoint.builders import (
+    LibraryOrigin,
     TransformersOrigin,
     builder_of,
     cast,
@@ -41,11 +42,9 @@ from osscar.checkpoint.files import (
     Manifest,
     atomic_directory,
     check_output,
-    read_manifest,
 )
 from osscar.checkpoint.hf_config import (
     CODE,
-    MODELLING_FILE,
     any_shape_config,
     built,
     class_of,
@@ -58,7 +57,7 @@ from osscar.network.modules import check_usable, copied, count_parameters, numbe
 from osscar.network.tensor_files import WEIGHTS_FILE, Part, check_written, write_tensors
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import Inputs
-from osscar.proof.lineage import Lineage, lineage_of, stored_dtype, structure_of
+from osscar.proof.lineage import Lineage, Origin, lineage_of, stored_dtype, structure_of
 from osscar.proof.plan import combined_groups
 from osscar.shrinking.fold import fold, is_foldable
 
@@ -169,7 +168,9 @@ def save(
         # Last, what is known now: reading it would compare with it.
         lineage = dataclasses.replace(manifest.lineage, sample=expected.sample)
         dataclasses.replace(manifest, lineage=lineage, fresh=fresh).write(new)
-    return read_saved(path)
+        written = sum(file.stat().st_size for file in new.glob("*.safetensors"))
+    with_code = form.config is not None and not form.stock
+    return SavedCheckpoint(path, form.stock, written, with_code, fresh)
 
 
 def renew_report(checkpoint: SavedCheckpoint, report: Mapping[str, Any], page: str) -> None:
@@ -185,15 +186,6 @@ def _as_its_class_builds_it(model: nn.Module) -> nn.Module:
     dense = built(class_of(type(model), model.config), model.config)
     folded: nn.Module = copied(model)
     return folded if dense is not None and fold(folded, dense.state_dict()) else model
-
-
-def read_saved(path: Path) -> SavedCheckpoint:
-    """Say what is in a directory that `save` wrote, as `save` did."""
-    manifest = read_manifest(path)
-    assert manifest is not None
-    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    with_code = (path / MODELLING_FILE.name).is_file() and not manifest.lineage.replayed
-    return SavedCheckpoint(path, manifest.stock, written, with_code, manifest.fresh)
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -253,7 +245,7 @@ def _write(
         if form.config is not None:
             TransformersOrigin(type(model), form.config).write(model, path)  # and the code with it
             lineage = dataclasses.replace(lineage, listed=len(lineage.plans))
-        elif builder is not None:
+        elif isinstance(builder, TransformersOrigin):
             builder.write(model, path)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
@@ -264,7 +256,9 @@ def _write(
     auto, own_code = None if form.stock else form.kind, builder is None
     card = model_card(model, known, report or {}, stock=form.stock, auto=auto, own_code=own_code)
     write_text(path / CARD_FILE, card)
-    origin = None if builder is None else builder.origin
+    origin = lineage.origin if isinstance(builder, LibraryOrigin) else None
+    if isinstance(builder, TransformersOrigin):  # the rest lies in its config
+        origin = Origin(builder.library)
     lineage = dataclasses.replace(lineage, origin=origin, sample=None)
     files = tuple(sorted(file.name for file in path.iterdir()))
     manifest = Manifest.of(form.stock, lineage, files)
@@ -338,7 +332,7 @@ def model_card(
         library="transformers" if isinstance(model, PreTrainedModel) else "pytorch",
         source=_short(lineage.source),
         gone=f"{1 - after / before:.1%}" if after < before else "",
-        name=type(model if structure is None or not own_code else structure.model).__name__,
+        name=type(structure if structure is not None and own_code else model).__name__,
         stock=stock,
         own_code=own_code,
         auto=auto,

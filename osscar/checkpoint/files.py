@@ -51,7 +51,7 @@ class Manifest:
     fresh: Whether a new process has read it back, or only the one that wrote it.
     """
 
-    schema: Literal["osscar.checkpoint/3"]
+    schema: Literal["osscar.checkpoint/4"]
     osscar_version: str
     stock: bool
     files: tuple[str, ...]
@@ -61,7 +61,7 @@ class Manifest:
     @classmethod
     def of(cls, stock: bool, lineage: Lineage, files: tuple[str, ...] = ()) -> Manifest:
         """Describe a checkpoint that this version writes."""
-        return cls("osscar.checkpoint/3", __version__, stock, files, lineage, fresh=True)
+        return cls("osscar.checkpoint/4", __version__, stock, files, lineage, fresh=True)
 
     def write(self, directory: Path) -> None:
         """Write it into a checkpoint's directory."""

@@ -329,7 +329,7 @@ def _dense_of(model: nn.Module) -> nn.Module:
     """Build the dense model of code of somebody's own, with any weights."""
     known = structure_of(model)
     if known is not None:
-        return with_zeros(known.model, torch.device("cpu"))
+        return with_zeros(known, torch.device("cpu"))
     if lineage_of(model).plans:
         raise CheckpointError(
             f"the dense model of this {type(model).__name__} is not known any more, and without it "

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from osscar.base.json_files import STRICT, validated
 from osscar.base.memory import attempt
 from osscar.base.printable import published
 from osscar.data.reader import Batch, Reader
-from osscar.proof.lineage import Input, Lineage
+from osscar.proof.lineage import Lineage
 
 _LARGEST_SIDE = 2**14
 
@@ -269,8 +269,7 @@ def resolved(
             from PIL import Image
 
             made = known.transform()(Image.new(known.mode, (256, 256)))
-            kind = Input(tuple(made.shape), str(made.dtype)[6:])
-            example = Reader.of(model).named([_noise(kind)])
+            example = Reader.of(model).named([_noise(tuple(made.shape), made.dtype)])
         return known, example
     if example is not None and image is None:
         raise no_images(example, source)
@@ -281,8 +280,7 @@ def resolved(
         return known, example
     height, width = known.crop if isinstance(known.crop, tuple) else (known.crop, known.crop)
     if image is None or tuple(image.shape[-2:]) != (height, width):
-        kind = Input((known.channels, height, width), "float32")
-        example = Reader.of(model).named([_noise(kind)])
+        example = Reader.of(model).named([_noise((known.channels, height, width), torch.float32)])
     return known, example
 
 
@@ -319,17 +317,9 @@ def no_images(example: Batch, source: str) -> DataError:
     )
 
 
-def recorded_example(inputs: Mapping[str, Input]) -> Batch | None:
-    """Return inputs like those that a model was pruned with; None if they are not known."""
-    return {name: _noise(kind) for name, kind in inputs.items()} or None
-
-
-def _noise(kind: Input) -> Tensor:
-    """Return two samples of an input."""
+def _noise(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return two images that show nothing."""
     generator = torch.Generator().manual_seed(0)
-    shape, dtype = (2, *kind.shape), getattr(torch, kind.dtype)
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
     if dtype is torch.uint8:
-        return torch.randint(256, shape, generator=generator, dtype=dtype)
-    return torch.zeros(shape, dtype=dtype)
+        return torch.randint(256, (2, *shape), generator=generator, dtype=dtype)
+    return torch.randn((2, *shape), generator=generator).to(dtype)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -37,25 +36,14 @@ Format: TypeAlias = Literal["f32", "f16", "bf16"]
 """Number formats of the matrices; vectors are float32 always, as llama.cpp wants them."""
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Two architectures of llama.cpp that compute the same.
+_LLAMA, _QWEN3 = ("llama", "deci"), ("qwen3", "openelm")
+"""Architectures that compute the same, of one width for all layers and of one for each.
 
-    `alike` has one width for all layers, `each` one for each.  `neighbours` says whether they
-    rotate neighbouring features, and take other positions than the plain ones; `biased` whether
-    there is a place for biases; and `packed` whether `each` wants queries, keys and values in one
-    matrix, and reads its output matrix from the embedding.
-    """
+`_LLAMA` rotate neighbouring features, take other positions than the plain ones, and have a place
+for biases.  ``openelm`` wants queries, keys and values in one matrix, and reads its output matrix
+from the embedding.
+"""
 
-    alike: str
-    each: str
-    neighbours: bool
-    biased: bool
-    packed: bool
-
-
-_LLAMA = _Kind("llama", "deci", neighbours=True, biased=True, packed=False)
-_QWEN3 = _Kind("qwen3", "openelm", neighbours=False, biased=False, packed=True)
 _FAMILIES = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
@@ -138,8 +126,8 @@ class Graph:
         self.key_heads = [one.k_proj.out_features // width for one in attentions]
         self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
-        self.kind, self.alike = _FAMILIES[type(model).__name__], alike
-        self.architecture = self.kind.alike if alike else self.kind.each
+        kind, self.alike = _FAMILIES[type(model).__name__], alike
+        self.neighbours, self.architecture = kind is _LLAMA, kind[not alike]
         if self.packed and not self._tied:
             raise ModelError(
                 f"llama.cpp cannot run the model: its layers differ, and {self.architecture!r} has "
@@ -150,7 +138,7 @@ class Graph:
     @property
     def packed(self) -> bool:
         """Whether queries, keys and values are one matrix in the file."""
-        return self.kind.packed and not self.alike
+        return not self.neighbours and not self.alike
 
     @property
     def _tied(self) -> bool:
@@ -184,7 +172,7 @@ class Graph:
         names = self.library.get_tensor_name_map(architecture, len(self.layers))
         for name, tensor in self._stored():
             found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            rotated = self.kind.neighbours and (".q_proj." in name or ".k_proj." in name)
+            rotated = self.neighbours and (".q_proj." in name or ".k_proj." in name)
             yield found, tensor, tensor.shape[0] // self.head_width if rotated else 0
         factors = _rotary_factors(self.model)
         if factors is not None:
@@ -230,13 +218,13 @@ def _why_not(model: Any) -> str | None:
     if graph is None:
         return f"it is a {kind}, and none of {', '.join(_FAMILIES)}, whose graphs are known here"
     biased = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
-    if biased and not graph.biased:
-        return f"it has {biased[0]!r}, for which {graph.alike!r} and {graph.each!r} have no place"
+    if biased and graph is not _LLAMA:
+        return f"it has {biased[0]!r}, for which {' and '.join(map(repr, graph))} have no place"
     if model.config.hidden_act != "silu":
         return f"its neurons have the activation {model.config.hidden_act!r} and not 'silu'"
     rotary = model.model.rotary_emb
     scaled = float(rotary.attention_scaling)
-    taken = ("default", "linear", "llama3") if graph.neighbours else ("default",)
+    taken = ("default", "linear", "llama3") if graph is _LLAMA else ("default",)
     if rotary.rope_type not in taken or scaled != 1:
         return f"its rotary positions are of the type {rotary.rope_type!r}"
     attentions = [layer.self_attn for layer in model.model.layers]

@@ -29,7 +29,6 @@ from osscar.base.memory import attempt
 from osscar.checkpoint.files import checkpoint_directory
 from osscar.checkpoint.reading import load
 from osscar.data.loaders import load_tensors
-from osscar.data.preprocessing import recorded_example
 from osscar.data.reader import Batch, Reader, to_model
 from osscar.data.samples import LABEL_NAMES
 from osscar.network.modules import check_usable, context_length, evaluating
@@ -37,7 +36,7 @@ from osscar.network.onnx_runtime import program_of
 from osscar.network.predictions import ALONE, named_outputs, reads_sequences
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.equivalence import call, comparable, prove_equal
-from osscar.proof.lineage import Input, lineage_of
+from osscar.proof.lineage import Drawn, lineage_of
 from osscar.proof.program import ProgramModule, example_of, open_sizes
 
 
@@ -369,9 +368,6 @@ def _known_example(model: nn.Module) -> Batch | None:
     if reads_tokens(model):
         length = min(_TOKENS, context_length(model) or _TOKENS)
         return _with_tokens({_IDS: torch.zeros(2, length, dtype=torch.int64)}, config)
-    recorded = recorded_example(lineage_of(model).inputs)
-    if recorded is not None:
-        return recorded
     if sample is not None:
         return Reader.of(model).example(sample.drawn())
     return _images_of(model, config)
@@ -393,4 +389,4 @@ def _images_of(model: nn.Module, config: Any) -> Batch | None:
     if name != "pixel_values" or size is None or channels is None:
         return None
     sides = size if isinstance(size, list | tuple) else (size, size)
-    return recorded_example({name: Input((channels, *sides), "float32")})
+    return {name: Drawn((2, channels, *sides), "float32", -1.0, 1.0).tensor()}

@@ -22,7 +22,6 @@ from osscar.data.preprocessing import (
     as_preprocessing,
     image_of,
     of_directory,
-    recorded_example,
     resolved,
 )
 from osscar.data.reader import Batch, Reader, to_model
@@ -219,8 +218,9 @@ def _from_directory(
         brought = transform_of(processor)
     elif isinstance(builder, LibraryOrigin):
         brought = preprocessing_of(builder, model)
-    pruned_with = recorded_example(lineage.inputs)
-    if pruned_with is not None and (example is None or image_of(pruned_with) is not None):
+    sample = lineage.sample
+    pruned_with = {} if sample is None or [*sample.inputs] == ["input_ids"] else sample.drawn()
+    if pruned_with and (example is None or image_of(pruned_with) is not None):
         example = pruned_with
     return LoadedModel(
         model=model,

@@ -181,14 +181,6 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Input:
-    """An argument of the forward pass that a model was pruned with; `shape` is of one sample."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Dense:
     """A model that another was pruned from.
 
@@ -218,8 +210,8 @@ class Lineage:
     stored_dtype: Number format of the dense model's weights on disk, such as ``bfloat16``.
     calibration: All that it was calibrated or recovered on, the oldest first, each set once.
     dense: The models that it was pruned from, the oldest first.
-    inputs: What it was pruned with last, by the name of the argument; empty for language models.
-    sample: An input that it takes; in a checkpoint, with what it returns on that.
+    sample: An input of the form that it was pruned with; in a checkpoint, with what it returns on
+        that.
     """
 
     plans: tuple[PruningPlan, ...] = ()
@@ -232,7 +224,6 @@ class Lineage:
     stored_dtype: str | None = None
     calibration: tuple[Calibration, ...] = ()
     dense: tuple[Dense, ...] = ()
-    inputs: Mapping[str, Input] = field(default_factory=dict)
     sample: Sample | None = None
 
     @property
@@ -260,17 +251,13 @@ def data_record(calibration: Any) -> dict[str, Any]:
     return {**told, "source": published(told["source"])}
 
 
-def note_calibration(model: nn.Module, calibration: Any, settings: Mapping[str, Any]) -> None:
-    """Note what a model has seen, where that can be recognized, and its inputs."""
-    shapes, dtypes = settings.get("shapes", {}), settings.get("dtypes", {})
-    inputs = {name: Input(tuple(shape), dtypes[name]) for name, shape in shapes.items()}
-    known: dict[str, Any] = {"inputs": inputs}
-    told, before = data_record(calibration), lineage_of(model)
+def note_calibration(model: nn.Module, calibration: Any) -> None:
+    """Note what a model has seen, where that can be recognized."""
+    told, known = data_record(calibration), lineage_of(model)
     if told:
-        calibrated = (*before.calibration, Calibration.of(told))
-        known["calibration"] = tuple(dict.fromkeys(calibrated))
-        known["preprocessing"] = told.get("preprocessing") or before.preprocessing
-    note(model, **known)
+        seen = tuple(dict.fromkeys((*known.calibration, Calibration.of(told))))
+        pixels = told.get("preprocessing") or known.preprocessing
+        note(model, calibration=seen, preprocessing=pixels)
 
 
 def note_dense(model: nn.Module, dense: nn.Module) -> None:
@@ -382,10 +369,9 @@ _STRUCTURE = "osscar_structure"
 
 @dataclass(frozen=True, eq=False)
 class _DenseStructure:
-    """A dense model with parameters on 'meta', and the device on which these were."""
+    """A dense model with parameters on 'meta', which is no module of the model that knows it."""
 
     model: nn.Module
-    device: torch.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _DenseStructure:
         return self  # nobody changes it
@@ -397,30 +383,27 @@ def remember_structure(model: nn.Module, inputs: Inputs | None = None) -> None:
     A model from which units were removed already is left with what is known of it; so is one that
     cannot be copied, and one on disk, whose library builds it.
     """
-    known = structure_of(model)
     is_dense = not lineage_of(model).plans and any(True for _ in model.parameters())
-    if known is None and is_dense and not is_on_disk(model):
+    if structure_of(model) is None and is_dense and not is_on_disk(model):
         with suppress(ModelError):
             dense = with_zeros(model, torch.device("meta"))
             forget_cached(dense)
-            known = _DenseStructure(dense, device_of(model))
-    if known is not None:
-        setattr(model, _STRUCTURE, known)
+            setattr(model, _STRUCTURE, _DenseStructure(dense))
     before = lineage_of(model).sample
     if inputs is not None and (before is None or before.outputs):  # which are of another model
         note(model, sample=Sample.like(by_name(model, inputs)) or before)
 
 
-def structure_of(model: nn.Module) -> _DenseStructure | None:
-    """Return what is known of the dense model that a model was made of."""
+def structure_of(model: nn.Module) -> nn.Module | None:
+    """Return the structure of the dense model that a model was made of, if it is known."""
     found = getattr(model, _STRUCTURE, None)
-    return found if isinstance(found, _DenseStructure) else None
+    return found.model if isinstance(found, _DenseStructure) else None
 
 
 def hand_on(model: nn.Module, made: nn.Module) -> None:
     """Give a model that was made from another the lineage and the dense structure of that one."""
     setattr(made, LINEAGE, lineage_of(model))
-    setattr(made, _STRUCTURE, structure_of(model))
+    setattr(made, _STRUCTURE, getattr(model, _STRUCTURE, None))
 
 
 def with_zeros(model: nn.Module, device: torch.device) -> nn.Module:

@@ -94,24 +94,6 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
     return " where ".join((listed, *([" and ".join(others)] if others else [])))
 
 
-def untried_in_words(untried: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-    """Say of which sizes nothing is known; each is a place, as guards have it, with a number."""
-    found: dict[str, list[int]] = {}
-    for place, size in untried:
-        found.setdefault(place, []).append(size)
-    return tuple(_words_of(place, sorted(set(sizes))) for place, sizes in found.items())
-
-
-def _words_of(place: str, sizes: Sequence[int]) -> str:
-    listed = " or ".join(map(str, sizes))
-    if place.endswith(".shape[0]"):
-        return f"batches of {listed}"
-    if place == _TOKENS:
-        return f"{listed} {'token' if [*sizes] == [1] else 'tokens'}"
-    name, dim = place.removesuffix("]").split(".shape[")
-    return f"{name} of size {listed} along dimension {dim}"
-
-
 @dataclass(frozen=True)
 class OtherSize:
     """Inputs like others, but of another size at a place, such as ``x.shape[1]``."""
@@ -119,6 +101,24 @@ class OtherSize:
     place: str
     size: int
     inputs: Mapping[str, Any]
+
+
+def untried_in_words(untried: Iterable[OtherSize]) -> tuple[str, ...]:
+    """Say of which sizes nothing is known."""
+    found: dict[str, set[int]] = {}
+    for one in untried:
+        found.setdefault(one.place, set()).add(one.size)
+    said = []
+    for place, sizes in found.items():
+        listed = " or ".join(map(str, sorted(sizes)))
+        name, dim = place.removesuffix("]").split(".shape[")
+        if dim == "0":
+            said.append(f"batches of {listed}")
+        elif place == _TOKENS:
+            said.append(f"{listed} {'token' if sizes == {1} else 'tokens'}")
+        else:
+            said.append(f"{name} of size {listed} along dimension {dim}")
+    return tuple(said)
 
 
 def other_sizes(standalone: Standalone, example: Mapping[str, Any]) -> Iterator[OtherSize]:

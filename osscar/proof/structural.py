@@ -138,7 +138,7 @@ def dense_programs(model: nn.Module, example: Mapping[str, Any]) -> DenseProgram
             found.append(DenseProgram(second, others[0].inputs, left_open))
     with model_state(model):
         untried = [
-            (one.place, one.size)
+            one
             for one in others
             if not any(program.traced.standalone.takes(one.inputs) for program in found)
             if runs(model, one.inputs)

@@ -256,7 +256,7 @@ def recover_as_asked(
             else:
                 after = found
         work = as_it_came(work, model)
-    note_calibration(work, data, setup.inputs.settings)
+    note_calibration(work, data)
     seconds = time.perf_counter() - start
     return Recovery(
         model=work,

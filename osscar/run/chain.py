@@ -165,8 +165,7 @@ def prune_prepared(
         found = (run.reference.likeness if scores else run.reference.compared)(model)
     numbers = {(number.module, number.attribute) for number in proof.plan.integers}
     prepared.untouched.put_back(model, numbers)
-    settings = prepared.inputs.settings
-    note_calibration(model, run.calibration, settings)
+    note_calibration(model, run.calibration)
     cache_as(model, run.dense)
     return PruningResult(
         model=model,
@@ -183,7 +182,7 @@ def prune_prepared(
         held_out=task.samples_held_out,
         seconds=time.perf_counter() - start,
         request=request,
-        calibration=settings,
+        calibration=prepared.inputs.settings,
         skipped=task.skipped,
         folded=prepared.folded,
         bfloat16=bfloat16,
