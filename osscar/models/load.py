@@ -218,9 +218,10 @@ def _from_directory(
         brought = transform_of(processor)
     elif isinstance(builder, LibraryOrigin):
         brought = preprocessing_of(builder, model)
-    sample = lineage.sample
-    pruned_with = {} if sample is None or [*sample.inputs] == ["input_ids"] else sample.drawn()
-    if pruned_with and (example is None or image_of(pruned_with) is not None):
+    recorded = {} if lineage.sample is None else lineage.sample.drawn()
+    pruned_with = {name: x for name, x in recorded.items() if isinstance(x, torch.Tensor)}
+    tokens = [*pruned_with] in ([], ["input_ids"])  # of which whoever needs some draws its own
+    if not tokens and (example is None or image_of(pruned_with) is not None):
         example = pruned_with
     return LoadedModel(
         model=model,
