@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -408,7 +408,7 @@ class PruningRequest:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "skip", tuple(self.skip))
-        for wrong, advice in self._contradictions():
+        for advice, wrong in self._contradictions().items():
             if wrong:
                 raise RequestError(advice)
         if self.timed_in == "onnxruntime":
@@ -418,120 +418,75 @@ class PruningRequest:
         if self.routed:
             self.chosen_backend(experts=True)
 
-    def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        """Yield whether fields contradict each other, and what to do about it."""
-        budgets, experts, auto = self.budgets, self.routed, self.experts == AUTO
-        targets = [str(one) for one in TargetKind if getattr(self, one) is not None]
-        shared = budgets or targets
-        yield (
-            len(targets) > 1,
-            f"{' and '.join(targets)} are given, and a run takes one quality target; omit the "
-            "others",
-        )
-        yield (
-            bool(targets) and self.speedup is not None,
-            f"speedup does not go with {' '.join(targets)}, as every size that is tried would be "
-            "timed; give flops in its place, or smallest time (`--smallest time`) for the fastest "
-            "model within the target",
-        )
-        yield (
-            self.smallest is not None and not targets,
-            f"smallest is {self.smallest}, which needs a quality target; give one, such as "
-            "max_divergence 0.1 (`--max-divergence 0.1`)",
-        )
-        yield (
-            bool(targets) and self.allocation != "measured",
-            f"allocation is {self.allocation}, and {' and '.join(targets)} needs measured curves; "
-            "omit allocation (`--allocation`)",
-        )
-        yield (
-            not (experts or shared or any(getattr(self, name) for name in _BESIDE)),
+    def _contradictions(self) -> dict[str, object]:
+        """Return what to do about fields that contradict each other, and whether they do."""
+        budgets, experts, timing = self.budgets, self.routed, self.timing
+        targets = " and ".join(str(one) for one in TargetKind if getattr(self, one) is not None)
+        shared, exported = budgets or targets, self.form == "exported"
+        auto, decode = self.experts == AUTO, self.timed == "decode"
+        cached = self.memory is not None or decode
+        budget, cache = "a budget, such as params 0.7", "memory or timed decode"
+        time = "a budget or target of time, such as speedup 1.5"
+        needs = {
+            f"{name} is {getattr(self, name)}, which needs {needed}; give one, or omit {name} "
+            f"(`--{name.replace('_', '-')}`)": getattr(self, name) != usual and not there
+            for name, usual, there, needed in (
+                ("smallest", None, targets, "a quality target, such as max_divergence 0.1"),
+                ("at_least", None, shared, budget),
+                ("allocation", "measured", shared, budget),
+                ("experts", None, shared or not auto, budget),
+                ("context", None, cached, cache),
+                ("batch", 1, cached, cache),
+                ("timed", "prefill", timing, time),
+                ("timed_in", "torch", timing, time),
+            )
+        }
+        return {
             "nothing to prune: give a budget (`--sparsity`, `--params`, `--size`, `--memory`, "
             "`--flops` or `--speedup`), a quality target (`--max-divergence`, "
             "`--max-perplexity-increase` or `--max-top1-drop`), or what to keep (`--heads`, "
             "`--neurons`, `--channels`, `--residual` or `--experts`); in Python they are keywords, "
-            "such as sparsity=0.3",
-        )
-        yield (
-            bool(shared)
-            and all(getattr(self, kind) not in (None, AUTO) for kind in self.shared_kinds),
-            f"{self.in_words(budgets) or ' '.join(targets)} has nothing to prune: "
+            "such as sparsity=0.3": not (
+                experts or shared or any(getattr(self, name) for name in _BESIDE)
+            ),
+            f"{targets} are given, and a run takes one quality target; omit the others": " and "
+            in targets,
+            f"speedup does not go with {targets}, as every size that is tried would be timed; give "
+            "flops in its place, or smallest time (`--smallest time`) for the fastest model within "
+            "the target": targets and self.speedup is not None,
+            f"allocation is {self.allocation}, and {targets} needs measured curves; omit "
+            "allocation (`--allocation`)": targets and self.allocation != "measured",
+            f"{self.in_words(budgets) or targets} has nothing to prune: "
             f"{', '.join(self.shared_kinds)} say what to keep of every group that it prunes; omit "
-            "one of these, or the budget or target",
-        )
-        for name, usual in (("at_least", None), ("allocation", "measured")):
-            value, option = getattr(self, name), name.replace("_", "-")
-            yield (
-                value != usual and not shared,
-                f"{option} is {value}, which needs a budget; give one, such as sparsity "
-                f"(`--sparsity`), or omit {option} (`--{option}`)",
-            )
-        cached = self.memory is not None or self.timed == "decode"
-        yield (
-            cached and self.context is None,
+            "one of these, or the budget or target": shared
+            and all(getattr(self, kind) not in (None, AUTO) for kind in self.shared_kinds),
             f"{'timed decode' if self.memory is None else f'memory {self.memory}'} needs the "
             "length of the key/value cache; give the context, too (`--context 4096`, or "
-            "context=4096 in Python)",
-        )
-        yield (
-            not cached and (self.context is not None or self.batch != 1),
-            "context and batch are for memory (`--memory`) and for timed decode (`--timed "
-            "decode`); give one of these, or omit both",
-        )
-        for name, usual in (("timed", "prefill"), ("timed_in", "torch")):
-            yield (
-                getattr(self, name) != usual and not self.timing,
-                f"{name} is {getattr(self, name)}, which says what a speed-up is of; give speedup, "
-                "too (`--speedup 1.5`, or speedup=1.5 in Python), or smallest time, or omit it",
-            )
-        yield (
-            self.timed == "decode" and self.timed_in == "onnxruntime",
+            "context=4096 in Python)": cached and self.context is None,
+            **needs,
             "timed decode does not go with timed_in onnxruntime, as models are exported without a "
-            "key/value cache; omit one of them",
-        )
-        for given, why in (
-            (
-                "memory" * (self.memory is not None),
-                "it needs a model that generates text; give size",
-            ),
-            (self.timing, f"modules are timed; give {self.instead_of_time('flops')}"),
-            (
-                "experts" * experts,
-                "they are removed from modules only; give form 'eager' or 'auto'",
-            ),
-        ):
-            yield (
-                bool(given) and self.form == "exported",
-                f"{given} does not go with form 'exported', as {why}",
-            )
-        yield (
-            bool(self.timing) and experts,
-            f"{self.timing} does not go with experts, as it is timed on models with all their "
-            f"experts; give {self.instead_of_time('params')}",
-        )
-        yield (
-            experts and not self.experts_alone and not isinstance(self.backend, str),
+            "key/value cache; omit one of them": decode and self.timed_in == "onnxruntime",
+            "memory does not go with form 'exported', as it needs a model that generates text; "
+            "give size": exported and self.memory is not None,
+            f"{timing} does not go with form 'exported', as modules are timed; give "
+            f"{self.instead_of_time('flops')}": exported and timing,
+            "experts does not go with form 'exported', as they are removed from modules only; "
+            "give form 'eager' or 'auto'": exported and experts,
+            f"{timing} does not go with experts, as it is timed on models with all their experts; "
+            f"give {self.instead_of_time('params')}": timing and experts,
             f"backend is {safe_repr(self.backend)}, which chooses either experts or other units, "
             "and this run removes both; give the name of a backend of both, such as "
-            "'local_search'",
-        )
-        yield (
-            auto and not shared,
-            "experts is 'auto', which needs a budget; give one, such as params 0.75 (`--params "
-            "0.75`), or what "
-            "each mixture keeps, such as experts 0.75 (`--experts 0.75`)",
-        )
-        yield (
-            auto and {*budgets, *filter(None, [self.smallest])} == {BudgetKind.FLOPS},
+            "'local_search'": experts
+            and not self.experts_alone
+            and not isinstance(self.backend, str),
             "fewer experts save no flops, since each token is sent to as many as before; give "
-            "params or size as the budget, or omit experts 'auto'",
-        )
-        yield (
-            self.experts_alone and (self.certify or self.round_to != AUTO),
+            "params or size as the budget, or omit experts 'auto'": auto
+            and {*budgets, *filter(None, [self.smallest])} == {BudgetKind.FLOPS},
             f"{'certify (`--certify`)' if self.certify else 'round_to (`--round-to`)'} does not "
-            "go with experts alone: no "
-            "lower bound is known for a choice of experts, and their count is not rounded; omit it",
-        )
+            "go with experts alone: no lower bound is known for a choice of experts, and their "
+            "count is not rounded; omit it": self.experts_alone
+            and (self.certify or self.round_to != AUTO),
+        }
 
     def chosen_backend(self, experts: bool = False) -> "solvers.Backend":
         """Return the backend that chooses units, or whole experts, with its options."""
