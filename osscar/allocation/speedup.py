@@ -81,7 +81,7 @@ class WholeModels:
         """Return those of a task, with what others of the same model have timed."""
         request = task.request
         timed = "models", request.timed, request.timed_in, request.context, request.batch
-        return cls(task, task.prepared.timed.setdefault(timed, {}))
+        return cls(task, task.prepared.once(timed, dict))
 
     @cached_property
     def least(self) -> Kept:

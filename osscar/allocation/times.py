@@ -91,10 +91,7 @@ def time_operators(task: PruningTask, clock: Clock) -> CountedCost:
     units = {group.name: group.units for group in clock.traced.groups}
     ranges |= {name: (kept, units[name]) for name, kept in task.keep.items() if name in units}
     key = clock.described, *sorted(ranges.items())
-    if key not in task.prepared.timed:
-        task.prepared.timed[key] = tabled(clock, ranges)
-    found: CountedCost = task.prepared.timed[key]
-    return found
+    return task.prepared.once(key, lambda: tabled(clock, ranges))
 
 
 def as_shares(times: CountedCost) -> CountedCost:

@@ -37,6 +37,12 @@ class ModelState:
         self._held = {what: (value, _copied(value)) for what, value in self._attributes()}
         self.written = set(written)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        found: nn.Module = self._modules[""]
+        return found
+
     def _attributes(self) -> Iterator[tuple[Attribute, Any]]:
         """Yield what modules hold now, but for parameters and modules."""
         for name, module in self._modules.items():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from osscar.consumers.products import Product, weights_read_elsewhere
 from osscar.data.batches import ModelInputs, as_inputs
 from osscar.data.parts import shuffled
 from osscar.data.reader import Batch
+from osscar.data.samples import shapes_of
 from osscar.data.sequences import padded_without_mask
 from osscar.network.attention import expose_attention, exposed
 from osscar.network.hooks import followed_mixtures, hooks, record_layers
@@ -52,6 +52,8 @@ from osscar.proof.structural import DensePrograms, dense_programs
 from osscar.routing.declared import traced_around
 from osscar.routing.find import ExpertMixture, WholeMixture, mixtures_in
 from osscar.shrinking.fold import Folded, fold, unfold
+
+T = TypeVar("T")
 
 _OUTPUT_BYTES = 16 << 20
 """Memory of what a module returns for the samples that run at once on a processor.
@@ -93,28 +95,27 @@ class Prepared:
     """Names of the weights that the user's model computes at every call, and that are plain."""
     products: Mapping[str, Product] = field(default_factory=dict, repr=False)
     """The weights, by name, that are observed where code multiplies by them."""
-    find_experts: Callable[[], tuple[ExpertMixture | WholeMixture, ...]] = field(
-        default=tuple, repr=False
-    )
-    """Looks for `experts` once, for this and for all that is made of it with other data."""
-    try_bfloat16: Callable[[], bool] = field(default=lambda: False, repr=False)
-    """Tells `bfloat16`, tried once, before the model is pruned, as mixtures are found."""
-    export: Callable[[], DensePrograms] = field(default=lambda: DensePrograms((), ""), repr=False)
-    """Makes `programs` once, as mixtures are found."""
-    traces: dict[tuple[Any, ...], graph.DependencyGraph] = field(default_factory=dict, repr=False)
-    """What `traced_on` has traced."""
-    timed: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
-    """Times of the dense model on this device, by what they depend on, for all that is made of it.
-    """
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What `once` has made."""
     idle: frozenset[str] = frozenset()
     """Consumers, by their labels, to which no token is sent any more: they are not refitted."""
     ranks: Ranks = ALONE
     """The processes among which work on the data is shared out; all of them hold all data."""
 
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what is made once, for this and for all that is made of it with other data."""
+        if key not in self.made:
+            self.made[key] = make()
+        found: T = self.made[key]
+        return found
+
     @property
     def experts(self) -> tuple[ExpertMixture | WholeMixture, ...]:
         """Its mixtures of experts in order; trial passes find them when first asked for."""
-        return self.find_experts()
+        model, known = self.untouched.model, (self.groups, self.products)
+        return self.once(
+            "experts", lambda: refittable_mixtures(model, mixtures_in(model, self.example), *known)
+        )
 
     @property
     def mixtures(self) -> dict[str, ExpertMixture]:
@@ -129,26 +130,30 @@ class Prepared:
     @property
     def programs(self) -> DensePrograms:
         """The programs of the model as before any pass; to be asked for before units leave."""
-        self.untouched.put_back(self.model)
-        return self.export()
+        for model in (self.model, self.untouched.model):
+            self.untouched.put_back(model)
+        return self.once("programs", lambda: dense_programs(self.untouched.model, self.example))
 
     def traced_on(self, batch: Batch, what: str = "a pass") -> graph.DependencyGraph:
         """Trace the model once more, on larger inputs: operators have shapes of these.
 
         This is done once for inputs of one shape and `what` hooks do, and before any unit leaves.
         """
-        shapes = what, *((name, tuple(tensor.shape)) for name, tensor in batch.items())
-        if shapes not in self.traces:
+
+        def trace() -> graph.DependencyGraph:
             self.untouched.put_back()
             rules = graph.PROGRAM_RULES if self.in_programs else graph.DEFAULT_RULES
             with shapes_only(self.model, batch) as small, followed_mixtures(self.model):
-                self.traces[shapes], _ = _traced_around(self.model, batch, small, rules)
-        return self.traces[shapes]
+                return _traced_around(self.model, batch, small, rules)[0]
+
+        return self.once(("a trace", what, *shapes_of(batch)), trace)
 
     @property
     def bfloat16(self) -> bool:
         """Whether the model is a large one in float32 that nearly computes the same in bfloat16."""
-        return self.try_bfloat16()
+        return self.once(
+            "bfloat16", lambda: all(self.ranks.all_gather("a number format", _in_bfloat16(self)))
+        )
 
     @property
     def every_group(self) -> tuple[CouplingGroup, ...]:
@@ -265,7 +270,7 @@ def _prepared(
         groups, products = refittable(model, example, traced.groups, elsewhere)
     groups += untraced
     plain = unfold(folded, groups)
-    prepared = Prepared(
+    return Prepared(
         model=model,
         inputs=inputs,
         traced=traced,
@@ -278,15 +283,6 @@ def _prepared(
         products=products,
         ranks=ranks,
     )
-    find = cache(lambda: refittable_mixtures(model, mixtures_in(model, example), groups, products))
-    rough = cache(lambda: all(ranks.all_gather("a number format", _in_bfloat16(prepared))))
-
-    @cache
-    def export() -> DensePrograms:
-        untouched.put_back()  # of this model, where a copy asks
-        return dense_programs(model, example)
-
-    return dataclasses.replace(prepared, find_experts=find, try_bfloat16=rough, export=export)
 
 
 def _try_data(model: nn.Module, inputs: ModelInputs, example: Batch, runs: bool) -> None:
