@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -191,45 +191,35 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, NoMemoryError) or solvers.errors.is_shortage(error)
 
 
+@dataclass
 class Caught:
     """What `attempt` has caught."""
 
-    def __init__(self, passing: tuple[type[Exception], ...]) -> None:
-        self._passing = passing
-        self._error: Any = None
+    error: Any = None
+    """What the block has raised, if anything."""
 
     @property
     def failed(self) -> bool:
         """Whether the block has raised anything."""
-        return self._error is not None
-
-    @property
-    def error(self) -> Exception:
-        """What it has raised, once it has."""
-        assert self._error is not None
-        found: Exception = self._error
-        return found
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        panic = type(error).__name__ == "PanicException"  # of libraries in Rust
-        if error is None or not (isinstance(error, Exception) or panic):
-            return False
-        if isinstance(error, self._passing) or is_shortage(error):
-            return False
-        self._error = error
-        return True
+        return self.error is not None
 
 
-def attempt(*passing: type[Exception]) -> Caught:
+@contextmanager
+def attempt(*passing: type[Exception]) -> Iterator[Caught]:
     """Catch whatever a block raises, which may be anyone's code; what follows it knows the error.
 
     A shortage of memory goes on, since the block is not at fault, and so do an interrupt and errors
     of the classes that are given.  An error holds on to the frames that it came through.
     """
-    return Caught(passing)
+    caught = Caught()
+    try:
+        yield caught
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # of libraries in Rust
+        ours = isinstance(error, Exception) or panic
+        if not ours or isinstance(error, passing) or is_shortage(error):
+            raise
+        caught.error = error
 
 
 def shortage(error: BaseException, what: str, advice: str) -> NoMemoryError:

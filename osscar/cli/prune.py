@@ -39,6 +39,7 @@ from osscar.recovery.samples import samples_for, split
 from osscar.recovery.training import RecoveryLog
 from osscar.report.sections import facts, skipped_table
 from osscar.request import PruningRequest
+from osscar.run.memory import check_can_stream
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
@@ -219,7 +220,7 @@ def sweep(model: str, options: SweepOptions) -> None:
             model,
             options,
             base.seed,
-            lambda loaded: Sweep(place, base, points, None).check(loaded.model),
+            lambda loaded: check_can_stream(loaded.model, base),
             device=base.device,
             max_memory=limit_of(model, options, base),
         )

@@ -334,12 +334,6 @@ def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         ]
     for label, dense, pruned, written in measured:
         yield label, written(dense), written(pruned), f"{pruned / dense:.2f}x" if dense else ""
-    divergence = document.get("divergence")
-    when = ", before the recovery" if document.get("recovery") else ""
-    if divergence is not None:
-        yield f"divergence, nats{when}", "0", _nats(divergence), ""
-    if document.get("agreement") is not None:
-        yield f"same {_predicts(document)} as dense{when}", "", f"{document['agreement']:.1%}", ""
 
 
 def _milliseconds(seconds: float) -> str:

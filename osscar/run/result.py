@@ -137,27 +137,15 @@ class PruningResult(Shown):
             "schema": _SCHEMA,
             "osscar_version": __version__,
             "model": lineage_of(self.model).source or type(self.model).__name__,
-            "calibration": dict(self.calibration),
             "settings": self.request.to_json(),
-            "parameters_before": self.parameters_before,
-            "parameters_after": self.parameters_after,
-            "budget": None if self.budget is None else self.budget.to_json(),
-            "target": None if self.target is None else self.target.to_json(),
-            "distance": dataclasses.asdict(self.distance),
-            "divergence": self.divergence,
-            "agreement": self.agreement,
-            "held_out": self.held_out,
-            "certificate": dataclasses.asdict(self.certificate),
-            "batch_norms": self.batch_norms,
-            "seconds": self.seconds,
-            "stages": dict(self.stages),
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "form": str(self.form),
             "own_code": builder_of(self.model) is None,
-            "inputs": [dataclasses.asdict(given) for given in self.plan.traced],
-            "skipped": [dataclasses.asdict(group) for group in self.skipped],
-            "folded": list(self.folded),
-            "bfloat16": list(self.bfloat16),
+            "inputs": _as_json(self.plan.traced),
+            **{
+                one.name: _as_json(getattr(self, one.name))
+                for one in dataclasses.fields(self)
+                if one.name not in ("model", "plan", "request")
+            },
         }
 
     def document(
@@ -221,6 +209,15 @@ class PruningResult(Shown):
             dtype=dtype,
             overwrite=overwrite,
         )
+
+
+def _as_json(value: Any) -> Any:
+    """Return a field as JSON has it."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_as_json(one) for one in value]
+    return dataclasses.asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
 def measured(dense: nn.Module, smaller: nn.Module, calibration: Any) -> dict[str, Any]:

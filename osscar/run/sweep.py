@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import with_config
 from torch import nn
@@ -88,7 +88,7 @@ def sweep_manifest(
     """Describe what all points of a sweep share."""
     shared = {name: value for name, value in run.asked.items() if name != budget}
     asked = {**shared, "budget": str(budget), **scored}
-    return JournalManifest("osscar.sweep-asked/4", asked, run.dense)
+    return JournalManifest("osscar.sweep-asked/5", asked, run.dense)
 
 
 Quality = dict[str, int | float | str | dict[str, float | None] | None]
@@ -114,9 +114,7 @@ class SweepPoint:
     widths: Units kept, by group.
     """
 
-    schema: Literal["osscar.sweep-point/11"]
     method: str
-    budget: str
     value: float
     limit: float | None
     reached: float | None
@@ -164,9 +162,9 @@ class SweepDirectory(Journal):
         again = "remove it, and it is measured again"
         return self.read(_file(job), SweepPoint, otherwise=again)
 
-    def keep(self, point: SweepPoint) -> None:
+    def keep(self, job: SweepJob, point: SweepPoint) -> None:
         """Keep a point."""
-        self.write(_file(SweepJob(point.method, BudgetKind(point.budget), point.value)), point)
+        self.write(_file(job), point)
 
 
 def _file(job: SweepJob) -> str:
@@ -267,11 +265,6 @@ class Sweep:
     classes: Sequence[str] = ()
     tell: Callable[[str], None] = lambda line: None
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that cannot be pruned to each point."""
-        for job in self.points:
-            check_can_stream(model, job.request(self.base))
-
     def run(
         self,
         model: nn.Module,
@@ -280,7 +273,7 @@ class Sweep:
         source: str | None = None,
     ) -> SweepResult:
         """Measure what is not done yet, write the page, and return the document."""
-        self.check(model)
+        check_can_stream(model, self.base)
         calibration = read_once(model, calibration)
         data = as_inputs(model, calibration)
         told = data_record(calibration)
@@ -297,7 +290,7 @@ class Sweep:
             found = self._measured(model, calibration, sample)
             entries = [dataclasses.asdict(point) for point in found]
             for entry in entries:
-                del entry["schema"], entry["budget"], entry["skipped"]  # the same for all points
+                del entry["skipped"]  # the same for all points
             document = {
                 "schema": "osscar.sweep/8",
                 "osscar_version": __version__,
@@ -329,7 +322,7 @@ class Sweep:
                     result = next(results)[1] if job in pruned else None
                     point = self._point(job, result, dense, sample)
                 stages = spent.of(time.perf_counter() - began)
-                self.place.keep(dataclasses.replace(point, stages=stages))
+                self.place.keep(job, dataclasses.replace(point, stages=stages))
                 if result is None:
                     continue
                 self.tell(f"{job}: done, {pruned.index(job) + 1} of {len(pruned)}")
@@ -361,9 +354,7 @@ class Sweep:
         budget = None if result is None else result.budget
         limit = None if budget is None else budget.of(job.budget)
         return SweepPoint(
-            "osscar.sweep-point/11",
             job.method,
-            str(job.budget),
             job.value,
             limit=None if limit is None else limit.limit,
             reached=None if limit is None else limit.reached,

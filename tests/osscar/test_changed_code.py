@@ -14,6 +14,7 @@ from osscar.base.errors import JournalError
 from osscar.data.batches import as_inputs
 from osscar.proof.plan import Form
 from osscar.request import BudgetKind, PruningRequest
+from osscar.run.jobs import SweepJob
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import LayerRecord, RunLog, run_manifest
 from osscar.run.sweep import SweepDirectory, SweepPoint, sweep_manifest
@@ -51,9 +52,9 @@ def begun(tmp_path_factory):
         log.append(0, LayerRecord(result.plan.groups[0], result.layers[0], ()))
     sweep = SweepDirectory(place / "sweep")
     with sweep.begun(sweep_manifest(manifest, BudgetKind.FLOPS, {})):
-        parts = ("dense", "flops", 1.0, 1.0, 1.0, 1, 4, 1, Form.EAGER, 1.0, [1.0, 1.0], 1.0)
+        parts = ("dense", 1.0, 1.0, 1.0, 1, 4, 1, Form.EAGER, 1.0, [1.0, 1.0], 1.0)
         parts += ({"perplexity": 2.0}, None, None, None, None, 1.0, {}, ())
-        sweep.keep(SweepPoint("osscar.sweep-point/11", *parts))
+        sweep.keep(SweepJob("dense", BudgetKind.FLOPS, 1.0), SweepPoint(*parts))
     posed = ((str(group.kind), problem) for group, problem in model_problems(model, DATA))
     Study(place / "study", {}).capture(posed, manifest.dense)
     return place
