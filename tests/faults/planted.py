@@ -28,7 +28,7 @@ for line in sys.stdin:
         said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1), os.dup2(said, 2)
         sys.path.insert(0, os.getcwd())
-        os._exit(pytest.main(["-q", "-x", "-n0", "-p", "no:cacheprovider", *tests]))
+        os._exit(pytest.main(["-qx", "-n0", "-m", "", "-p", "no:cacheprovider", *tests]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 """Forks a process for each line, as it takes seconds to import these."""

@@ -118,6 +118,7 @@ def test_samples_run_alone_where_a_model_computes_something_else_of_them_togethe
         assert len(prepared.batches()) == len(data)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", TOGETHER)
 def test_what_is_pruned_is_what_would_be_one_by_one(name):
     model, data = TOGETHER[name]()

@@ -80,6 +80,7 @@ def test_outputs_are_compared_where_the_same_device_computed_both(begun):
         assert len(records) == 1
 
 
+@pytest.mark.slow
 def test_a_study_solves_again_what_a_changed_backend_of_ones_own_has_answered(
     tmp_path, monkeypatch
 ):

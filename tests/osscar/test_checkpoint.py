@@ -56,6 +56,7 @@ def test_what_a_stock_config_can_express_is_read_by_transformers(family, keep, t
     assert again.generate(IDS, max_new_tokens=4, eos_token_id=None, pad_token_id=0).shape[1] == 20
 
 
+@pytest.mark.slow
 def test_a_model_that_is_pruned_twice_is_stock_and_keeps_its_config(tmp_path):
     once = pruned("llama-mqa", heads=3, neurons=20)
     twice = osscar.prune(once, tokens(), neurons=8, backend="magnitude", device="cpu").model
@@ -268,6 +269,7 @@ def test_what_a_family_keeps_in_float32_is_kept_and_counted(tmp_path):
 # ---- the model card ----------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "blocks", "library"),
     [

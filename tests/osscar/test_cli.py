@@ -34,6 +34,7 @@ def words_of(err):
 # ---- whole runs --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_writes_nowhere_but_where_it_says(run, tmp_path, monkeypatch):
     work, temporary = tmp_path / "work", tmp_path / "temporary"
     for place in (work, temporary):
@@ -121,6 +122,7 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     assert [group["units"] for group in told["groups"] if not group["frozen"]] == [2, 32]
 
 
+@pytest.mark.slow
 def test_no_figure_of_a_report_loses_a_run(run, tiny, tmp_path, monkeypatch):
     """A model is saved before it is measured, whatever becomes of that."""
     out_dir, copy = tmp_path / "small", tmp_path / "copy.json"

@@ -129,6 +129,7 @@ def test_one_run_prunes_and_recovers_on_text_of_its_own(run, tiny, tmp_path, mon
 # ---- that were ended ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_begins_anew_where_that_is_asked_for(run, small, tiny, monkeypatch):
     asked = ("recover", "small", "--dense", tiny, *ON_TEXT)
 

@@ -73,7 +73,7 @@ def shapes_of(operator, size):
     return tuple(sorted(tuple(map(size, operand.dims)) for operand in operator.reads))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", CASES)
 def test_operators_are_timed_at_the_shapes_that_are_asked_for(case):
     with timed_by(case) as (_, clock, kept):
@@ -121,7 +121,7 @@ class Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", [name for name in CASES if "ONNX" not in name])
 @pytest.mark.parametrize("smaller", [False, True])
 def test_the_shapes_are_those_of_models_that_run(case, smaller):
@@ -173,6 +173,7 @@ def test_operators_are_called_in_the_format_of_the_model(last, dtype, monkeypatc
 # ---- in ONNX Runtime ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_operator_is_the_same_in_onnx_and_one_that_cannot_be_written_is_left_out():
     with timed_by("a pass in ONNX Runtime") as (_, clock, kept):
         size = sizes_at(clock, kept)

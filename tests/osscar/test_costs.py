@@ -123,6 +123,7 @@ def by_torch(model, *inputs):
     return counter.get_total_flops()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", NETWORKS)
 def test_costs_are_those_of_the_model_that_is_really_smaller(case):
     torch.manual_seed(0)
@@ -164,12 +165,14 @@ def dense_and_halved(model, data):
         return cost.dense, cost.of({g.name: (g.units + 1) // 2 for g in prepared.groups})
 
 
+@pytest.mark.slow
 def test_operations_of_weights_on_disk_are_those_of_the_same_in_memory():
     loaded = [osscar.load_model(DEMO_DIRECTORY, max_memory=limit) for limit in (None, "1GB")]
     memory, disk = (dense_and_halved(one.model, tokens(2, 24)) for one in loaded)
     assert disk == pytest.approx(memory, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_operations_of_experts_are_the_same_whichever_kernel_multiplies():
     models = [
         mixture("mixtral", kernel=kernel, num_hidden_layers=1)
@@ -194,6 +197,7 @@ def stored(directory):
     return sum(tensor.nbytes for tensor in load_file(file).values())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["convolutions", "opt", "mixture"])
 def test_the_tensors_of_a_file_have_the_bytes_that_are_counted(name, runs, tmp_path):
     """Tied, with buffers that lose units, and of experts that are written one by one."""

@@ -54,6 +54,7 @@ def test_a_mistake_is_seen_and_what_a_card_allows_is_none():
 # ---- runs --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "asked"),
     [
@@ -123,6 +124,7 @@ def test_what_a_program_makes_itself_moves_with_it(monkeypatch):
 # ---- a run that is read from disk --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_streamed_model_is_pruned_on_a_card(tmp_path):
     dense = written(tmp_path / "dense", "opt", layers=1)
     on_card = PruningRequest(heads=0.5, target="weights", device="cuda", batch_size=3)
@@ -184,7 +186,7 @@ ON_CARDS = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("backend", "width"), ON_CARDS)
 def test_a_backend_computes_where_its_problem_is(backend, width):
     torch.manual_seed(0)

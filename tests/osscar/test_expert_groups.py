@@ -169,6 +169,7 @@ def net(block, factor=1.0):
 OTHERWISE = r"'0\.experts' gets \d+ of 56 tokens of calibration batch 0 with other"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 @pytest.mark.parametrize(
     ("kind", "factor", "dtype", "message"),
@@ -186,6 +187,7 @@ def test_a_block_that_sends_tokens_otherwise_is_refused(kind, factor, dtype, mes
         osscar.prune(model, x, experts=4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*calibration positions:UserWarning")
 def test_a_router_or_a_block_that_is_shared_is_left_alone():
     torch.manual_seed(0)
@@ -231,7 +233,7 @@ def test_the_masked_model_is_that_with_logits_at_minus_infinity(family, tensor):
     assert (found_logits - dense).abs().max() > 1e-3 * dense.abs().max()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_loses_experts_is_proved_and_read_by_transformers(family, tmp_path):
     model = mixture(family, kernel="eager").double()

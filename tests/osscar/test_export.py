@@ -81,6 +81,7 @@ def test_code_of_ones_own_with_several_inputs_and_outputs(run, tmp_path, monkeyp
     ]
 
 
+@pytest.mark.slow
 def test_images_of_the_size_that_a_pruning_says(tmp_path, runs):
     runs["resnet"].result.save(tmp_path / "resnet")
     found = osscar.export_pt2(tmp_path / "resnet")
@@ -111,6 +112,7 @@ def test_sizes_that_an_engine_gets_wrong_are_closed(tmp_path, monkeypatch):
     assert found.inputs["input"] == "float32 (2, 4)"
 
 
+@pytest.mark.slow
 def test_weights_too_large_for_one_file_lie_beside_it_and_leave_with_it(tmp_path, monkeypatch):
     threshold = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
     out, beside = tmp_path / "net.onnx", tmp_path / "net.onnx.data"

@@ -230,6 +230,7 @@ class PaddedShortcut(nn.Module):
         return torch.relu(wide + self.outer(torch.relu(self.inner(x))))
 
 
+@pytest.mark.slow
 def test_modules_follow_streams_that_all_keep_one_share():
     """As one number pads both ends, neither of these can lose channels alone."""
     blocks = nn.Conv2d(3, 8, 1), PaddedShortcut(8, 16), PaddedShortcut(16, 16)

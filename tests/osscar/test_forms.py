@@ -180,6 +180,7 @@ def of_transformers():
     return smaller_program(tiny("opt", layers=1), tokens(6, 24)).model
 
 
+@pytest.mark.slow
 def test_a_program_of_transformers_is_read_without_its_dense_model_unless_of_own_code(
     of_transformers, tmp_path
 ):
@@ -198,6 +199,7 @@ def test_a_program_of_transformers_is_read_without_its_dense_model_unless_of_own
     assert_close(again(input_ids=windows).logits, expected)
 
 
+@pytest.mark.slow
 def test_heads_leave_with_their_slopes_in_a_program_of_transformers():
     torch.manual_seed(0)
     # 6 heads are no power of two, for which slopes are made in two ways.

@@ -183,12 +183,14 @@ def test_llama_cpp_computes_what_transformers_does(name, groups, tmp_path):
     assert_computed(written.path, model)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-4), ("bf16", 0.1)])
 def test_every_number_format_is_as_close_as_it_can_be(dtype, tolerance, uneven, tmp_path):
     written = export_gguf(uneven, tmp_path / "small.gguf", dtype=dtype)
     assert_computed(written.path, osscar.load(uneven), tolerance)
 
 
+@pytest.mark.slow
 def test_neurons_of_zeros_make_up_whole_blocks(tmp_path):
     sizes = {**_SIZES, "hidden_size": 96, "head_dim": 32}
     model = built(hf.LlamaConfig(**sizes, mlp_bias=True), {"model.layers.1.mlp.neurons": 33})

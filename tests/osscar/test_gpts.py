@@ -18,6 +18,7 @@ from tests.osscar import gpts
 KERNELS = (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("kernel", "contiguous"), zip(KERNELS, (True, False), strict=True))
 def test_what_one_kernel_traces_another_runs(kernel, contiguous, monkeypatch):
     """Kernels differ in strides: what one returns need not be copied before a view, or must be."""
@@ -58,6 +59,7 @@ def generating():
     return Generating(gpts.Config()).eval()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("asked", [{"flops": 0.8}, {"neurons": 0.5}])
 def test_a_class_with_methods_keeps_its_modules_where_these_suffice(asked):
     idx = gpts.drawn(["idx"], 64, 0)[0]
@@ -74,6 +76,7 @@ def test_a_class_with_methods_keeps_its_modules_where_these_suffice(asked):
     assert result.model(**gpts.drawn(["idx", "targets"], 4, 0)[0])[1].isfinite()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("asked", [{"flops": 0.3}, {"heads": 0.5}])
 def test_what_a_class_loses_is_named_where_only_a_program_can_follow(asked):
     idx = gpts.drawn(["idx"], 64, 0)[0]

@@ -44,6 +44,7 @@ def row(method, **fields):
     return Row("demo", SETTING, method, samples=4, scored=(1, 1), **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but("SliceGPT", METHODS))
 def test_each_method_meets_the_size(method, options):
     if method.startswith("Torch"):

@@ -145,6 +145,7 @@ class Messages(nn.Module):
         return self.read(torch.relu(self.keep(x) + received)).mean(0, keepdim=True)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("form", "asked"), [("eager", {"neurons": 0.5}), ("exported", {"flops": 0.6})]
 )

@@ -266,6 +266,7 @@ def by_hand(quality, dense, model, data):
         return float(right[0] - right[1])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("quality", "most", "case"),
     [
@@ -346,6 +347,7 @@ def test_a_target_that_nothing_meets_says_what_is_nearest_and_leaves_nothing(tmp
     assert not log.directory.exists()
 
 
+@pytest.mark.slow
 def test_budgets_beside_a_target_hold_too(two_attempts, monkeypatch):
     dense = two_groups()
     data, sample = osscar.TensorSet("images", {"input": images(64)}), {"input": images(1)}
@@ -374,6 +376,7 @@ class Shortcut(nn.Sequential):
         return x + super().forward(x)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("lost", "inner"), [(0.05, True), (0.1, False)])
 def test_a_search_goes_on_to_models_that_keep_all_residual_channels(lost, inner, monkeypatch):
     """Also where trials take channels of these from smaller models, or nothing else can go."""
@@ -409,6 +412,7 @@ def test_samples_that_a_drop_lacks_are_counted_before_the_first_attempt(monkeypa
         osscar.prune(dense, data, max_top1_drop="1%")
 
 
+@pytest.mark.slow
 def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     two_attempts, tmp_path, monkeypatch, run
 ):

@@ -43,6 +43,7 @@ def weight_bytes(model):
     return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_serving_takes_is_what_transformers_holds(name):
     torch.manual_seed(0)

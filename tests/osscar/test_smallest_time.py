@@ -46,6 +46,7 @@ def first_is_within(monkeypatch):
 ASKED = {"max_divergence": 0.004, "smallest": "time", "backend": "wanda", "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_the_sizes_of_attempts_are_times_of_operators(pretend, first_is_within):
     pretend()
     result = prune_as_asked(tiny("opt", layers=1), tokens(64, 8), PruningRequest(**ASKED))
@@ -57,6 +58,7 @@ def test_the_sizes_of_attempts_are_times_of_operators(pretend, first_is_within):
     assert "; the fastest model that passed its test" in facts["quality target"]
 
 
+@pytest.mark.slow
 def test_what_takes_longer_leaves_first(pretend, first_is_within):
     """By the same losses: what operators take decides, not what parameters there are."""
     dense, data, found = tiny("opt", layers=1), tokens(64, 8), []

@@ -32,6 +32,7 @@ def timed(monkeypatch):
     return models
 
 
+@pytest.mark.slow
 def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed, monkeypatch):
     """Operators are timed once for all of them."""
     tables = mock.Mock(side_effect=times.tabled)
@@ -50,6 +51,7 @@ def test_each_point_of_a_sweep_is_as_fast_as_it_is_asked_for(timed, monkeypatch)
     tables.assert_called_once()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wanted", "binds"), [(1.1, True), pytest.param(1.5, False, marks=pytest.mark.slow)]
 )

@@ -116,7 +116,7 @@ def test_a_streamed_run_comes_to_the_same_bytes(tmp_path, family, dtype, asked):
     assert_close(again(windows(2)).logits, whole(windows(2)).logits)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_a_mixture_whose_files_hold_experts_one_by_one_comes_to_the_same_bytes(tmp_path, family):
     """Neurons of all experts in the first layer, and an expert wherever one can leave."""
@@ -182,6 +182,7 @@ def test_what_was_written_is_held_to_what_is_in_the_file(tmp_path):
         check_written(digests, file)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:TypedStorage")
 def test_a_run_that_was_in_memory_goes_on_from_disk(tmp_path):
     dense, log = written(tmp_path / "dense", "qwen2", layers=1), RunLog(tmp_path / "log")

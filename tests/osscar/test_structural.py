@@ -221,6 +221,7 @@ def test_values_are_compared_that_only_inputs_of_other_sizes_read():
         programs.prove(net, plan, before)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "wrong", [lambda x: x.shape[1] == 23, lambda x: x.shape[0] * x.shape[1] > 170]
 )
@@ -268,6 +269,7 @@ LENGTHS = osscar.SampleList(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:nothing is proved for")
 def test_sizes_of_the_data_that_no_program_takes_are_named_and_compared():
     model = ByLength(nn.Tanh()).eval()
@@ -364,6 +366,7 @@ def flattened(t, x):
     return t.transpose(1, 2)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("read", [strided, flattened])
 def test_copies_count_where_the_order_in_memory_is_read(read):
     def after(net, y, x, w):
@@ -385,6 +388,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("written", WRITTEN)
 def test_copies_count_where_what_they_share_memory_with_is_written_to(written):
     def after(net, y, x, w):
@@ -451,6 +455,7 @@ class Nested(Net):
         return torch.where(is_rare(x), made + (other if self.copied else y), made) + 0 * other
 
 
+@pytest.mark.slow
 def test_branches_that_a_program_contains_are_compared(monkeypatch):
     monkeypatch.setattr("osscar.proof.structural.other_sizes", lambda *given: ())
     net = Nested().eval()
@@ -521,6 +526,7 @@ def test_what_cannot_be_exported_any_more_is_compared_and_says_so():
     assert certificate.rows()[0][0] == "not proved, but compared"
 
 
+@pytest.mark.slow
 def test_a_model_that_was_pruned_twice_is_proved_again_from_the_two_models():
     dense = Net().eval()
     net = copy.deepcopy(dense)
@@ -541,6 +547,7 @@ def test_an_empty_batch_is_not_claimed():
     assert found == "any batch of one or more, and x (any, any, 6)"
 
 
+@pytest.mark.slow
 def test_generation_with_a_cache_is_that_of_the_masked_model(monkeypatch):
     monkeypatch.setattr("osscar.proof.structural.other_sizes", lambda *given: ())
     model = tiny("llama-gqa", layers=1).eval()

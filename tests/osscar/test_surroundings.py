@@ -45,6 +45,7 @@ def compiled():
     return net
 
 
+@pytest.mark.slow
 def test_compiled_modules_are_pruned_as_they_were_before(tmp_path):
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     plain, model = blocks(), compiled()
@@ -100,6 +101,7 @@ def expected():
     return osscar.prune(two_blocks(), X, **ASKED).model.state_dict()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "state",
     [

@@ -60,6 +60,7 @@ def pairs(count, seed):
 # ---- from end to end ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_sound_is_pruned_and_scored(run, code, tmp_path):
     """Its labels say that it is a classifier, and its Fourier window is a view of more."""
     parts = {"cal": waves(60, 0), "test": waves(60, 1)}

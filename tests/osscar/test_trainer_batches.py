@@ -66,7 +66,7 @@ def test_the_decoder_reads_what_the_model_makes_of_labels(family):
         torch.testing.assert_close(logits[0], expected.logits[row, kept], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_calibrates_and_scores_by_its_labels(family):
     model, batch = made(family)

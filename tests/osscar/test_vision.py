@@ -73,6 +73,7 @@ def folders(tmp_path):
 # ---- from end to end ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_of_the_users_own_is_pruned_compared_and_shown(run, own):
     prune = ("prune", own, "--calibration", "my train.npz", "--weights", "my weights.pt")
     status, out, err = run(

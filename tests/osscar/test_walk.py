@@ -145,7 +145,7 @@ def close(found, expected, to):
     torch.testing.assert_close(found, expected, rtol=0, atol=to * scale)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_groups_are_measured_alone_or_through_what_was_committed_before(name, monkeypatch):
     """And with targets that are what the dense model returns, where nobody adds to that."""

@@ -37,6 +37,7 @@ def way(space: int, said: list[str], **asked: object) -> RecoveryRequest:
     return first_options_that_fit(setup, build, said.append)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("space", "micro", "checkpointed", "lora"),
     [

@@ -44,6 +44,7 @@ def all_cases(directory: Path) -> None:
             write(directory / f"{name}.{ranks.rank}", recovered(name, None, ranks))
 
 
+@pytest.mark.slow
 def test_ranks_come_to_what_one_process_does(tmp_path):
     size = 2
     whole = {name: recovered(name) for name in CASES}
