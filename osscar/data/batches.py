@@ -223,7 +223,7 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
         return ModelInputs(reader, {}, apart=_samples_apart(reader, given), **known)
     fractions = isinstance(given, Tensor) and given.is_floating_point() and given.ndim > 2
     if isinstance(given, Tensor) and reader.vocabulary and not fractions:
-        _check_tokens(reader, given)
+        reader.check_windows(given)
         return ModelInputs(reader, {TOKENS: given}, tokens=True, **known)
     tensors = reader.by_name(given)
     if tensors is None:
@@ -232,23 +232,6 @@ def as_inputs(model: nn.Module, calibration: Any) -> ModelInputs:
     check_tensors(tensors)
     reader.check(tensors)
     return ModelInputs(reader, tensors, **known)
-
-
-def _check_tokens(reader: Reader, windows: Tensor) -> None:
-    """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
-    context, known = reader.context, reader.vocabulary
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        wrong = "windows must be int64 (samples, seqlen) and not empty, not "
-        wrong += f"{windows.dtype} of {tuple(windows.shape)}"
-    elif context is not None and windows.shape[1] > context:
-        wrong = f"windows have {windows.shape[1]} tokens and the model takes {context}; give a "
-        wrong += "smaller window length (seqlen, `--seqlen`)"
-    elif int(windows.min()) < 0 or int(windows.max()) >= known:
-        wrong = f"tokens run from {int(windows.min())} to {int(windows.max())} and the model knows "
-        wrong += f"0 to {known - 1}; use the tokenizer that belongs to it"
-    else:
-        return
-    raise DataError(f"calibration {wrong}")
 
 
 def _samples_apart(reader: Reader, samples: Sequence[Any]) -> tuple[Batch, ...]:
@@ -265,7 +248,7 @@ def _samples_apart(reader: Reader, samples: Sequence[Any]) -> tuple[Batch, ...]:
             reader.check(one)
             if TOKENS in one and reader.vocabulary:
                 tokens = one[TOKENS].long()
-                _check_tokens(reader, tokens.reshape(-1, tokens.shape[-1]))
+                reader.check_windows(tokens.reshape(-1, tokens.shape[-1]))
         named.append({name: one[name] for name in reader.takes if name in one})
         forms = [{name: (t.dtype, t.ndim) for name, t in named[i].items()} for i in (0, index)]
         if forms[0] != forms[1]:

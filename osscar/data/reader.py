@@ -114,6 +114,21 @@ class Reader:
         """Return `decoder` where inputs of these names have nothing for the decoder."""
         return None if any(name.startswith("decoder_") for name in names) else self.decoder
 
+    def check_windows(self, windows: Tensor) -> None:
+        """Refuse windows of a wrong form, too long, or with tokens that the model lacks."""
+        if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
+            wrong = "windows must be int64 (samples, seqlen) and not empty, not "
+            wrong += f"{windows.dtype} of {tuple(windows.shape)}"
+        elif self.context is not None and windows.shape[1] > self.context:
+            wrong = f"windows have {windows.shape[1]} tokens and the model takes {self.context}; "
+            wrong += "give a smaller window length (seqlen, `--seqlen`)"
+        elif int(windows.min()) < 0 or int(windows.max()) >= self.vocabulary:
+            wrong = f"tokens run from {int(windows.min())} to {int(windows.max())} and the model "
+            wrong += f"knows 0 to {self.vocabulary - 1}; use the tokenizer that belongs to it"
+        else:
+            return
+        raise DataError(f"calibration {wrong}")
+
     def named(self, args: Sequence[Tensor]) -> Batch:
         """Return positional arguments under the names that the forward pass gives them."""
         if not len(self.needs) <= len(args) <= len(self.takes):
