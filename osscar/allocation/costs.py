@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -54,17 +54,6 @@ ROUNDING = 1e-12
 """Of costs, relative: sums of operations are no whole numbers, parameters and bytes are."""
 
 
-class Term(Protocol):
-    """A part of a cost that depends on the widths of few groups."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The groups, one of which is named twice where its width is squared."""
-
-    def at(self, widths: Mapping[str, Any]) -> Any:
-        """Return the cost at the widths of all groups: numbers, or an array for one of them."""
-
-
 @dataclass(frozen=True)
 class Product:
     """A price times the widths of groups, one of which is named twice where it is squared."""
@@ -75,6 +64,37 @@ class Product:
     def at(self, widths: Mapping[str, Any]) -> Any:
         """Return the cost at the widths of all groups: numbers, or an array for one of them."""
         return self.price * math.prod(widths[name] for name in self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Seconds by the widths of one or two groups, on straight lines between those of a grid."""
+
+    names: tuple[str, ...]
+    grids: tuple[NDArray[np.int64], ...] = field(repr=False)
+    """Of each group, two widths at least, ascending."""
+    seconds: NDArray[np.float64] = field(repr=False)
+    """At each width, or pair of widths."""
+
+    def at(self, widths: Mapping[str, Any]) -> Any:
+        """Return the seconds at the widths of all groups: numbers, or an array for one of them."""
+        pairs = zip(self.names, self.grids, strict=True)
+        corners = [_around(widths[name], grid) for name, grid in pairs]
+        return sum(
+            math.prod(share for _, share in corner) * self.seconds[tuple(i for i, _ in corner)]
+            for corner in itertools.product(*corners)
+        )
+
+
+def _around(width: Any, grid: NDArray[np.int64]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return the places of a grid around a width, and how much each counts there."""
+    below = np.clip(np.searchsorted(grid, width, side="right") - 1, 0, len(grid) - 2)
+    part = np.clip((width - grid[below]) / (grid[below + 1] - grid[below]), 0.0, 1.0)
+    return (below, 1 - part), (below + 1, part)
+
+
+Term: TypeAlias = Product | Table
+"""A part of a cost that depends on the widths of few groups."""
 
 
 @dataclass(frozen=True)

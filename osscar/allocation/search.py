@@ -69,15 +69,13 @@ class Search:
         kept = {name: int(some[0]) for name, some in self.options.items()}
         if not (self._total(kept) <= most).all():
             return Chosen(kept)
-        every = {name: np.arange(len(some)) for name, some in self.options.items()}
-        largest = max(map(len, every.values()))
-        if self._entries(largest) <= _TOGETHER:
-            kept, solved = self._better(kept, every, most)
-            return Chosen(kept, min(solved.bound, self.loss(kept)))
+        largest = max(map(len, self.options.values()))
         widths, share = self._most(_TOGETHER, largest), 1.0
         for _ in range(_ROUNDS):
             before = kept
-            kept, _ = self._better(kept, self._around(kept, share, widths), most)
+            kept, solved = self._better(kept, self._around(kept, share, widths), most)
+            if self._entries(largest) <= _TOGETHER:  # these were all
+                return Chosen(kept, min(solved.bound, self.loss(kept)))
             finest = all(share * len(some) <= widths / 2 for some in self.options.values())
             if finest and kept == before:
                 break

@@ -14,7 +14,7 @@ import random
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from graph import Operator, Size
 from osscar.allocation.clocks import Clock, OperatorCall
-from osscar.allocation.costs import CountedCost
+from osscar.allocation.costs import CountedCost, Table
 from osscar.allocation.task import SMALL, PruningTask, unit_width
 from osscar.base.memory import attempt
 from osscar.base.process import memory_kept
@@ -55,33 +55,6 @@ each."""
 
 _JOINT = 4
 """Widths of groups that add up to one dimension, between the least and all of each."""
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Seconds by the widths of one or two groups, on straight lines between those of a grid."""
-
-    names: tuple[str, ...]
-    grids: tuple[NDArray[np.int64], ...] = field(repr=False)
-    """Of each group, two widths at least, ascending."""
-    seconds: NDArray[np.float64] = field(repr=False)
-    """At each width, or pair of widths."""
-
-    def at(self, widths: Mapping[str, Any]) -> Any:
-        """Return the seconds at the widths of all groups: numbers, or an array for one of them."""
-        pairs = zip(self.names, self.grids, strict=True)
-        corners = [_around(widths[name], grid) for name, grid in pairs]
-        return sum(
-            math.prod(share for _, share in corner) * self.seconds[tuple(i for i, _ in corner)]
-            for corner in itertools.product(*corners)
-        )
-
-
-def _around(width: Any, grid: NDArray[np.int64]) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Return the places of a grid around a width, and how much each counts there."""
-    below = np.clip(np.searchsorted(grid, width, side="right") - 1, 0, len(grid) - 2)
-    part = np.clip((width - grid[below]) / (grid[below + 1] - grid[below]), 0.0, 1.0)
-    return (below, 1 - part), (below + 1, part)
 
 
 def time_operators(task: PruningTask, clock: Clock) -> CountedCost:

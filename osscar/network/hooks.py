@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from osscar.network.model_state import version_of
-from osscar.network.modules import fresh, identity_of
+from osscar.network.modules import fresh, identity_of, tensors_in
 
 try:
     from transformers.utils import output_capturing
@@ -205,11 +205,11 @@ class Recording(TorchFunctionMode):
                 return forward(*args, **kwargs)
             if name in self._returned:
                 return fresh(self._returned[name])
-            given = _tensors((args, kwargs))
+            given = tensors_in((args, kwargs))
             before = [version_of(one) for one in given]
             result = forward(*args, **kwargs)
             plain = all(isinstance(one, _PLAIN) for one in pytree.tree_leaves(result))
-            size = sum(one.nbytes for one in _tensors((result, self._returned)))
+            size = sum(one.nbytes for one in tensors_in((result, self._returned)))
             unwritten = before == [version_of(one) for one in given]
             if plain and unwritten and size <= self._most:
                 self._returned[name] = fresh(result)
@@ -223,7 +223,3 @@ def _around(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _tensors(held: Any) -> list[Tensor]:
-    return [one for one in pytree.tree_leaves(held) if isinstance(one, Tensor)]

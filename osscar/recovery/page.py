@@ -6,7 +6,6 @@ That is what `Recovery.document` returns: the ``recovery`` of ``osscar.recover``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,11 +134,7 @@ def recovery_table(recovery: Mapping[str, Any]) -> Table:
 
 def _number(value: float | None) -> str:
     """Return a distance with four digits, which tell checks apart that differ by little."""
-    if value is None:
-        return "not finite"
-    if value and value < 1e-5:
-        return f"{value:.3e}"
-    return f"{value:.{max(0, 3 - math.floor(math.log10(value or 1.0)))}f}"
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def recovery_settings(

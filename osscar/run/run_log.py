@@ -23,8 +23,7 @@ from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar import __version__
-from osscar.allocation.costs import CountedCost
-from osscar.allocation.times import Table
+from osscar.allocation.costs import CountedCost, Table
 from osscar.base.json_files import STRICT
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record

@@ -16,8 +16,8 @@ import numpy as np
 
 from osscar.allocation.clocks import clock_of
 from osscar.allocation.costs import CountedCost
+from osscar.allocation.costs import Table as Times
 from osscar.allocation.task import PruningTask
-from osscar.allocation.times import Table as Times
 from osscar.allocation.times import time_operators
 from osscar.report.sections import Table, from_zero, new_figure, table
 

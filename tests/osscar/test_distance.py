@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -55,6 +55,7 @@ rows = st.lists(
 )
 
 
+@settings(max_examples=30)
 @given(dense=rows, found=rows, probabilities=st.booleans())
 def test_the_divergence_is_that_of_its_definition(dense, found, probabilities):
     count = min(len(dense), len(found))

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from osscar.allocation.costs import CountedCost
-from osscar.allocation.times import Table
+from osscar.allocation.costs import CountedCost, Table
 from osscar.base.errors import JournalError
 from osscar.base.json_files import read_json
 from osscar.data.batches import as_inputs

@@ -12,8 +12,8 @@ from torch import nn
 import graph
 from benchmarks import times as benchmark
 from osscar.allocation import speedup, times
-from osscar.allocation.costs import CountedCost
-from osscar.allocation.times import Table, tabled
+from osscar.allocation.costs import CountedCost, Table
+from osscar.allocation.times import tabled
 from osscar.run.times_page import GroupTimes, _by_group
 from tests.graph.topologies import network
 from tests.osscar.families import tokens
