@@ -112,7 +112,7 @@ def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:
         seconds = np.array([calls.seconds(calls.key(sweep.operator, w)) for w in sweep.widths])
         if np.isnan(seconds).any():  # it cannot be called at these widths: a part of the constant
             continue
-        for table in sweep.tables(seconds.reshape([len(one) for one in sweep.axes])):
+        for table in sweep.tables(seconds):
             same = table.names, *map(bytes, table.grids)
             before = tables[same].seconds if same in tables else 0.0
             tables[same] = replace(table, seconds=table.seconds + before)
@@ -126,23 +126,9 @@ def tabled(clock: Clock, ranges: Mapping[str, tuple[int, int]]) -> CountedCost:
 # ---- what is timed -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Axis:
-    """Widths of one group, or of several at once that add up to a dimension, ascending."""
-
-    names: tuple[str, ...]
-    numbers: tuple[int, ...]
-    """How many entries of the dimension one unit of each has."""
-    counts: NDArray[np.int64]
-    """(widths, groups)"""
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """What they add up to."""
-        return np.asarray(self.counts @ np.array(self.numbers))
+Axes = tuple[dict[str, int], ...]
+"""Of an operator, groups with what one unit of each adds to a dimension; those that add up to one
+are together, and come first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,16 +136,17 @@ class _Sweep:
     """An operator at all widths of one or two axes, other groups at those of the dense model."""
 
     operator: Operator
-    axes: tuple[_Axis, ...]
-    """If one is of several groups, it is the first."""
-    has_others: bool = False
+    axes: Axes
+    counts: tuple[NDArray[np.int64], ...]
+    """Of each axis, its widths, ascending, (widths, groups)."""
+    has_others: bool
 
     @property
     def widths(self) -> Iterator[dict[str, int]]:
         """The widths, those of the last axis change first."""
         each = (
-            [dict(zip(axis.names, w, strict=True)) for w in axis.counts.tolist()]
-            for axis in self.axes
+            [dict(zip(axis, row, strict=True)) for row in counts.tolist()]
+            for axis, counts in zip(self.axes, self.counts, strict=True)
         )
         for few in itertools.product(*each):
             yield {name: width for one in few for name, width in one.items()}
@@ -170,22 +157,23 @@ class _Sweep:
         Of groups that add up, each takes its part of a straight line: so at most two groups are in
         a table.
         """
+        seconds = seconds.reshape([*map(len, self.counts)])
         if self.has_others:  # what it takes in the dense model would be added up several times
             seconds = seconds - seconds.flat[-1]
-        first, others = self.axes[0], self.axes[1:]
-        names = tuple(axis.names[0] for axis in others)
-        grids = tuple(axis.counts[:, 0] for axis in others)
-        if len(first.names) == 1:
-            yield Table(first.names + names, (first.counts[:, 0], *grids), seconds)
+        names = tuple(next(iter(axis)) for axis in self.axes)
+        grids, (first, *_) = tuple(counts[:, 0] for counts in self.counts), self.counts
+        if first.shape[1] == 1:
+            yield Table(names, grids, seconds)
             return
-        slopes, start = np.polyfit(first.sizes, seconds.reshape(len(first), -1), 1)
-        for name, number, counts in zip(first.names, first.numbers, first.counts.T, strict=True):
+        numbers = self.axes[0]
+        sizes = first @ np.array([*numbers.values()])
+        slopes, start = np.polyfit(sizes, seconds.reshape(len(first), -1), 1)
+        for (name, number), counts in zip(numbers.items(), first.T, strict=True):
             grid = counts[[0, -1]]
-            shape = 2, *(len(axis) for axis in others)
-            line = (number * np.outer(grid, slopes)).reshape(shape)
-            yield Table((name, *names), (grid, *grids), line)
-        if others:
-            yield Table(names, grids, start)
+            line = (number * np.outer(grid, slopes)).reshape(2, *seconds.shape[1:])
+            yield Table((name, *names[1:]), (grid, *grids[1:]), line)
+        if names[1:]:
+            yield Table(names[1:], grids[1:], start)
 
 
 @dataclass(frozen=True)
@@ -199,25 +187,19 @@ class _Grids:
     unit_widths: Mapping[str, int]
     most: int
 
-    def sweeps(self, operator: Operator, axes: Sequence[Mapping[str, int]]) -> Iterator[_Sweep]:
+    def sweeps(self, operator: Operator, axes: Axes) -> Iterator[_Sweep]:
         """Yield at what an operator is timed: each axis by itself, unless there are few."""
         few = len(axes) <= 2 and sum(len(one) > 1 for one in axes) <= 1
-        for part in [axes] if few else [[one] for one in axes]:
-            found = (self._axis(one, self.most // len(part)) for one in part)
-            ordered = sorted(found, key=lambda axis: (-len(axis.names), axis.names))
-            yield _Sweep(operator, tuple(ordered), has_others=not few)
+        for part in [axes] if few else [(one,) for one in axes]:
+            counts = tuple(self._counts([*one], self.most // len(part)) for one in part)
+            yield _Sweep(operator, part, counts, not few)
 
-    def _axis(self, numbers: Mapping[str, int], most: int) -> _Axis:
-        if len(numbers) == 1:
-            counts = self._grid(next(iter(numbers)), most)[:, None]
-        else:
-            low, high = np.array([self.ends[name] for name in numbers]).T
+    def _counts(self, names: Sequence[str], most: int) -> NDArray[np.int64]:
+        if len(names) > 1:
+            low, high = np.array([self.ends[name] for name in names]).T
             shares = np.linspace(0, 1, _JOINT)[:, None]
-            counts = np.round(low + shares * (high - low)).astype(np.int64)
-        return _Axis(tuple(numbers), tuple(numbers.values()), counts)
-
-    def _grid(self, name: str, most: int) -> NDArray[np.int64]:
-        (low, high), width = self.ends[name], self.unit_widths[name]
+            return np.asarray(np.round(low + shares * (high - low)), np.int64)
+        (low, high), width = self.ends[names[0]], self.unit_widths[names[0]]
         if self.most == _GRIDS[0] and high * width <= SMALL:
             step = _STEP // math.gcd(_STEP, width)
             found = [n + m for n in range(0, high + 1, step) for m in (-1, 0, 1)]
@@ -225,7 +207,7 @@ class _Grids:
             round_to = ROUND if high * width > SMALL else _STEP
             step = round_to // math.gcd(round_to, width)
             found = [round(n / step) * step for n in np.linspace(low, high, max(most, 2))]
-        return np.array(sorted({low, high, *(n for n in found if low < n < high)}))
+        return np.array(sorted({low, high, *(n for n in found if low < n < high)}))[:, None]
 
 
 class _Calls:
@@ -270,11 +252,6 @@ class _Calls:
         return statistics.median(self._seconds[key])
 
 
-Axes = tuple[dict[str, int], ...]
-"""Of an operator, groups with what one unit of each adds to a dimension; those that add up to one
-are together."""
-
-
 def _worthwhile(
     dense: _Calls, operators: Sequence[Operator], names: Collection[str], least: float
 ) -> list[tuple[Operator, Axes]]:
@@ -310,4 +287,5 @@ def _axes(operator: Operator, names: Collection[str]) -> Axes:
             numbers = own | numbers
             if own:
                 together.union(*own)
-    return tuple({name: numbers[name] for name in sorted(one)} for one in together.to_sets())
+    found = ({name: numbers[name] for name in sorted(one)} for one in together.to_sets())
+    return tuple(sorted(found, key=lambda axis: (-len(axis), [*axis])))
