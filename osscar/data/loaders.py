@@ -186,13 +186,9 @@ def _read(
         found.read[-1] = found.read[-1].rows(torch.arange(len(found.read[-1]) - count + samples))
         count = samples
     joined, told = found.joined(f"{what}, {notes[0] if notes else pluralize(count, 'sample')}")
-    if groups is None:
-        return joined, notes + told
-    if isinstance(joined, CalibrationSet):
-        raise DataError(
-            "windows of text take no sample_groups, since copies are found by comparison; omit them"
-        )
-    return replace(joined, sample_groups=groups[:count]), notes + told  # type: ignore[type-var]
+    if groups is not None:  # of windows there are none
+        joined = replace(joined, sample_groups=groups[:count])  # type: ignore[type-var]
+    return joined, notes + told
 
 
 @dataclass

@@ -18,11 +18,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from osscar.base.errors import DataError
-from osscar.base.files import short_hash
 from osscar.base.printable import share
 from osscar.data.batches import ModelInputs
 from osscar.data.reader import TOKENS
-from osscar.data.samples import SampleSet, bytes_of, named_generator
+from osscar.data.samples import SampleSet, digest_of, named_generator
 from osscar.data.text import CalibrationSet
 from osscar.proof.seen import LARGEST_SHARE, RUN, Seen, fingerprints_of_runs
 
@@ -60,9 +59,8 @@ def copies(inputs: ModelInputs) -> Tensor:
     """
     positions, apart = inputs.positions.tolist(), inputs.apart
     digests = [
-        short_hash(b"".join(bytes_of(name, one[name]) for name in sorted(one)))
-        for index in positions
-        for one in [apart[index] if apart else {n: x[index] for n, x in inputs.tensors.items()}]
+        digest_of(apart[at] if apart else {n: x[at] for n, x in inputs.tensors.items()})
+        for at in positions
     ]
     alike = [digests]
     pairs = list[tuple[int, int]]()

@@ -54,9 +54,8 @@ class SampleSet(ABC):
     def fingerprints(self) -> list[int]:
         """Return a hash of each sample, 64 bits, to recognize it by, whatever its number format."""
         return [
-            short_hash(b"".join(bytes_of(name, one[name]) for name in sorted(one)))
+            digest_of(batch if self.alone else {name: t[0] for name, t in batch.items()})
             for batch in self.batches(1)
-            for one in [batch if self.alone else {name: t[0] for name, t in batch.items()}]
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -226,7 +225,12 @@ def checked_numbers(name: str, given: Any, count: int) -> Tensor | None:
     raise DataError(f"the {name} must be {count} whole numbers, one a sample, not {shown}")
 
 
-def bytes_of(name: str, tensor: Tensor) -> bytes:
+def digest_of(sample: Mapping[str, Tensor]) -> int:
+    """Return a hash of a sample, 64 bits, whatever its number format."""
+    return short_hash(b"".join(_bytes_of(name, sample[name]) for name in sorted(sample)))
+
+
+def _bytes_of(name: str, tensor: Tensor) -> bytes:
     """Return what tells a tensor from others, in a number format that others of a kind become."""
     kinds = {"complex": torch.complex64, "real": torch.float32}
     values = tensor.detach().to("cpu", kinds.get(kind_of_numbers(tensor), torch.int64)).contiguous()

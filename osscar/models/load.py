@@ -65,8 +65,7 @@ def load_model(
         alone or as the only one among the entries of a dictionary, for a model of torchvision, timm
         or your own code.  By default those of the library are fetched.
     pretrained
-        Whether a library's model gets weights at all, and code of your own is called twice to warn
-        of weights that it draws.
+        Whether a library's model gets weights at all.
     dense
         What builds the dense model of a directory whose model is of your own code.
     dtype
@@ -99,7 +98,7 @@ def load_model(
     Warns
     -----
     UserWarning
-        If weights are left out or were drawn, or are one entry of their file, or the tokenizer has
+        If weights are left out, or are one entry of their file, or the tokenizer has
         far fewer tokens than the model.
     """
     text = os.fspath(name)

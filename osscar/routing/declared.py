@@ -331,11 +331,7 @@ def expert_list(
                 f"{declared.experts!r} ({type(experts).__name__}) is no torch.nn.ModuleList of "
                 "several modules with the same structure and shapes, and no shared tensors"
             )
-        if len(calls) != 1:
-            raise ModelError(
-                f"the block is called {len(calls)} times in a forward pass, so its experts cannot "
-                "be removed; give each call a block of its own"
-            )
+        check_called_once("the block", len(calls))
         ((call, y),) = calls
         outputs = tensors_in(y)[0].shape[-1]
         rest = _without_experts(declared, own, own.forward, call, outputs)
@@ -347,6 +343,15 @@ def expert_list(
     raise ModelError(
         f"{declared} does not fit {block or 'the model'!r}: {first_line(tried.error)}"
     ) from tried.error
+
+
+def check_called_once(what: str, calls: int) -> None:
+    """Refuse experts that several calls share (ModelError)."""
+    if calls != 1:
+        raise ModelError(
+            f"{what} is called {calls} times in a forward pass, so its experts cannot be removed; "
+            "give each call a block of its own"
+        )
 
 
 def alike(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from osscar.routing.declared import (
     ExpertList,
     alike,
     calls_of,
+    check_called_once,
     declared_in,
     expert_list,
     is_named,
@@ -153,11 +154,7 @@ def _mixture(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixt
 
 
 def _prunable(model: nn.Module, name: str, seen: _Seen, order: int) -> ExpertMixture:
-    if seen.calls > 1:
-        raise ModelError(
-            f"{name!r} is called {seen.calls} times in a forward pass, so its experts cannot be "
-            "removed; give each call a block of its own"
-        )
+    check_called_once(repr(name), seen.calls)
     if seen.router is None:
         raise ModelError(
             f"no module returns the experts and weights that {name!r} is called with; let a module "

@@ -11,7 +11,6 @@ from osscar.data.batches import ModelInputs
 from osscar.data.parts import copies, held_out, shuffled
 from osscar.data.reader import Reader
 from osscar.recovery.samples import split
-from tests.osscar.families import tiny, tokens
 from tests.osscar.networks import images, plain, small_net
 
 READER = Reader.of(nn.Linear(1, 1))
@@ -129,8 +128,3 @@ def test_groups_stay_with_their_samples(tmp_path):
 def test_groups_are_a_whole_number_a_sample(groups):
     with pytest.raises(DataError, match="sample_groups must be 12 whole numbers"):
         osscar.load_batches({"x": images(12)}, small_net(), sample_groups=groups)
-
-
-def test_windows_of_text_take_no_groups():
-    with pytest.raises(DataError, match="windows of text take no sample_groups"):
-        osscar.load_batches(tokens(12, 16), tiny("opt"), sample_groups=[0] * 12)
