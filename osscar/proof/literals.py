@@ -211,7 +211,8 @@ def _split_evenly(call: _Call) -> None:
         return
     if len({part.kept for part in parts}) > 1:
         raise call.refuse("it cuts into equal parts what does not stay in equal parts")
-    call.replace("split_size", call.resized(call.argument("split_size"), parts[0]))
+    if "split_size" in arguments(call.node):  # else it says how many parts
+        call.replace("split_size", call.resized(call.argument("split_size"), parts[0]))
 
 
 def _split_by_sizes(call: _Call) -> None:
@@ -223,12 +224,6 @@ def _split_at(call: _Call) -> None:
     if not extent.whole:
         cuts = [call.fixed(cut, extent) for cut in call.argument("indices")]
         call.replace("indices", [_moved(cut, extent) for cut in cuts])
-
-
-def _chunked(call: _Call) -> None:
-    kept = {dims[call.argument("dim")].kept for dims in call.outputs}
-    if not call.input("self")[call.argument("dim")].whole and len(kept) > 1:
-        raise call.refuse("it cuts into equal parts what does not stay in equal parts")
 
 
 def _moved(position: int, extent: Extent) -> int:
@@ -327,10 +322,11 @@ _RULES: Mapping[str, Rule] = {
     "aten.tile": _repeated("dims"),
     "aten.repeat_interleave.self_int": _repeated_inside,
     "aten.unflatten": _unflattened,
-    **dict.fromkeys(aten("split unsafe_split"), _split_evenly),
+    **dict.fromkeys(
+        aten("split unsafe_split chunk unsafe_chunk tensor_split.sections"), _split_evenly
+    ),
     **dict.fromkeys(aten("split.sizes split_with_sizes unsafe_split_with_sizes"), _split_by_sizes),
     "aten.tensor_split.indices": _split_at,
-    **dict.fromkeys(aten("chunk unsafe_chunk tensor_split.sections"), _chunked),
     "aten.slice": _sliced,
     "aten.narrow": _narrowed,
     **dict.fromkeys(aten("pad constant_pad_nd"), _padded),

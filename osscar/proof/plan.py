@@ -7,7 +7,7 @@ import enum
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import torch
 from annotated_types import Interval, Len, Predicate
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, with_config
 from torch import Tensor
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.base.json_files import STRICT, validated
+from osscar.base.json_files import STRICT
 
 _MOST = 2**31
 """No dimension of a tensor has as many entries."""
@@ -148,15 +148,6 @@ class PruningPlan:
         """The names of all tensors that lose a part."""
         return frozenset(slot.tensor for group in self.groups for slot in group.slots)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-able data."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> PruningPlan:
-        """Read what `to_json` wrote; a FileError names a field that is missing or out of range."""
-        return validated(data, cls, "the pruning plan")
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -211,11 +202,6 @@ class Certificate:
     ties: int = 0
     structure: Structure | None = None
     unproved: str = ""
-
-    @classmethod
-    def from_json(cls, data: Any) -> Certificate:
-        """Read what `dataclasses.asdict` made of one."""
-        return validated(data, cls, "the certificate")
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """Say what was proved of the program, and what was compared of outputs."""

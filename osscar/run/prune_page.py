@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graph.groups import UnitKind
+from osscar.base.json_files import validated
 from osscar.base.printable import (
     capitalized,
     decimals,
@@ -214,7 +215,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ]
         rests = f"; {proofs_in_words(proofs)}" if proofs else ""
         yield "proved optimal", f"{len(proofs)} of {pluralize(len(layers), 'choice')}{rests}"
-    yield from Certificate.from_json(document["certificate"]).rows()
+    yield from validated(document["certificate"], Certificate, "the certificate").rows()
     if document.get("form") == "exported":
         chosen = document["settings"]["form"] == "auto"
         why = ", in which more groups can be pruned than in the modules" if chosen else ""

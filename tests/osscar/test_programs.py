@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 import graph
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError, OptionError
+from osscar.base.json_files import validated
 from osscar.proof import literals
 from osscar.proof.plan import Form, PruningPlan
 from osscar.shrinking.shrink_program import ProgramTrial, shrink_program
@@ -169,7 +171,8 @@ def test_a_plan_for_a_program_is_for_no_other_model_and_not_for_modules():
         shrunk(made(CASES["generator"][0]), (8,), plan)
     with pytest.raises(ModelError, match=r"exported program.*osscar\.load"):
         slice_units(net, result.proof.plan)
-    assert PruningPlan.from_json(result.proof.plan.to_json()) == result.proof.plan
+    written = dataclasses.asdict(result.proof.plan)
+    assert validated(written, PruningPlan, "the plan") == result.proof.plan
 
 
 # ---- what the result is good for ---------------------------------------------------------
