@@ -1,7 +1,7 @@
 """New processes, forked from this one as it was before any test had run.
 
 To start Python and import torch and transformers takes seconds, and the tests save many models:
-`forked` stands in for `read_back.NewPython`, but for the tests that are about new processes.
+`forked` stands in for `read_back.new_python`, but for the tests that are about new processes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -78,23 +77,10 @@ def _work(folder: str) -> None:
         os._exit(status)
 
 
-@dataclass
-class _Instead:
-    """What stands in for a new process: it begins once it is to go to work."""
-
-    folder: Path
-    work: Callable[[Path], int | None]
-
-    def run(self) -> int:
-        return self.work(self.folder) or 0
-
-    def end(self) -> None:
-        """It has ended."""
-
-
-def here(folder: Path) -> _Instead:
-    """Return no new process at all, for a card that this one alone pretends to have."""
-    return _Instead(folder, lambda folder: read_back.work(str(folder)))
+def here(folder: Path) -> int:
+    """Start no new process at all, for a card that this one alone pretends to have."""
+    read_back.work(str(folder))
+    return 0
 
 
 @contextmanager
@@ -102,6 +88,6 @@ def forked() -> Iterator[None]:
     """Fork the processes that read checkpoints back, while the block runs."""
     template = _Template()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_back, "NewPython", lambda folder: _Instead(folder, template.run))
+        patch.setattr(read_back, "new_python", template.run)
         yield
     template.end()

@@ -50,7 +50,7 @@ from osscar.checkpoint.hf_config import (
     class_of,
     stock_config,
 )
-from osscar.checkpoint.read_back import Expected, fresh_process, read_back
+from osscar.checkpoint.read_back import Expected, read_back
 from osscar.checkpoint.reading import check_dtype
 from osscar.checkpoint.streamed import parts_in_files
 from osscar.network.modules import check_usable, copied, count_parameters, number_format
@@ -152,19 +152,18 @@ def save(
     with atomic_directory(path, overwrite=overwrite) as new:
         expected = Expected.of(model, example_inputs)
         for form in forms:
-            with fresh_process() as elsewhere:
-                with system_errors():
-                    manifest = _write(model, lineage, form, new, tokenizer, report, page)
-                try:
-                    fresh = read_back(model, new, form.kind, expected, elsewhere)
-                    break
-                except OsscarError as error:
-                    if form is forms[-1]:
-                        raise
-                    why = first_line(error)
-                    warn(f"only osscar.load will read the checkpoint: transformers fails ({why})")
-                    shutil.rmtree(new)
-                    new.mkdir()
+            with system_errors():
+                manifest = _write(model, lineage, form, new, tokenizer, report, page)
+            try:
+                fresh = read_back(model, new, form.kind, expected)
+                break
+            except OsscarError as error:
+                if form is forms[-1]:
+                    raise
+                why = first_line(error)
+                warn(f"only osscar.load will read the checkpoint: transformers fails ({why})")
+                shutil.rmtree(new)
+                new.mkdir()
         # Last, what is known now: reading it would compare with it.
         lineage = dataclasses.replace(manifest.lineage, sample=expected.sample)
         dataclasses.replace(manifest, lineage=lineage, fresh=fresh).write(new)

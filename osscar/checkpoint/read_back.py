@@ -6,14 +6,12 @@ the dense model cannot see that they are missing.  A process that never ran it c
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,70 +101,49 @@ class Elsewhere(Exception):
     """Why no other process can do it."""
 
 
-class NewPython:
-    """A new Python, which loads torch while the checkpoint is written, and waits for its task."""
-
-    def __init__(self, folder: Path) -> None:
-        start = f"from {__name__} import work; input(); work({str(folder)!r})"
-        # What is no string there, Python does not search.
-        paths = os.pathsep.join(p or os.getcwd() for p in sys.path if isinstance(p, str))
-        # transformers copies the code of a checkpoint there before it runs it.
-        modules = str(folder / "modules")
-        with (folder / _SAID).open("wb") as said:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", start],  # the working folder is not searched first
-                stdin=subprocess.PIPE,
-                stdout=said,
-                stderr=said,
-                env={**os.environ, "PYTHONPATH": paths, "HF_MODULES_CACHE": modules},
-            )
-
-    def run(self) -> int:
-        """Let it go to work, wait for it, and return its status."""
-        with contextlib.suppress(BrokenPipeError):  # its status says why
-            self._process.communicate(b"\n")
-        return self._process.wait()
-
-    def end(self) -> None:
-        """End it, if it is not at its end."""
-        self._process.kill()
-        self._process.communicate()
+def new_python(folder: Path) -> int:
+    """Let a new Python do the task in a folder; return its status."""
+    # What is no string there, Python does not search.
+    paths = os.pathsep.join(p or os.getcwd() for p in sys.path if isinstance(p, str))
+    # transformers copies the code of a checkpoint there before it runs it.
+    modules = str(folder / "modules")
+    with (folder / _SAID).open("wb") as said:
+        return subprocess.run(
+            # The working folder is not searched first.
+            [sys.executable, "-P", "-c", f"from {__name__} import work; work({str(folder)!r})"],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "PYTHONPATH": paths, "HF_MODULES_CACHE": modules},
+            check=False,
+        ).returncode
 
 
-@contextmanager
-def fresh_process() -> Iterator[Callable[[Task, nn.Module], None]]:
-    """Start a process; yield what has it do one task, once, for a model (`Task.check`).
+def elsewhere(task: Task, model: nn.Module) -> None:
+    """Let a new process do a task for a model (`Task.check`).
 
-    That raises `Elsewhere` if the process cannot build the model or the inputs.
+    Raises `Elsewhere` if the process cannot build the model or the inputs.
     """
+    code = list(_code_of(model, task.dense))
     with tempfile.TemporaryDirectory(prefix="osscar-") as name:
         folder = Path(name)
-        process = NewPython(folder)
-
-        def do(task: Task, model: nn.Module) -> None:
-            code = list(_code_of(model, task.dense))
-            # The model may be anyone's code.
-            with attempt() as tried, (folder / _TASK).open("wb") as file:
-                torch.save(task, file)
-            if tried.failed:
-                raise Elsewhere(_said(tried.error)) from tried.error
-            (folder / _CODE).write_bytes(pickle.dumps((torch.get_num_threads(), code)))
-            status = process.run()
-            try:
-                failure = pickle.loads((folder / _ANSWER).read_bytes())
-            except FileNotFoundError as error:
-                said = (folder / _SAID).read_text(errors="replace").strip().splitlines()
-                raise CheckpointError(
-                    "the checkpoint that was written was not kept: the process that read it back "
-                    f"ended with status {status}{': ' if said else ''}{' '.join(said[-1:]):.300}"
-                ) from error
-            if failure is not None:
-                raise failure
-
+        # The model may be anyone's code.
+        with attempt() as tried, (folder / _TASK).open("wb") as file:
+            torch.save(task, file)
+        if tried.failed:
+            raise Elsewhere(_said(tried.error)) from tried.error
+        (folder / _CODE).write_bytes(pickle.dumps((torch.get_num_threads(), code)))
+        status = new_python(folder)
         try:
-            yield do
-        finally:
-            process.end()
+            failure = pickle.loads((folder / _ANSWER).read_bytes())
+        except FileNotFoundError as error:
+            said = (folder / _SAID).read_text(errors="replace").strip().splitlines()
+            raise CheckpointError(
+                "the checkpoint that was written was not kept: the process that read it back "
+                f"ended with status {status}{': ' if said else ''}{' '.join(said[-1:]):.300}"
+            ) from error
+    if failure is not None:
+        raise failure
 
 
 def _code_of(model: nn.Module, dense: nn.Module | None) -> Iterator[tuple[str, str | None]]:
@@ -295,16 +272,10 @@ def _sample_of(model: nn.Module, example_inputs: Inputs | None) -> Sample | None
     return None
 
 
-def read_back(
-    model: nn.Module,
-    path: Path,
-    kind: str | None,
-    expected: Expected,
-    elsewhere: Callable[[Task, nn.Module], None],
-) -> bool:
+def read_back(model: nn.Module, path: Path, kind: str | None, expected: Expected) -> bool:
     """Compare a model with what is read as its card says; tell whether a new process read it.
 
-    `kind` is the class of transformers on the card, and `elsewhere` what `fresh_process` yields.
+    `kind` is the class of transformers on the card.
     """
     cache, kind = weight_cache(model), kind if hasattr(transformers, str(kind)) else None
     dense = _dense_of(model) if cache is None and builder_of(model) is None else None

@@ -236,7 +236,7 @@ def pretended() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(torch.export, "export", _traced(places)))
-        stack.enter_context(mock.patch.object(read_back, "NewPython", here))
+        stack.enter_context(mock.patch.object(read_back, "new_python", here))
         stack.enter_context(_Operators(places))
         stack.enter_context(_Functions(places))
         yield

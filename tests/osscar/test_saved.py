@@ -13,7 +13,7 @@ import osscar
 from osscar.base.errors import CheckpointError, EquivalenceError, ModelError
 from osscar.checkpoint import read_back
 from osscar.checkpoint.files import read_manifest
-from osscar.checkpoint.read_back import NewPython
+from osscar.checkpoint.read_back import new_python
 from osscar.proof.lineage import lineage_of, why_not_dense
 
 WIDTH = 32
@@ -143,7 +143,7 @@ def test_code_that_no_other_process_can_import_is_read_here_alone_and_says_so(tm
 def test_a_new_python_searches_where_this_one_does(tmp_path, monkeypatch):
     # Files of the working folder, which a command does not search, have names of packages, too.
     (tmp_path / "graph.py").write_text("raise RuntimeError('not this one')")
-    monkeypatch.setattr(read_back, "NewPython", NewPython)
+    monkeypatch.setattr(read_back, "new_python", new_python)
     monkeypatch.setattr(sys, "path", [*(p for p in sys.path if p), tmp_path])  # no string: ignored
     monkeypatch.chdir(tmp_path)
     assert once().save(tmp_path / "small").fresh
