@@ -139,12 +139,12 @@ Measuring = Callable[[PruningTask, Choosing], tuple[Mapping[str, Curve], Measure
 def allocate(
     task: PruningTask,
     measuring: Measuring | None = None,
-    within_reach: Callable[[], None] = lambda: None,
+    within_reach: Callable[[Sequence[Allowance]], None] = lambda allowed: None,
 ) -> Allocated:
     """Decide how many units each group keeps, on the first rank for all.
 
     `measuring` tells where curves come from, by default from `measured_curves`; `within_reach` is
-    called before, once the least widths are known to meet the budgets.
+    called before with what the budgets allow, once the least widths are known to meet it.
 
     A `RequestError` is raised if the request makes no sense for these groups, a budget cannot be
     met, or nothing would be removed; a `NonFiniteError` if a group pruned alone overflows.
@@ -162,7 +162,7 @@ def allocate(
     if not keep:
         raise RequestError(_why_nothing(task))
     if budget is None:
-        within_reach()
+        within_reach(())
     return Allocated(keep, budget)
 
 
@@ -187,7 +187,9 @@ def measured_once(tasks: Sequence[PruningTask]) -> Measuring | None:
 
 
 def _shared_out(
-    task: PruningTask, measuring: Measuring | None, within_reach: Callable[[], None]
+    task: PruningTask,
+    measuring: Measuring | None,
+    within_reach: Callable[[Sequence[Allowance]], None],
 ) -> Budget:
     """Choose the widths of the groups that share a budget, and say what that comes to."""
     request, ranks = task.request, task.prepared.ranks
@@ -203,7 +205,7 @@ def _shared_out(
                 f"{one.dense:,.0f} stay ({reached / one.dense:.3f} of the dense model's); "
                 f"remove less{_more_to_prune(task, least, one.budget)}"
             )
-    within_reach()
+    within_reach(allowed)
     by_time, models = request.speedup and task.times is None, WholeModels.shared(tasks[-1])
     if by_time:
         ranks.broadcast("the fastest model", models.check_reach)

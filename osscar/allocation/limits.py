@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -18,7 +18,7 @@ from osscar.allocation.serving import serving_memory
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.base.json_files import STRICT
-from osscar.base.printable import engineering, share
+from osscar.base.printable import engineering
 from osscar.distance.distance import Measure
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form, PruningPlan
@@ -246,37 +246,22 @@ def counted_again(
     return replace(budget, limits=limits)
 
 
-def goal(task: PruningTask) -> str:
+def goal(task: PruningTask, allowed: Sequence[Allowance]) -> str:
     """Say what the run is to keep and to remove."""
-    prepared, request, keep = task.prepared, task.request, task.keep
-    left = {group.name: 0 for group in task.shared}
 
-    def told(budget: BudgetKind | None) -> str:
-        asked: Any = None if budget is None else getattr(request, budget)
-        match budget:
-            case BudgetKind.SPEEDUP:
-                by = "" if task.times is None else " by the times of its operators"
-                return f"is to be {asked:g} times as fast as the dense model{by}"
-            case BudgetKind.FLOPS:
-                return f"keeps {share(asked)} of the operations, removes {share(1 - asked)}"
-            case BudgetKind.SIZE:
-                return f"keeps {asked} of the bytes that the weights take on disk"
-            case BudgetKind.MEMORY:
-                return f"keeps {asked} of the memory that serving takes"
-        cost = count(Cost.PARAMETERS, prepared, task.counted)
-        dense, kept = cost.dense, cost.of(keep)
-        if budget is BudgetKind.SPARSITY:
-            gone = asked * (kept - cost.of({**keep, **left}))
-            return (
-                f"removes {share(asked)} of the parameters of heads, neurons and channels: "
-                f"{engineering(gone)} of the {engineering(dense)} of the model"
-            )
-        if budget is BudgetKind.PARAMS:
-            wanted = parse_keep(asked)
-            kept = float(wanted if isinstance(wanted, int) else wanted * Fraction(int(dense)))
-        return (
-            f"keeps {engineering(kept)} of {engineering(dense)} parameters, removes "
-            f"{engineering(dense - kept)}"
-        )
+    def told(kept: float, dense: float, kind: Cost) -> str:
+        mine, of, gone = map(engineering, (kept, dense, dense - kept))
+        return f"keeps {mine} of {of} {kind}, removes {gone}"
 
-    return "; ".join(map(told, request.budgets or (None,)))
+    found = [
+        told(min(one.most, one.dense), one.dense, one.kind)
+        for one in allowed
+        if one.budget is not BudgetKind.SPEEDUP
+    ]
+    if not allowed:
+        cost = count(Cost.PARAMETERS, task.prepared, task.counted)
+        found = [told(cost.of(task.keep), cost.dense, Cost.PARAMETERS)]
+    elif task.request.speedup is not None:
+        by = "" if task.times is None else " by the times of its operators"
+        found.append(f"is to be {task.request.speedup:g} times as fast as the dense model{by}")
+    return "; ".join(found)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from graph.tracing.preserve import cache_as
 from osscar.allocation.allocate import Measuring, allocate, measured_once
-from osscar.allocation.limits import Allocated, counted_again, goal
+from osscar.allocation.limits import Allocated, Allowance, counted_again, goal
 from osscar.allocation.serving import check_served
 from osscar.allocation.task import PruningTask
 from osscar.base.devices import resolve_device
@@ -200,9 +200,9 @@ def widths(run: PreparedRun, task: PruningTask, measuring: Measuring | None = No
         return noted
     try:
 
-        def within_reach() -> None:
+        def within_reach(allowed: Sequence[Allowance]) -> None:
             needed = in_bytes(MemoryNeeds.from_task(task).least)
-            run.tell(f"{goal(task)}; takes about {needed} of memory")
+            run.tell(f"{goal(task, allowed)}; takes about {needed} of memory")
 
         found = allocate(task, measuring, within_reach)
     except RequestError as error:

@@ -9,7 +9,7 @@ from torch import nn
 
 from osscar.allocation.allocate import allocate, whole_distance
 from osscar.allocation.costs import Cost, count
-from osscar.allocation.limits import Budget, goal
+from osscar.allocation.limits import Budget, allowances, goal
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
 from osscar.base.printable import engineering
@@ -183,17 +183,18 @@ def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):
     owned = sum(size for n, size in layers if not n.endswith(("out_proj.bias", "fc2.bias")))
 
     def told(**asked):
-        return goal(PruningTask(opt, Asked(**asked)))
+        task = PruningTask(opt, Asked(**asked))
+        return goal(task, allowances(task) if task.request.has_budget else ())
 
-    kept, of, gone = (engineering(part * dense) for part in (0.3, 1, 0.7))
-    assert told(params=0.3) == f"keeps {kept} of {of} parameters, removes {gone}"
-    assert told(sparsity=0.3) == (
-        "removes 30% of the parameters of heads, neurons and channels: "
-        f"{engineering(0.3 * owned)} of the {engineering(dense)} of the model"
-    )
-    assert told(flops=0.5, size=0.8) == (
-        "keeps 0.8 of the bytes that the weights take on disk; keeps 50% of the operations, "
-        "removes 50%"
+    def parts(share, whole, kind):
+        kept, of, gone = (engineering(part * whole) for part in (share, 1, 1 - share))
+        return f"keeps {kept} of {of} {kind}, removes {gone}"
+
+    assert told(params=0.3) == parts(0.3, dense, "parameters")
+    assert told(sparsity=0.3) == parts(1 - 0.3 * owned / dense, dense, "parameters")
+    flops = count(Cost.FLOPS, opt, opt.groups).dense
+    assert told(params=0.9, flops=0.5) == "; ".join(
+        (parts(0.9, dense, "parameters"), parts(0.5, flops, "flops"))
     )
 
 
