@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +103,13 @@ def opened(
     options: DataOptions,
     seed: int,
     check: Callable[[Any], None] = lambda loaded: None,
-    says: bool = True,
     drawn: Callable[[LoadedModel], Mapping[str, Any]] = lambda loaded: {},
     **more: Any,
 ) -> tuple[LoadedModel, CalibrationData]:
     """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
 
     `check` refuses a model before data are read, `drawn` returns keywords of
-    `LoadedModel.calibration`, `says` whether to print what the data are, and `more` is for
-    `osscar.load_model`.
+    `LoadedModel.calibration`, and `more` is for `osscar.load_model`.
     """
     with quiet():
         loaded = load_model(
@@ -128,8 +124,7 @@ def opened(
         check(loaded)
         asked = {"samples": options.samples, "seqlen": options.seqlen, "seed": seed}
         data = loaded.calibration(options.calibration, **{**asked, **drawn(loaded)})
-    if says:
-        tell_data("calibration", loaded, data, always=False)
+    tell_data("calibration", loaded, data, always=False)
     return loaded, data
 
 
@@ -175,72 +170,55 @@ def chat_template_unused(tokenizer: Any) -> str:
 # ---- saving ------------------------------------------------------------------------------
 
 
-@dataclass
-class SavingJob(ABC):
-    """What one rank of a command does that saves a model; `where` is the output, as it was given.
+def beside(output: Path, name: str) -> Path:
+    """Return a directory beside an output, called like it."""
+    path = resolved(output)
+    return path.with_name(f"{path.name}.{name}")
 
-    The `logs` have what is done so far, beside the output; the first is the last to go.
+
+@contextmanager
+def saving(
+    options: PruneOptions | RecoverOptions,
+    where: Path,
+    used: Sequence[str | Path],
+    ranks: Ranks,
+    logs: Sequence[RunLog | RecoveryLog],
+) -> Iterator[bool]:
+    """Let each rank make a model in the block, which the first saves; yield whether to overwrite.
+
+    The logs have what is done so far, and go when the block has ended, the first last.  What is
+    `used` must not be replaced.
     """
+    # What is there where a run was ended is what it has saved, or was asked to replace.
+    overwrite = options.overwrite or (logs[0].exists and not options.restart)
 
-    options: Any
-    where: Path
-    used: Sequence[str | Path]
-    """What must not be replaced."""
-    request: Any
-    ranks: Ranks
+    def kept() -> str:
+        return ", and ".join(filter(None, (log.kept for log in logs)))
 
-    def __post_init__(self) -> None:
-        self.path = resolved(self.where)
-        # What is there where a run was ended is what it has saved, or was asked to replace.
-        goes_on = self.logs[0].exists and not self.options.restart
-        self.overwrite = self.options.overwrite or goes_on
+    def remove() -> None:
+        for log in reversed(logs):
+            log.remove()
 
-    @property
-    @abstractmethod
-    def logs(self) -> Sequence[RunLog | RecoveryLog]:
-        """The logs that are kept."""
-
-    @abstractmethod
-    def work(self) -> Callable[[], None]:
-        """Make the model, save it on the first rank, and return what tells of it."""
-
-    def beside(self, name: str) -> Path:
-        """Return a directory beside the output, called like it."""
-        return self.path.with_name(f"{self.path.name}.{name}")
-
-    def check_room(self, loaded: LoadedModel) -> None:
-        """Refuse an output that has no room for a model's weights."""
-        if self.ranks.first:
-            needed = weight_bytes(loaded.model, loaded.stored_dtype)
-            check_output(self.path, overwrite=self.overwrite, needed_bytes=needed)
-
-    def run(self) -> None:
-        """Run the command, from its logs on if there are any, and tell of the result."""
-        first, restart = self.ranks.first, self.options.restart
-
-        def kept() -> str:
-            return ", and ".join(filter(None, (log.kept for log in self.logs)))
-
-        def remove() -> None:
-            for log in reversed(self.logs):
-                log.remove()
-
-        if first:
-            inputs = [*self.used, *named_files(self.options), self.options.json]
-            check_output(self.path, overwrite=self.overwrite, inputs=inputs)
-        with ExitStack() as stack:
-            with way_back(kept, restarts=restart):
-                if first:
-                    for log in self.logs:
-                        stack.enter_context(log.locked())
-                stack.enter_context(quiet())
-                if restart and first:
-                    remove()
-                tell = self.work()
-            if first:
+    if ranks.first:
+        inputs = [*used, *named_files(options), options.json]
+        check_output(resolved(where), overwrite=overwrite, inputs=inputs)
+    with ExitStack() as stack:
+        with way_back(kept, restarts=options.restart):
+            if ranks.first:
+                for log in logs:
+                    stack.enter_context(log.locked())
+            stack.enter_context(quiet())
+            if options.restart and ranks.first:
                 remove()
-        if first:
-            tell()
+            yield overwrite
+        if ranks.first:
+            remove()
+
+
+def check_room(loaded: LoadedModel, where: Path, overwrite: bool) -> None:
+    """Refuse an output that has no room for a model's weights."""
+    needed = weight_bytes(loaded.model, loaded.stored_dtype)
+    check_output(resolved(where), overwrite=overwrite, needed_bytes=needed)
 
 
 def write_copy(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from osscar.base.errors import OptionError
+from osscar.base.files import resolved
 from osscar.base.ranks import together
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.directory import SavedCheckpoint, renew_report
@@ -17,12 +16,14 @@ from osscar.checkpoint.files import PAGE_FILE
 from osscar.cli.commands import asked_points
 from osscar.cli.common import check_files, out, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import (
-    SavingJob,
+    beside,
+    check_room,
     held_out,
     limit_of,
     opened,
     quiet,
     saved_line,
+    saving,
     tell_data,
     write_copy,
 )
@@ -60,140 +61,118 @@ def run(model: str, options: PruneOptions) -> None:
             refuse(options, ("recover_text",), tests)
             if options.samples is not None:
                 check_samples(request.quality, options.samples, options.samples)
-        recovery = recovery_of(options, request)
-        _Job(options, options.out, [model], request, ranks, model, recovery).run()
+        recovery, where = recovery_of(options, request), options.out
+        log, training = RunLog(beside(where, "run")), RecoveryLog(beside(where, LOG))
+        logs = (log, training) if options.recover else (log,)
+        with saving(options, where, [model], ranks, logs) as overwrite:
+            loaded, data = _opened(model, options, request, overwrite if ranks.first else None)
+            dense, trains_on = loaded.model, _trains_on(options, recovery, loaded, data)
+
+            def recovered(pruned: PruningResult, part: Any, attempt: int = 0) -> Recovery:
+                assert recovery is not None
+                own = RecoveryLog(log.attempt(attempt).directory / "recovery")
+                known = (own if attempt else training) if ranks.first else None
+                return recover_as_asked(pruned, dense, part, recovery, known, ranks, say)
+
+            given = dense, data, request, log if ranks.first else None, ranks, say
+            found: Recovery | None = None
+            if request.quality is None:
+                result = prune_as_asked(*given)
+                if recovery is not None:
+                    found = recovered(result, trains_on)
+                    result = dataclasses.replace(result, model=found.model)
+            else:
+                again = None if recovery is None else recovered
+                result, found = prune_to_target(*given, again, loaded.classes)
+            if ranks.first:
+                content, saved = _saved(result, found, loaded, data, options, overwrite)
+        if ranks.first:
+            _tell(content, saved, where)
 
 
 _SHORTEST = 64
 """Tokens of a window at least, where a short text is cut into as many as a target takes."""
 
 
-@dataclass
-class _Job(SavingJob):
-    """What one rank does."""
+def _opened(
+    model: str, options: PruneOptions, request: PruningRequest, overwrite: bool | None
+) -> tuple[LoadedModel, CalibrationData]:
+    """Open the model, and draw its data; check the room for it unless `overwrite` is None."""
 
-    model: str
-    recovery: RecoveryRequest | None
-
-    @cached_property
-    def log(self) -> RunLog:
-        """The log of the pruning."""
-        return RunLog(self.beside("run"))
-
-    @cached_property
-    def training(self) -> RecoveryLog:
-        """The log of the recovery."""
-        return RecoveryLog(self.beside(LOG))
-
-    @property
-    def logs(self) -> Sequence[RunLog | RecoveryLog]:
-        """The logs that are kept."""
-        return (self.log, self.training) if self.options.recover else (self.log,)
-
-    def load(self) -> tuple[LoadedModel, CalibrationData]:
-        """Open the model, and draw its data."""
-        options, request = self.options, self.request
-
-        def room(loaded: LoadedModel) -> None:
-            if options.recover and is_on_disk(loaded.model):
-                raise OptionError(
-                    "--recover needs the weights in memory, and --max-memory keeps them on disk; "
-                    "omit one of them"
-                )
-            self.check_room(loaded)
-
-        def drawn(loaded: LoadedModel) -> dict[str, Any]:
-            if request.quality is None:
-                return {}
-            usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
-            most = max(2 * usual, usual_draw(request.quality))
-            samples = most if options.samples is None else options.samples
-            asked: dict[str, Any] = {"samples": samples, "overlapping": False}
-            if loaded.tokenizer is None or options.seqlen is not None:
-                return asked
-            found = loaded.calibration(options.calibration, seed=request.seed, **asked)
-            assert isinstance(found, CalibrationSet)
-            length = found.tokens.numel() // samples  # of a short text, as many shorter windows
-            short = len(found.tokens) < samples and length >= _SHORTEST
-            return {**asked, "seqlen": length} if short else asked
-
-        with timed(Stage.LOAD):
-            return opened(
-                self.model,
-                options,
-                request.seed,
-                room,
-                says=self.ranks.first,
-                drawn=drawn,
-                device=request.device,
-                max_memory=limit_of(self.model, options, request),
+    def check(loaded: LoadedModel) -> None:
+        if options.recover and is_on_disk(loaded.model):
+            raise OptionError(
+                "--recover needs the weights in memory, and --max-memory keeps them on disk; "
+                "omit one of them"
             )
+        if overwrite is not None:
+            check_room(loaded, options.out, overwrite)
 
-    def work(self) -> Callable[[], None]:
-        """Prune into a directory, and return what tells of it."""
-        options, ranks = self.options, self.ranks
-        loaded, data = self.load()
-        trains_on = self._trains_on(loaded, data)
-        result, recovery = self._made(loaded, data, trains_on)
-        if not ranks.first:
-            return lambda: None
-        content = result.document(
-            loaded.model, data, source=loaded.source, classes=loaded.classes, recovery=recovery,
-            measure=False,
-        )  # fmt: skip
-        with timed(Stage.SAVE):
-            saved = result.save(
-                self.path, tokenizer=loaded.companion, report=content, overwrite=self.overwrite
-            )
-        with timed(Stage.REPORT):  # whatever becomes of it, the model is saved
-            content |= measured(loaded.model, result.model, data)
-            renew_report(saved, content, prune_page(content, saved.path.name))
-        write_copy(options, content, saved)
-        return lambda: _tell(content, saved, self.where)
+    def drawn(loaded: LoadedModel) -> dict[str, Any]:
+        if request.quality is None:
+            return {}
+        usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
+        most = max(2 * usual, usual_draw(request.quality))
+        samples = most if options.samples is None else options.samples
+        asked: dict[str, Any] = {"samples": samples, "overlapping": False}
+        if loaded.tokenizer is None or options.seqlen is not None:
+            return asked
+        found = loaded.calibration(options.calibration, seed=request.seed, **asked)
+        assert isinstance(found, CalibrationSet)
+        length = found.tokens.numel() // samples  # of a short text, as many shorter windows
+        short = len(found.tokens) < samples and length >= _SHORTEST
+        return {**asked, "seqlen": length} if short else asked
 
-    def _trains_on(self, loaded: LoadedModel, data: CalibrationData) -> CalibrationData:
-        """Return what the smaller model is recovered on: the calibration data, or other text."""
-        if self.recovery is None:
-            return data
-        text = self.options.recover_text
-        if not isinstance(data, CalibrationSet):
-            advice = (
-                "omit it, or recover what was pruned with `osscar recover`, on images or inputs"
-            )
-            refuse(self.options, ("recover_text",), f"{loaded.source} reads no text: {advice}")
-        elif text is not None:
-            windows, seed = samples_for(self.recovery, windows=True), self.recovery.seed
-            data = loaded.training(text=text, windows=windows, seqlen=data.seqlen, seed=seed)
-            if self.ranks.first:
-                tell_data("recovery", loaded, data, always=True)
-        split(as_inputs(loaded.model, data), self.recovery)  # refuses too few
+    limit = limit_of(model, options, request)
+    with timed(Stage.LOAD):
+        return opened(
+            model, options, request.seed, check, drawn, device=request.device, max_memory=limit
+        )
+
+
+def _trains_on(
+    options: PruneOptions,
+    recovery: RecoveryRequest | None,
+    loaded: LoadedModel,
+    data: CalibrationData,
+) -> CalibrationData:
+    """Return what the smaller model is recovered on: the calibration data, or other text."""
+    if recovery is None:
         return data
+    if not isinstance(data, CalibrationSet):
+        advice = "omit it, or recover what was pruned with `osscar recover`, on images or inputs"
+        refuse(options, ("recover_text",), f"{loaded.source} reads no text: {advice}")
+    elif options.recover_text is not None:
+        windows, seed = samples_for(recovery, windows=True), recovery.seed
+        data = loaded.training(
+            text=options.recover_text, windows=windows, seqlen=data.seqlen, seed=seed
+        )
+        tell_data("recovery", loaded, data, always=True)
+    split(as_inputs(loaded.model, data), recovery)  # refuses too few
+    return data
 
-    def _made(
-        self, loaded: LoadedModel, data: CalibrationData, trains_on: CalibrationData
-    ) -> tuple[PruningResult, Recovery | None]:
-        """Prune a model, and recover the smaller one if that is asked for."""
-        model, ranks, first = loaded.model, self.ranks, self.ranks.first
-        tell = say if first else (lambda line: None)
-        log = self.log if first else None
-        if self.request.quality is not None:
 
-            def recover(pruned: PruningResult, part: Any, number: int) -> Recovery:
-                assert self.recovery is not None
-                own = (
-                    RecoveryLog(self.log.attempt(number).directory / "recovery") if first else None
-                )
-                return recover_as_asked(pruned, model, part, self.recovery, own, ranks, tell)
-
-            again = None if self.recovery is None else recover
-            classes = loaded.classes
-            return prune_to_target(model, data, self.request, log, ranks, tell, again, classes)
-        result = prune_as_asked(model, data, self.request, log, ranks, tell)
-        if self.recovery is None:
-            return result, None
-        training = self.training if first else None
-        recovery = recover_as_asked(result, model, trains_on, self.recovery, training, ranks, tell)
-        return dataclasses.replace(result, model=recovery.model), recovery
+def _saved(
+    result: PruningResult,
+    recovery: Recovery | None,
+    loaded: LoadedModel,
+    data: CalibrationData,
+    options: PruneOptions,
+    overwrite: bool,
+) -> tuple[dict[str, Any], SavedCheckpoint]:
+    """Save the smaller model with its report, and return both."""
+    content = result.document(
+        loaded.model, data, source=loaded.source, classes=loaded.classes, recovery=recovery,
+        measure=False,
+    )  # fmt: skip
+    with timed(Stage.SAVE):
+        path = resolved(options.out)
+        saved = result.save(path, tokenizer=loaded.companion, report=content, overwrite=overwrite)
+    with timed(Stage.REPORT):  # whatever becomes of it, the model is saved
+        content |= measured(loaded.model, result.model, data)
+        renew_report(saved, content, prune_page(content, saved.path.name))
+    write_copy(options, content, saved)
+    return content, saved
 
 
 def _tell(content: Mapping[str, Any], saved: SavedCheckpoint, where: Path) -> None:
