@@ -46,7 +46,6 @@ from osscar.base.errors import NonFiniteError, RequestError
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import Stage, timed
 from osscar.data.parts import held_out
-from osscar.distance.distance import Measure
 from osscar.offload.on_disk import put_back, values_of
 from osscar.proof.plan import PruningPlan
 from osscar.request import AUTO, BudgetKind
@@ -71,7 +70,6 @@ class Sharing:
 
     task: PruningTask
     curves: Mapping[str, Curve] | None = None
-    measure: Measure = "nats"
     widths: Mapping[str, NDArray[np.int64]] | None = None
     """The widths that they may have, if not those of the task."""
 
@@ -106,7 +104,6 @@ class Sharing:
             tuple(limits),
             None if self.curves is None else sum(lost.values()),
             chosen.bound,
-            self.measure,
             curves={
                 name: tuple(curve.losses.tolist())
                 for name, curve in curves.items()
@@ -132,7 +129,7 @@ def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
 Choosing = Callable[[Mapping[str, Curve] | None], Mapping[str, int]]
 """Returns what groups keep by some curves, or in equal shares without any."""
 
-Measuring = Callable[[PruningTask, Choosing], tuple[Mapping[str, Curve], Measure]]
+Measuring = Callable[[PruningTask, Choosing], Mapping[str, Curve]]
 """Returns the curves of a task, as `measured_curves` does."""
 
 
@@ -218,7 +215,7 @@ def _shared_out(
 
     sharing = Sharing(task)
     if request.allocation != "uniform" and task.shared:
-        sharing = Sharing(task, *(measuring or measured_curves)(task, choose))
+        sharing = Sharing(task, (measuring or measured_curves)(task, choose))
     sharings = [replace(sharing, task=one) for one in tasks]
     if by_time:
         return _timed(sharings, models, allowed)

@@ -19,7 +19,6 @@ from osscar.allocation.task import PruningTask
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.base.json_files import STRICT
 from osscar.base.printable import engineering
-from osscar.distance.distance import Measure
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form, PruningPlan
 from osscar.request import BudgetKind, parse_keep, parse_size_kept
@@ -85,9 +84,6 @@ class Budget:
     """No choice of widths within all limits, beside these residual channels, has a smaller
     prediction; None where nothing is predicted, or costs of too many groups multiply for a proof.
     """
-    measure: Measure = "nats"
-    """What distances are: ``nats``, the divergence of predictions, or ``relative``, the squared
-    error of outputs over the squares of the dense ones, where these are no scores of classes."""
     on_trial: float | None = None
     """The distance of the model that was pruned on trial to these widths; None where residual
     streams had no choice."""

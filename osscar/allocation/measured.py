@@ -27,7 +27,7 @@ from osscar.base.errors import NonFiniteError, RequestError, warn
 from osscar.base.inputs import AnyDistance
 from osscar.base.memory import FOR_MATRICES, memory_for
 from osscar.base.timing import Stage, progress_bar, timed
-from osscar.distance.distance import Distance, Measure, Reference, picks_predictions
+from osscar.distance.distance import Distance, Reference, picks_predictions
 from osscar.network.modules import device_of
 from osscar.offload.on_disk import room_for
 from osscar.preparation.prepare import Prepared
@@ -184,8 +184,8 @@ def measured_curves(
     task: PruningTask,
     choose: Callable[[Mapping[str, Curve] | None], Mapping[str, int]],
     before: Budget | None = None,
-) -> tuple[dict[str, Curve], Measure]:
-    """Return the curve of each group that shares a budget, and what distances are measured in.
+) -> dict[str, Curve]:
+    """Return the curve of each group that shares a budget.
 
     All ranks take part, and the model is as it was afterwards.
 
@@ -205,7 +205,7 @@ def measured_curves(
 
 def curves_at(
     task: PruningTask, choices: Sequence[Mapping[str, int]], curves: dict[str, Curve]
-) -> tuple[dict[str, Curve], Measure]:
+) -> dict[str, Curve]:
     """Return the same, measured at about what groups keep by several choices.
 
     Each group is refitted once for all of them, and what is known goes through that, too.
@@ -235,7 +235,7 @@ def curves_at(
             bar.advance()
     for group in groups:  # what has no other width keeps all its units
         curves.setdefault(group.name, Curve(group.name, np.zeros(group.units + 1)))
-    return curves, reference.distance.measure
+    return curves
 
 
 def known_curves(budget: Budget) -> dict[str, Curve]:

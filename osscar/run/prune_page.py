@@ -191,7 +191,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     elif budget is not None:
         yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:
-        unit = UNITS[budget["measure"]]
+        unit = UNITS[document["distance"]["measure"]]
         gap = budget.get("gap")
         within = "" if gap is None else f" (optimality gap {100 * gap:.2g}%)"
         each = "the sum over groups, each measured alone"

@@ -253,9 +253,8 @@ class _Search:
 
     def _report(self, budget: Budget) -> TargetReport:
         target, limit = self.target, budget.of(self._kind)
-        return TargetReport(
-            target.kind, target.most, budget.measure, limit.cost, limit.dense, tuple(self.attempts)
-        )
+        measure, attempts = self.searched.reference.distance.measure, tuple(self.attempts)
+        return TargetReport(target.kind, target.most, measure, limit.cost, limit.dense, attempts)
 
     @property
     def _kind(self) -> BudgetKind:

@@ -129,8 +129,7 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
     model = Sum().eval()
     with prepare(model, DATA) as prepared, torch.no_grad():
         keep = halves(prepared)
-        curves, measure = measured(prepared, keep, damp=0.1)
-        assert measure == "nats"
+        curves = measured(prepared, keep, damp=0.1)
         fitted, fresh = DATA[:45], DATA[60:]  # of 60, a quarter is held out for other ends
         read = {
             8: (model.one, torch.tanh(model.first(fitted))),
@@ -145,8 +144,7 @@ def test_what_is_measured_is_what_pruning_one_group_by_hand_comes_to():
 
 def test_outputs_that_are_no_scores_are_compared_by_their_relative_error():
     with prepare(Both().eval(), DATA) as prepared, torch.no_grad():
-        curves, measure = measured(prepared, halves(prepared))
-        assert measure == "relative"
+        curves = measured(prepared, halves(prepared))
         assert all(0 < distance < 1 for c in curves.values() for distance in c.measured.values())
 
 
@@ -163,7 +161,7 @@ def test_a_large_model_is_compared_in_bfloat16_where_it_is_multiplied(refuses, m
             if refuses:
                 last = [one for one in prepared.model.modules() if isinstance(one, nn.Linear)][-1]
                 last.register_forward_hook(refuse)
-            curves, _ = measured(prepared, halves(prepared))
+            curves = measured(prepared, halves(prepared))
             half = prepared.bfloat16
         return half, [d for c in curves.values() for d in c.measured.values()]
 
@@ -294,7 +292,7 @@ def test_units_that_fire_on_other_samples_alone_are_missed_as_was_measured(units
         points = {p.kept: p.distance for p in budget.measured[first.name]}
         kept = budget.widths[first.name].kept
         found = budget.widths[first.name].predicted
-        exact, _ = measured(prepared, {first.name: units - quiet})
+        exact = measured(prepared, {first.name: units - quiet})
     lost = exact[first.name].measured[units - quiet]
     assert lost > 0.01
     assert kept in points
@@ -316,7 +314,6 @@ def test_a_group_that_predictions_hardly_need_gives_up_more():
         budget = allocate(PruningTask(prepared, PruningRequest(sparsity=0.4))).budget
     by_units = {width.units: width for width in budget.widths.values()}
     assert by_units[7].kept < 4 < by_units[8].kept
-    assert budget.measure == "nats"
     assert budget.measured.keys() == budget.widths.keys()
     for name, points in budget.measured.items():
         assert all(0 < p.kept < budget.widths[name].units for p in points)
