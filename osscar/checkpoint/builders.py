@@ -232,7 +232,7 @@ def cast(model: M, dtype: torch.dtype) -> M:
     """Convert a model, in place, to a number format, as its library has it in that."""
     like = _as_built(model, dtype)
     own = _formats(like)
-    formats = {id(tensor): own.get(name, dtype) for name, tensor in _named(model)}
+    formats = {id(tensor): own.get(name, dtype) for name, tensor in names_and_tensors(model)}
 
     def converted(tensor: Tensor) -> Tensor:
         kind = formats.get(id(tensor), dtype)  # gradients have no name
@@ -260,23 +260,23 @@ def saved_format(
     return lambda name, t: kept.get(name, target) if t.is_floating_point() else t.dtype
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def names_and_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
 
 
 def _formats(model: nn.Module | None) -> dict[str, torch.dtype]:
-    named = () if model is None else _named(model)
+    named = () if model is None else names_and_tensors(model)
     return {name: t.dtype for name, t in named if t.is_floating_point()}
 
 
 def _as_built(model: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     """Build a model without memory in a number format; None where nothing tells what it keeps."""
-    of_library = isinstance(model, PreTrainedModel | ProgramModule)
-    builder = builder_of(model) if of_library else None
-    # Code of somebody else's raises whatever it meets; it is converted as a whole.
-    with suppress(*DESCRIPTION_ERRORS), EmptyOnMeta(), torch.random.fork_rng(devices=[]):
-        if isinstance(builder, TransformersOrigin):
+    builder = builder_of(model)
+    if isinstance(builder, TransformersOrigin):
+        # Code of somebody else's raises whatever it meets; it is converted as a whole.
+        with suppress(*DESCRIPTION_ERRORS), EmptyOnMeta(), torch.random.fork_rng(devices=[]):
             like: nn.Module = builder.build(dtype)
             return like
     return None

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from osscar.base.errors import CheckpointError, NonFiniteError
 from osscar.base.memory import attempt
-from osscar.checkpoint.builders import TransformersOrigin, read_builder
+from osscar.checkpoint.builders import TransformersOrigin, names_and_tensors, read_builder
 from osscar.checkpoint.files import read_manifest
 from osscar.checkpoint.validation import check_sample, check_tensors, names_of, readable, structure
 from osscar.network.tensor_files import Part, read_headers
@@ -94,19 +94,14 @@ def _check_range(values: StoredTensor, dtype: torch.dtype) -> None:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
     """Yield each parameter and persistent buffer with all its names."""
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in names_and_tensors(model):
+        found.setdefault(id(tensor), (tensor, []))[1].append(name)
     persistent = model.state_dict(keep_vars=True).keys()
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        names.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
-    for key, own in names.items():
-        if isinstance(tensors[key], nn.Parameter) or own[0] in persistent:
-            yield own, tensors[key]
-        elif tensors[key].is_meta:
+    for tensor, own in found.values():
+        if isinstance(tensor, nn.Parameter) or own[0] in persistent:
+            yield own, tensor
+        elif tensor.is_meta:
             raise CheckpointError(
                 f"{type(model).__name__} computes {own[0]!r} in a way that needs memory for the "
                 f"whole model; {_ELSEWHERE}"
