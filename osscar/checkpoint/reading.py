@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from osscar.base.devices import FLOATS, default_torch
 from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import safe_repr
-from osscar.checkpoint.builders import TransformersOrigin, cast, read_builder, tensors_of
-from osscar.checkpoint.files import Manifest, read_manifest
-from osscar.checkpoint.validation import check_sample, check_tensors, readable
+from osscar.checkpoint.builders import Builder, TransformersOrigin, cast, read_builder, tensors_of
+from osscar.checkpoint.files import read_manifest
+from osscar.checkpoint.validation import check_tensors, note_manifest, readable
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
-from osscar.proof.lineage import LINEAGE, remember_structure
+from osscar.proof.lineage import remember_structure
 from osscar.shrinking.fold import fold
 from osscar.shrinking.shrink_program import replayed
 
@@ -86,32 +86,41 @@ def load(
         manifest = read_manifest(path)
         builder, plans = read_builder(path, manifest)
         if isinstance(builder, TransformersOrigin) and not plans:
-            return _checked(builder.read_stock(path, dtype), manifest, path)
-        stored = read_headers(path) or {}
-        # Converted before plans are carried out, since the trace of a program holds number formats.
-        if dense is not None:
-            model = copied(dense) if dtype is None else cast(copied(dense), dtype)
-            remember_structure(model)
-        elif builder is not None:
-            model = builder.build(dtype)
+            model = builder.read_stock(path, dtype)
         else:
-            raise CheckpointError(
-                f"{path} holds a model of your own code, and no code: give what builds the dense "
-                "one (dense, `--dense module:function`)"
-            )
-        fold(model, stored)  # what the pruned model has as a plain weight
-        try:
-            for plan in plans:
-                model = replayed(model, plan)
-        except AdapterError as error:
-            raise CheckpointError(
-                f"the model in {path} cannot be rebuilt from {type(model).__name__}: {error}; give "
-                "the dense model that it was pruned from (dense=), with the same code and torch "
-                "version"
-            ) from error
-        check_tensors(model, stored, path)
-        _fill(model, path)
-    return _checked(model.eval(), manifest, path)
+            model = _dense(path, builder, dtype, dense)
+            stored = read_headers(path) or {}
+            fold(model, stored)  # what the pruned model has as a plain weight
+            try:
+                for plan in plans:
+                    model = replayed(model, plan)
+            except AdapterError as error:
+                raise CheckpointError(
+                    f"the model in {path} cannot be rebuilt from {type(model).__name__}: {error}; "
+                    "give the dense model that it was pruned from (dense=), with the same code "
+                    "and torch version"
+                ) from error
+            check_tensors(model, stored, path)
+            _fill(model, path)
+    check_finite_weights(model)
+    note_manifest(model.eval(), manifest, str(path))
+    return model
+
+
+def _dense(
+    path: Path, builder: Builder | None, dtype: torch.dtype | None, given: nn.Module | None
+) -> nn.Module:
+    """Return a dense model; plans need its number format, as traces of programs hold that."""
+    if given is not None:
+        model = copied(given) if dtype is None else cast(copied(given), dtype)
+        remember_structure(model)
+        return model
+    if builder is not None:
+        return builder.build(dtype)
+    raise CheckpointError(
+        f"{path} holds a model of your own code, and no code: give what builds the dense "
+        "one (dense, `--dense module:function`)"
+    )
 
 
 def _fill(model: nn.Module, path: Path) -> None:
@@ -134,12 +143,3 @@ def check_dtype(dtype: object) -> None:
     known = isinstance(dtype, torch.dtype) and dtype in FLOATS.values()
     if dtype is not None and not known:
         raise OptionError(f"dtype is {safe_repr(dtype)}; give one of {', '.join(FLOATS)} of torch")
-
-
-def _checked(model: nn.Module, manifest: Manifest | None, path: Path) -> nn.Module:
-    """Return a model that was read, with its lineage, once it is seen to compute the same."""
-    check_finite_weights(model)
-    if manifest is not None:
-        setattr(model, LINEAGE, manifest.lineage)
-        check_sample(model, str(path))
-    return model

@@ -23,11 +23,10 @@ from osscar.base.errors import CheckpointError, NonFiniteError
 from osscar.base.memory import attempt
 from osscar.checkpoint.builders import TransformersOrigin, names_and_tensors, read_builder
 from osscar.checkpoint.files import read_manifest
-from osscar.checkpoint.validation import check_sample, check_tensors, names_of, readable, structure
+from osscar.checkpoint.validation import check_tensors, names_of, note_manifest, readable, structure
 from osscar.network.tensor_files import Part, read_headers
 from osscar.offload.on_disk import OnDisk
 from osscar.offload.places import Chain, Place, StoredTensor, WeightCache
-from osscar.proof.lineage import LINEAGE
 from osscar.shrinking.slice import slice_units
 
 _ELSEWHERE = "omit max_memory (`--max-memory`) to load it into memory"
@@ -50,9 +49,7 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
     check_tensors(model, stored, path)
     _fill_from_disk(model, stored, path, cache)
     read = model.to(cache.device).eval()
-    if manifest is not None:
-        setattr(read, LINEAGE, manifest.lineage)
-        check_sample(read, str(path))
+    note_manifest(read, manifest, str(path))
     return read
 
 

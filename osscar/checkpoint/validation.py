@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from osscar.base.errors import CheckpointError, ModelError, first_line
 from osscar.base.json_files import read_json
-from osscar.checkpoint.files import CONFIG_FILE
+from osscar.checkpoint.files import CONFIG_FILE, Manifest
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
 from osscar.network.modules import context_length, device_of
 from osscar.network.predictions import named_logits
 from osscar.offload.on_disk import is_on_disk
 from osscar.offload.places import StoredTensor
 from osscar.proof.equivalence import call
-from osscar.proof.lineage import lineage_of, strays_from
+from osscar.proof.lineage import LINEAGE, strays_from
 
 
 @contextmanager
@@ -142,9 +142,12 @@ def vocabulary_of(model: nn.Module) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def check_sample(model: nn.Module, source: str) -> None:
-    """Refuse a model that does not return what its checkpoint, called `source`, has recorded."""
-    sample = lineage_of(model).sample
+def note_manifest(model: nn.Module, manifest: Manifest | None, source: str) -> None:
+    """Note what is known of a model; refuse one that does not return what was recorded."""
+    if manifest is None:
+        return
+    setattr(model, LINEAGE, manifest.lineage)
+    sample = manifest.lineage.sample
     strays = None if sample is None else strays_from(sample, model)
     if strays is not None:
         raise CheckpointError(

@@ -21,14 +21,14 @@ from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.files import read_manifest
 from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.streamed import number_format_of, read_streamed
-from osscar.checkpoint.validation import OTHERS, check_causal, check_config, check_sample, readable
+from osscar.checkpoint.validation import OTHERS, check_causal, check_config, note_manifest, readable
 from osscar.data.preprocessing import Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of
 from osscar.network.modules import check_finite_weights, check_usable, example_length
 from osscar.network.tensor_files import read_headers
 from osscar.offload.places import DAMAGED, WeightCache
-from osscar.proof.lineage import LINEAGE, lineage_of, note
+from osscar.proof.lineage import lineage_of, note
 
 _MOST_PADDED = 0.9
 """The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
@@ -68,9 +68,7 @@ def load_language_model(
         model, stored = checkpoint.load(path, dtype=dtype), _stored_format(path)
     else:
         model, stored = _load_stock(path, source, trust_remote_code, dtype)
-        if manifest is not None:
-            setattr(model, LINEAGE, manifest.lineage)
-            check_sample(model.eval(), source)
+        note_manifest(model.eval(), manifest, source)
     known = {"config": model.config} if lists_shapes else {}  # which names the family
     tokenizer = _load_tokenizer(path, source, trust_remote_code=trust_remote_code, **known)
     check_usable(model)
