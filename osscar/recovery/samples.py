@@ -87,7 +87,7 @@ class Setup:
             as_inputs(model, data)
         device = torch.empty(0, device=resolve_device(request.device)).device  # with its number
         self.dense = dense if device_of(dense) == device else copied(dense).to(device)
-        self.inputs = together(self.dense, as_inputs(dense, data))
+        self.inputs = together(self.dense, as_inputs(self.dense, data))
         self.shifts = images and request.augment != "none"
         self.samples, self.held_out = split(self.inputs, request)
         self.size = request.batch_size or min(STEP[self.inputs.tokens], len(self.samples))
