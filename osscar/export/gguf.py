@@ -127,7 +127,7 @@ class Graph:
         self.neurons = [layer.mlp.down_proj.in_features for layer in self.layers]
         alike = all(len(set(of)) == 1 for of in (self.heads, self.key_heads, self.neurons))
         kind, self.alike = _FAMILIES[type(model).__name__], alike
-        self.neighbours, self.architecture = kind is _LLAMA, kind[not alike]
+        self.neighbours, self.architecture = kind is _LLAMA, kind[0 if alike else 1]
         if self.packed and not self._tied:
             raise ModelError(
                 f"llama.cpp cannot run the model: its layers differ, and {self.architecture!r} has "

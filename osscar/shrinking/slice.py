@@ -273,9 +273,8 @@ def nearby(model: nn.Module, group: GroupPlan) -> list[str]:
 
 def adapted(model: nn.Module, plan: PruningPlan) -> bool:
     """Whether an adapter has changed a module, which may be done by which units stay."""
-    names = (name for group in plan.groups for name in nearby(model, group))
-    found = (known_of_class(model.get_submodule(name), _ADAPTERS) for name in names)
-    return any(one is not None for one in found)
+    near = (model.get_submodule(name) for group in plan.groups for name in nearby(model, group))
+    return any(adapter_of(module) is not None for module in near)
 
 
 def is_list(slot: Slot) -> bool:
