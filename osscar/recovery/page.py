@@ -84,7 +84,7 @@ def sections(recovery: Mapping[str, Any]) -> Iterator[Section]:
 def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what became of the distance from the dense model, each with a name."""
     chosen, points = recovery["chosen"], recovery["points"]
-    unit, steps = _UNITS[recovery["measure"]], recovery["settings"]["steps"]
+    unit, steps = _UNITS[recovery["distance"]["measure"]], recovery["settings"]["steps"]
     kept = f"step {recovery['kept']}" if recovery["kept"] else "the weights that it came with"
     yield (
         "recovered",
@@ -120,7 +120,7 @@ def recovery_table(recovery: Mapping[str, Any]) -> Table:
         return "not finite" if value is None else share(value / first if first else 1.0, 4)
 
     return table(
-        f"Distance from the dense model, {_UNITS[recovery['measure']]}",
+        f"Distance from the dense model, {_UNITS[recovery['distance']['measure']]}",
         {
             "step >": lambda point: str(point["step"]),
             "training >": lambda point: _number(point["loss"]) if point["step"] else "",
@@ -161,6 +161,6 @@ def recovery_figure(recovery: Mapping[str, Any]) -> Drawing:
     from_zero(axes)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_xlabel("steps")
-    axes.set_ylabel(_UNITS[recovery["measure"]])
+    axes.set_ylabel(_UNITS[recovery["distance"]["measure"]])
     legend(figure)
     return figure

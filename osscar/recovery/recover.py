@@ -46,7 +46,7 @@ from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
 from osscar.base.timing import Stage, profiled, timed
 from osscar.data.loaders import read_once
-from osscar.distance.distance import Compared, Measure
+from osscar.distance.distance import Compared
 from osscar.network.model_state import model_state
 from osscar.network.modules import (
     check_finite_weights,
@@ -121,20 +121,10 @@ class Recovery(Shown):
     chosen: Mapping[str, Any]
     data: Mapping[str, Any]
 
-    @property
-    def measure(self) -> Measure:
-        """What a distance is: ``nats``, ``relative``, or the caller's ``own``."""
-        return self.distance.measure
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate at the end, which is lower than at first if the held-out loss rose."""
-        return self.points[-1].rate
-
     def __repr__(self) -> str:
-        held = pluralize(self.held_out, "held-out sample")
+        held, unit = pluralize(self.held_out, "held-out sample"), self.distance.measure
         return (
-            f"Recovery({self.measure} from the dense model: {self.before:.4g} -> {self.after:.4g} "
+            f"Recovery({unit} from the dense model: {self.before:.4g} -> {self.after:.4g} "
             f"on {held}; step {self.kept} of {self.points[-1].step} kept; {self.seconds:.1f} s)"
         )
 
@@ -148,9 +138,7 @@ class Recovery(Shown):
         del told["model"], told["request"]
         return {
             **told,
-            "measure": self.measure,
             "distance": dataclasses.asdict(self.distance),
-            "learning_rate": self.learning_rate,
             "settings": self.request.to_json(),
             "points": [dataclasses.asdict(point) for point in self.points],
         }

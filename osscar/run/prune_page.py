@@ -166,7 +166,7 @@ def verdict(document: Mapping[str, Any]) -> str:
     nats_lost, same = document.get("divergence"), document.get("agreement")
     remedies = "recover (osscar recover, or --recover), calibrate on more data, or remove less"
     if recovery:
-        nats_lost = recovery["after"] if recovery["measure"] == "nats" else nats_lost
+        nats_lost = recovery["after"] if recovery["distance"]["measure"] == "nats" else nats_lost
         same, remedies = None, "recover on more data, or remove less"
     if nats_lost is None or (nats_lost <= MUCH_NATS and (same is None or same >= MUCH_AGREEMENT)):
         return ""

@@ -58,7 +58,7 @@ def test_stages_are_those_of_the_whole_run(document):
 def test_much_is_said_to_be_lost_beyond_the_stated_thresholds(
     document, nats, agreement, after, said
 ):
-    recovery = None if after is None else {"measure": "nats", "after": after}
+    recovery = None if after is None else {"distance": {"measure": "nats"}, "after": after}
     found = verdict({**document, "divergence": nats, "agreement": agreement, "recovery": recovery})
     assert found.startswith(said)
     assert bool(found) is bool(said)

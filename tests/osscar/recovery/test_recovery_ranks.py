@@ -35,7 +35,7 @@ def write(place: Path, recovery: Recovery) -> None:
     tensors = {name: x.detach().clone() for name, x in recovery.model.named_parameters()}
     safetensors.torch.save_file(tensors, f"{place}.safetensors")
     told = [[one.step, one.loss, one.held_out] for one in recovery.points]
-    Path(f"{place}.json").write_text(json.dumps([told, recovery.learning_rate]))
+    Path(f"{place}.json").write_text(json.dumps([told, recovery.points[-1].rate]))
 
 
 def all_cases(directory: Path) -> None:
@@ -55,7 +55,7 @@ def test_ranks_come_to_what_one_process_does(tmp_path):
         contents = [Path(f"{file}.safetensors").read_bytes() for file in files]
         assert len(set(contents)) == 1  # all ranks have the same model
         told, rate = json.loads(Path(f"{files[0]}.json").read_text())
-        assert rate == alone.learning_rate
+        assert rate == alone.points[-1].rate
         for found, point in zip(told, alone.points, strict=True):
             due = [point.step, point.loss, point.held_out]
             assert found == [x if x is None else pytest.approx(x, rel=1e-4) for x in due]
