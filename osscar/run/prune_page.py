@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -317,14 +317,12 @@ def compared_table(document: Mapping[str, Any]) -> Table:
 
 
 def _rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    evaluation, forward = document.get("evaluation"), document.get("forward")
-    measured: list[tuple[str, float, float, Callable[[Any], str]]] = []
-    if evaluation is not None:
+    if (evaluation := document.get("evaluation")) is not None:
         yield from comparison_rows(evaluation)
-    else:
-        before, after = document["parameters_before"], document["parameters_after"]
-        measured.append(("parameters", before, after, "{:,}".format))
-    if forward is not None and evaluation is None:
+        return
+    before, after = document["parameters_before"], document["parameters_after"]
+    measured: list[tuple[str, Any, Any, Any]] = [("parameters", before, after, "{:,}".format)]
+    if (forward := document.get("forward")) is not None:
         measured += [
             (label, forward["dense"][name], forward["pruned"][name], written)
             for name, label, written in (

@@ -332,13 +332,6 @@ class Sweep:
                 bar.advance()
         return [one for job in every if (one := self.place.point(job)) is not None]
 
-    def _quality(self, model: nn.Module, dense: nn.Module) -> Quality:
-        if self.score is None:
-            return {}
-        with timed(Stage.SCORE):
-            (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
-        return dataclasses.asdict(one)
-
     def _point(
         self,
         job: SweepJob,
@@ -347,9 +340,13 @@ class Sweep:
         sample: Batch,
     ) -> SweepPoint:
         """Measure the model of a job; without a result, the dense one."""
-        model = dense if result is None else result.model
+        model, quality = dense if result is None else result.model, dict[str, Any]()
         with timed(Stage.FORWARD):
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
+        if self.score is not None:
+            with timed(Stage.SCORE):
+                (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
+                quality = dataclasses.asdict(one)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget
         limit = None if budget is None else budget.of(job.budget)
@@ -361,7 +358,7 @@ class Sweep:
             **after,
             form=Form.EAGER if result is None else result.form,
             speedup=before["seconds"] / after["seconds"],
-            quality=self._quality(model, dense),
+            quality=quality,
             distance=None if result is None else result.distance,
             divergence=0.0 if result is None else result.divergence,
             agreement=1.0 if result is None else result.agreement,
