@@ -97,7 +97,7 @@ def search(case: Case, rng: np.random.Generator) -> Outcome:
     target = QualityTarget(TargetKind.DIVERGENCE, float(np.exp(rng.uniform(-3, 0.5))))
     factor, power = float(np.exp(rng.uniform(*case.factors))), float(rng.uniform(*case.powers))
     attempts, truths = list[Attempt](), list[float]()
-    while (limit := next_limit(FRONTIER, attempts, target)) is not None:
+    while (limit := next_limit(lambda: FRONTIER, attempts, target)) is not None:
         predicted = (1 / limit) ** 2 - 1
         truths.append(factor * predicted**power)
         measured, tested = (

@@ -190,7 +190,7 @@ class _Search:
         budget, best = self._known_budget(), dict[int | None, Made | None]()
 
         def following() -> float | None:
-            return next_limit(self._frontier(budget), self.attempts, self.target)
+            return next_limit(partial(self._frontier, budget), self.attempts, self.target)
 
         while (limit := ranks.broadcast("the next size", following)) is not None:
             at = len(self.attempts)

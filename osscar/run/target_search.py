@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -224,16 +224,18 @@ def samples_needed(found: Bounded, most: float) -> int | None:
 
 
 def next_limit(
-    frontier: Frontier, attempts: Sequence[Attempt], target: QualityTarget
+    frontier: Callable[[], Frontier], attempts: Sequence[Attempt], target: QualityTarget
 ) -> float | None:
     """Return what the next model may cost, or None; the frontier ends with the dense model.
 
     Sizes are compared by what the frontier predicts of them.  Until one is sure to be within the
     target, larger ones are tried, and then smaller ones that are worth a test.
     """
-    dense, most = frontier[-1][0], target.most
-    costs, losses = np.array([point for point in frontier if point[0] < dense]).reshape(-1, 2).T
-    if len(attempts) == MOST_ATTEMPTS or not len(costs):
+    if len(attempts) == MOST_ATTEMPTS:
+        return None
+    (*points, (dense, _)), most = frontier(), target.most
+    costs, losses = np.array([point for point in points if point[0] < dense]).reshape(-1, 2).T
+    if not len(costs):
         return None
     logs = np.log(np.maximum(losses, LEAST))
 

@@ -116,7 +116,7 @@ def searched(truth, most, margin=1.0):
     """Return the attempts at a target, where models of a cost have a bound."""
     attempts = []
     target = QualityTarget(DIVERGENCE, most)
-    while (limit := next_limit(FRONTIER, attempts, target)) is not None:
+    while (limit := next_limit(lambda: FRONTIER, attempts, target)) is not None:
         predicted = (1 / limit) ** 2 - 1
         lost = truth(predicted)
         measured = None if lost is None else Bounded(lost, margin * lost, 16)
@@ -137,7 +137,7 @@ def test_few_attempts_find_nearly_the_smallest_model():
 def test_of_few_widths_the_largest_is_tried_and_none_twice_in_a_row():
     """The costs are those of a group with few widths, whose model of least loss alone passes."""
     target, attempts = QualityTarget(DIVERGENCE, 0.05), []
-    while (limit := next_limit(FRONTIER, attempts, target)) is not None:
+    while (limit := next_limit(lambda: FRONTIER, attempts, target)) is not None:
         reached = 0.97 if limit >= 0.97 else 0.3
         lost = Bounded(0.001 if reached > 0.5 else 1.0, 0.002 if reached > 0.5 else 1.2, 16)
         attempts.append(Attempt(limit, reached, lost, lost))
