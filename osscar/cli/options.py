@@ -325,7 +325,7 @@ class InspectOptions:
     """What `osscar inspect` takes."""
 
     svg: Path | None = None
-    """Draw the groups to this file: .svg, .png or .pdf.  With --times, what they take."""
+    """Draw the groups to this file (.svg, .png or .pdf), or with --times their times."""
     all_groups: Annotated[bool, Parameter(name="--all")] = False
     """Also list frozen groups of inputs, outputs and parts of units, such as the dimensions of one
     head."""
@@ -398,7 +398,7 @@ class GapOptions(DataOptions):
     windows: int = 3
     """With --window-units: subproblems to cut from each problem, at each sparsity."""
     bound_rounds: int = BOUND_ROUNDS
-    """Rounds of the search for the lower bound `perspective`; more rounds give a better bound."""
+    """Rounds of the backend `perspective`, which bounds losses; more give a better bound."""
     time_limit: float = 60.0
     """Seconds for one exact solve."""
     gap_tolerance: float = 1e-6
@@ -423,7 +423,7 @@ class SolveOptions:
     bound: bool = False
     """Add a lower bound if the solver gives none."""
     bound_rounds: int = BOUND_ROUNDS
-    """Rounds of the search for that bound; more rounds give a better bound."""
+    """With --bound: rounds of the search for it; more give a better bound."""
     device: Device = "auto"
     json: Json = None
 
