@@ -242,7 +242,8 @@ class PruningRequest:
     ----------
     sparsity
         Fraction to remove: 0.3, or ``30%``, removes 30% of the parameters of heads, neurons and
-        channels.  Parameters of residual channels and of all other tensors do not count.
+        channels.  It may remove residual channels, too; their parameters, and those of all other
+        tensors, do not count.
     params
         Parameters to keep, of all that the model has: a fraction such as 0.7, or a count.
     size
@@ -270,7 +271,7 @@ class PruningRequest:
         Largest `distance` of the outputs from the dense model's, such as 0.1 nats a prediction.
         OSSCAR prunes up to four times to find the smallest model within it and within all budgets.
         A quarter of the calibration samples, which the search does not use, tests that model: its
-        loss is at most this with 95 % confidence.
+        distance is at most this with 95 % confidence.
     max_perplexity_increase
         Like `max_divergence`, for a language model: largest increase of its perplexity, such as
         ``5%``.
@@ -283,10 +284,10 @@ class PruningRequest:
         its operators.
     distance
         How outputs are compared with the dense model's, to choose widths: ``nats``, the divergence
-        of class scores; ``relative``, the squared error of all outputs divided by their squares; or
-        a function of (outputs, dense outputs, batch) that returns one number for each sample, also
-        as ``file.py:function``.  By default ``nats`` if an output has class scores, by the
-        labels, its name, its values or the model, else ``relative``.
+        of class scores; ``relative``, the squared error of each output over its square, a mean over
+        outputs; or a function of (outputs, dense outputs, batch) that returns one number for each
+        sample, also as ``file.py:function``.  By default ``nats`` if an output is known to hold
+        class scores, else ``relative``.
     allocation
         How the budgets are divided among layers.  ``measured`` chooses widths with which the
         model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
@@ -302,15 +303,14 @@ class PruningRequest:
         Channels to keep in each residual stream, the sum along shortcuts: a fraction, or a count.
         By default a budget decides, unless the allocation is ``uniform``; 1.0 keeps them all.
     experts
-        Experts to keep in each mixture: a fraction, or a count.  With ``auto``, a budget of
-        parameters or bytes decides.
+        Experts to keep in each mixture: a fraction, or a count; by default all.  With ``auto``, a
+        budget of parameters or bytes decides.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to
         Make the width of every pruned layer a multiple of this, such as 32 for llama.cpp; 1 allows
-        any.  ``auto`` makes it a multiple of 16 if the layer is more than 64 wide, and of 8 if it
-        is more than 16 wide, since devices are fast with these.  Heads, and counts of units, are
-        not rounded.
+        any.  ``auto``, for speed: 8 or a multiple of 16 if the layer is more than 64 wide, 4 or a
+        multiple of 8 if it is more than 16 wide.  Heads, and counts of units, are not rounded.
     at_least
         Fewest units that a budget leaves in each group: a fraction of the group's, or a count.
     skip
@@ -337,8 +337,8 @@ class PruningRequest:
         With the target ``residual``: weight of its correction, from 0 (none) to 1 (full).  By
         default chosen for each layer on held-out calibration samples.
     batch_norm
-        Running statistics of batch norm: ``correct`` shifts them as pruning shifts the statistics
-        of the calibration data; ``keep`` leaves them as they are.
+        Running statistics of batch norm: ``correct`` adds the change that pruning causes on
+        calibration data; ``keep`` leaves them as they are.
     device
         Device to run on: ``auto``, ``cpu`` or ``cuda``.
     batch_size
@@ -349,9 +349,9 @@ class PruningRequest:
         target, and of the inputs on which the pruned model is verified.
     form
         What is made smaller.  ``eager``: the model's modules.  ``exported``: its ``torch.export``
-        program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``: the
-        program if more groups can be pruned there, else the modules; always the modules of a model
-        that generates text or is timed, or whose class has methods that these can keep.
+        program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``:
+        ``exported`` if more groups can be pruned so, but ``eager`` if the model generates text, is
+        timed, or has methods of its own that can be kept.
     strict
         Stop with an error if a group that is to be pruned cannot lose units.  By default such
         groups are skipped, and the report names them.

@@ -198,8 +198,8 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL]) -> None:
 
     Give budgets, or say what every layer keeps. Layers get widths such that the
     budgets hold and the model's outputs change least. --sparsity says what to
-    remove; all other options say what to keep. If the command is killed, run it
-    again to continue.
+    remove; --params, --flops, --size and --memory say what to keep. If the command
+    is killed, run it again to continue.
     """
     recovery_of(options, request_of(options, ArgumentsAlone))  # before anything is loaded
     _run("prune", model, options)

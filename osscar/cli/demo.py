@@ -1,4 +1,4 @@
-"""``osscar demo``: the main job from end to end on the embedded model, without a network."""
+"""``osscar demo``: the main job from end to end on the bundled model, without a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SAMPLES, _SEQLEN = 64, 256
 
 
 def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None) -> None:
-    """Prune the embedded model, and compare it with itself."""
+    """Prune the bundled model, and compare it with itself."""
     check_json_path(json)
     with _given_or_temporary(directory) as where:
         path = check_output(where, overwrite=overwrite, inputs=(json,))
@@ -52,7 +52,7 @@ def run(directory: Path | None, overwrite: bool, backend: str, json: Path | None
         content = {**report, "evaluation": evaluation}
         write_text(saved.path / PAGE_FILE, prune_page(content, saved.path.name))
     out.print(
-        f"pruned the embedded OPT model, with {backend} and {_SAMPLES} x {_SEQLEN} calibration "
+        f"pruned the bundled OPT model, with {backend} and {_SAMPLES} x {_SEQLEN} calibration "
         f"tokens"
     )
     show(layers_table(report["layers"]), facts("", run_facts(report)))

@@ -159,7 +159,7 @@ class OpenOptions:
     """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
     """Weights to load into MODEL, if torchvision, timm or your own code builds it: a .safetensors
-    file, or a state dict of torch."""
+    file, a state dict of torch, or a checkpoint with one."""
     dtype: str = "auto"
     """Number format: float32, bfloat16, float16, or auto (float32 on a CPU)."""
     trust_remote_code: Trust = False
@@ -235,7 +235,7 @@ class RecoverOptions(OpenOptions, SavedOptions):
     ]
     weights: Path | None = None
     """Weights to load into the dense model, if torchvision, timm or your own code builds it: a
-    .safetensors file, or a state dict of torch."""
+    .safetensors file, a state dict of torch, or a checkpoint with one."""
     json: Json = None
     text: str | None = None
     """Text to train on, like what the model will read: a file or a Hugging Face dataset."""
@@ -308,7 +308,7 @@ class EvalOptions(OpenOptions):
     """Dense model to compare with.  If MODEL was pruned from code of your own, this builds it."""
     weights: Path | None = None
     """Weights to load into MODEL and --dense, if torchvision, timm or your own code builds them: a
-    .safetensors file, or a state dict of torch."""
+    .safetensors file, a state dict of torch, or a checkpoint with one."""
     prove: bool = False
     """Prove again that the code of MODEL equals that of --dense without the removed units."""
     windows: int | None = None

@@ -54,7 +54,7 @@ def load_model(
     Parameters
     ----------
     name
-        ``"demo"``, the embedded language model; a packaged one such as ``"smollm2-135m"``; a
+        ``"demo"``, the bundled language model; a packaged one such as ``"smollm2-135m"``; a
         directory or Hugging Face id with a language model or image classifier of transformers; a
         directory that `osscar.save` wrote; ``torchvision:NAME`` or ``timm:NAME``; or code of your
         own, ``module:function`` or ``file.py:function``, that returns a model, (model, example

@@ -131,7 +131,7 @@ def _convert(gguf: Path, destination: Path) -> None:
 
 
 DEMO = "demo"
-DEMO_SOURCE = "embedded demo model (OPT)"
+DEMO_SOURCE = "bundled demo model (OPT)"
 DEMO_DIRECTORY = Path(__file__).parents[1] / "data" / "demo"
 DEMO_CALIBRATION, DEMO_HELD_OUT = (
     DEMO_DIRECTORY / name for name in ("calibration.txt", "held_out.txt")

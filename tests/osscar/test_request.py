@@ -52,7 +52,7 @@ def allocate(groups, asked):
     traced = DependencyGraph(tuple(groups), (), (), tensors)
     prepared = SimpleNamespace(model=model, groups=groups, every_group=groups, routed=(),
                                residual=frozenset(), sample={}, ranks=ALONE,
-                               traced=traced, timed={})  # fmt: skip
+                               traced=traced, once=lambda _, make: make())  # fmt: skip
     if asked.has_budget:
         asked = dataclasses.replace(asked, allocation="uniform")
     return allocation.allocate(PruningTask(prepared, asked)).keep
