@@ -126,16 +126,19 @@ class _Elimination:
             part.cache_rows(likely)
         with serial(max(part.elements for part in self._parts) < _SERIAL_ELEMENTS):
             while len(removed) < steps:
-                removed += self._some(min(self._at_once, steps - len(removed)), count)
+                left = len(self._left) - len(removed)
+                more = min(_MORE, count, left)
+                removed += self._some(min(self._at_once, steps - len(removed)), more)
         for part in self._parts:
             part.apply()
         self._compact(len(self._left) - steps)
         return removed
 
-    def _some(self, steps: int, count: int) -> Removals:
+    def _some(self, steps: int, more: int) -> Removals:
         """Let a few units leave, and look afterwards whether the rows of all were at hand.
 
-        If not, they come back, the missing rows are read, and they leave once more.
+        If not, they come back, the missing rows are read, with those of the next `more` units, and
+        they leave once more.
         """
         while True:
             penalty, marks = self._penalty.clone(), [part.mark() for part in self._parts]
@@ -157,11 +160,9 @@ class _Elimination:
             self._penalty = penalty
             for part, mark in zip(self._parts, marks, strict=True):
                 part.go_back(mark)
-            more = self._losses().topk(min(_MORE, count), largest=False).indices
-            # What has left must not be read: compacting gives its place to another unit.
-            more = more[self._penalty[more] == 0]
+            following = self._losses().topk(more, largest=False).indices.tolist()
             for part in self._parts:
-                part.cache_more([missing[0], *more.tolist()])
+                part.cache_more([missing[0], *following])
         if any(told[4]):
             raise torch.linalg.LinAlgError("a block of the inverse is not positive definite")  # type: ignore[attr-defined]
         for part in self._parts:
