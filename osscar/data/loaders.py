@@ -186,7 +186,12 @@ def _read(
         found.read[-1] = found.read[-1].rows(torch.arange(len(found.read[-1]) - count + samples))
         count = samples
     joined, told = found.joined(f"{what}, {notes[0] if notes else pluralize(count, 'sample')}")
-    if groups is not None:  # of windows there are none
+    if groups is not None:
+        if isinstance(joined, CalibrationSet):
+            raise DataError(
+                "windows of text take no sample_groups, since they are compared with one another; "
+                "omit them"
+            )
         joined = replace(joined, sample_groups=groups[:count])  # type: ignore[type-var]
     return joined, notes + told
 

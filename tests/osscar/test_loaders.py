@@ -148,6 +148,8 @@ def test_a_batch_that_needs_no_padding_is_windows():
     assert torch.equal(found.tokens, ids)
     assert found.describe()["seen"]["count"] == 6  # of less than a run each, one hash
     assert "seed" not in found.sentence()
+    with pytest.raises(DataError, match="windows of text take no sample_groups"):
+        load_batches(batch, model, sample_groups=range(6))
     assert as_inputs(model, found).tokens
 
 
