@@ -67,7 +67,7 @@ def run(directory: Path, options: RecoverOptions) -> None:
                 smaller.model, dense.model, data, request, noted, ranks, say
             )
             if ranks.first:
-                names = str(directory), dense.source
+                names = {"model": published(str(directory)), "dense": published(dense.source)}
                 content, saved = _saved(recovery, names, before, smaller, options, where, overwrite)
         if ranks.first:
             tell_recovery(content["recovery"])
@@ -101,7 +101,7 @@ def _opened(
 
 def _saved(
     recovery: Recovery,
-    names: tuple[str, str],
+    names: Mapping[str, str],
     before: dict[str, Any] | None,
     smaller: LoadedModel,
     options: RecoverOptions,
@@ -111,14 +111,14 @@ def _saved(
     """Save the recovered model with its report, and return both."""
     model, path = recovery.model, resolved(where)
     content = {
-        **dict(zip(("model", "dense"), map(published, names), strict=True)),
+        **names,
         "computed": dataclasses.asdict(Computed.of(model)),
         "parameters": count_parameters(model),
         "own_code": builder_of(model) is None,
         "recovery": recovery.document(),
         "before": before,
     }
-    content = document("recover", 1, content)
+    content = document("recover", 2, content)
     page, tokenizer = recover_page(content, path.name), smaller.companion
     saved = save(model, path, tokenizer=tokenizer, report=content, page=page, overwrite=overwrite)
     write_copy(options, content, saved)

@@ -42,7 +42,7 @@ _UNITS = {
 
 
 def recover_page(document: Mapping[str, Any], directory: str = "recovered") -> str:
-    """Return the page of a recovery, an ``osscar.recover/1``, whose model a directory holds."""
+    """Return the page of a recovery, an ``osscar.recover/2``, whose model a directory holds."""
     recovery = document["recovery"]
     asked = {name: document[name] for name in ("model", "dense")}
     shown = [

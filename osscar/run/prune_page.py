@@ -64,7 +64,7 @@ A divergence of 0.2 nats multiplies the perplexity on text of the dense model by
 
 
 def prune_page(document: Mapping[str, Any], directory: str = "smaller") -> str:
-    """Return the page of a run, from its ``osscar.prune/6`` and the name of its directory."""
+    """Return the page of a run, from its ``osscar.prune/7`` and the name of its directory."""
     recovery = document.get("recovery")
     title = f"{document['model']}, pruned{' and recovered' if recovery else ''}"
     asked = settings_table(

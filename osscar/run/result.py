@@ -38,7 +38,7 @@ from osscar.walk.layer_report import LayerReport
 if TYPE_CHECKING:
     from osscar.recovery.recover import Recovery
 
-_SCHEMA = "osscar.prune/6"
+_SCHEMA = "osscar.prune/7"
 """Of the document of a run, as ``docs/json.md`` describes it."""
 
 

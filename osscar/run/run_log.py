@@ -44,7 +44,7 @@ def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs)
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps({**request.to_json(), **versions, "osscar": __version__}))
     asked |= own_code(*vars(request).values())
-    return JournalManifest("osscar.run-log/7", asked, Fingerprint.of(model, inputs))
+    return JournalManifest("osscar.run-log/8", asked, Fingerprint.of(model, inputs))
 
 
 @with_config({**STRICT, "arbitrary_types_allowed": True})

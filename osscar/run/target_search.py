@@ -195,7 +195,7 @@ def _lost_in_words(kind: TargetKind, lost: Bounded, measure: Measure) -> str:
 
 
 def target_in_words(target: Mapping[str, Any]) -> str:
-    """Return the target and the chosen size in words, of the ``target`` of ``osscar.prune/6``."""
+    """Return the target and the chosen size in words, of the ``target`` of ``osscar.prune/7``."""
     attempt, attempts = target["attempts"][target["chosen"]], len(target["attempts"])
     most = _amount(TargetKind(target["quality"]), target["most"], target["measure"])
     kept = share(attempt["reached"] / target["dense"])

@@ -54,7 +54,7 @@ def test_the_demo_writes_nowhere_but_where_it_says(run, tmp_path, monkeypatch):
     for expected in ("perplexity", "tokens/s", "Loss by layer", f"saved: {place} ("):
         assert expected in out
     document = json.loads((work / "demo.json").read_text())
-    assert (document["schema"], document["settings"]["sparsity"]) == ("osscar.prune/6", 0.5)
+    assert (document["schema"], document["settings"]["sparsity"]) == ("osscar.prune/7", 0.5)
     dense, pruned = (document["evaluation"][which] for which in ("dense", "model"))
     assert dense["quality"]["perplexity"] < pruned["quality"]["perplexity"]
     for parameters in (document["parameters_after"], pruned["footprint"]["parameters"]):
@@ -242,7 +242,7 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
         ("a.toml", "sparcity = 0.3", "sparcity.*Did you mean --sparsity"),
         ("b.toml", "sparsity = ", "b.toml cannot be read"),
         ("c.ini", "", "give a .toml, .yaml or .json file"),
-        ("d.json", '{"schema": "osscar.prune/6"}', "d.json is no report of a run"),
+        ("d.json", '{"schema": "osscar.prune/7"}', "d.json is no report of a run"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises((OptionError, CycloptsError), match=message):
