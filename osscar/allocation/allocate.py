@@ -39,7 +39,7 @@ from osscar.allocation.measured import (
     measured_curves,
 )
 from osscar.allocation.search import Chosen, Search, equal_shares
-from osscar.allocation.speedup import Kept, WholeModels, Within
+from osscar.allocation.speedup import Kept, Proposal, WholeModels
 from osscar.allocation.task import PruningTask, possible_counts, possible_widths, why_frozen
 from osscar.allocation.times import time_operators
 from osscar.base.errors import NonFiniteError, RequestError
@@ -294,13 +294,13 @@ def _timed(
     def expected(kept: Kept) -> float:
         return table.of(kept) / table.dense
 
-    def by_operations(sharing: Sharing) -> Within:
+    def by_operations(sharing: Sharing) -> Proposal:
         at = cache(lambda step: kept_of(sharing, operations.cost, step / _SHARES))
         steps = range(1, _SHARES + 1)
         return lambda share: at(bisect(steps, share, key=lambda n: expected(at(n))) or 1)
 
     def fitting(
-        proposals: Iterable[tuple[Sharing, Within]], most: int
+        proposals: Iterable[tuple[Sharing, Proposal]], most: int
     ) -> Iterator[tuple[Sharing, Chosen]]:
         for sharing, within in proposals:
             fitted = partial(models.fitted, within, expected, most)

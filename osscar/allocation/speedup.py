@@ -46,8 +46,8 @@ _FINEST = 1e-3
 Kept = dict[str, int]
 """What every group keeps of which a request or a budget says so."""
 
-Within = Callable[[float], Kept]
-"""A proposal: the best widths of which a share of the dense model's time is expected."""
+Proposal = Callable[[float], Kept]
+"""Returns the best widths of which a share of the dense model's time is expected."""
 
 Point = tuple[float, float]
 """A limit, and the seconds of the model that came of it, relative to the dense one."""
@@ -127,7 +127,9 @@ class WholeModels:
                 "of units"
             )
 
-    def fitted(self, within: Within, expected: Callable[[Kept], float], models: int) -> Kept | None:
+    def fitted(
+        self, within: Proposal, expected: Callable[[Kept], float], models: int
+    ) -> Kept | None:
         """Return widths of a proposal that were timed to be as fast as wanted, but for `CLOSE`.
 
         They are faster if other limits of the request, or the widths that there are, allow nothing

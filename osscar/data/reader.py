@@ -55,9 +55,9 @@ class Reader:
     """Whether it is a causal language model, which reads tokens and predicts the next."""
     pads: bool = False
     """Whether it is of transformers, where masks mean padding."""
-    padding: int | None = None
-    """The token of padding."""
-    image: int | None = None
+    padding_token: int | None = None
+    """Its number, where the config tells."""
+    image_token: int | None = None
     """The token that stands for a part of an image."""
     decoder: Callable[[Tensor], Batch] | None = None
     """Makes of labels what the decoder reads, of an encoder with one."""
@@ -89,8 +89,8 @@ class Reader:
             and not model.config.is_encoder_decoder
             and model.main_input_name == TOKENS,
             pads=pads,
-            padding=getattr(config, "pad_token_id", None),
-            image=getattr(config, "image_token_id", None),
+            padding_token=getattr(config, "pad_token_id", None),
+            image_token=getattr(config, "image_token_id", None),
             decoder=_decoder_of(model) if pads and DECODER_TOKENS in takes else None,
         )
 

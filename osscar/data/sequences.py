@@ -44,7 +44,7 @@ _RUN = 3
 
 def padded_without_mask(inputs: ModelInputs) -> int:
     """Return how many samples of tokens have padding that no mask hides, as it may."""
-    mask, tokens, pad = _MASKS[TOKENS], inputs.tensors.get(TOKENS), inputs.reader.padding
+    mask, tokens, pad = _MASKS[TOKENS], inputs.tensors.get(TOKENS), inputs.reader.padding_token
     if pad is None or tokens is None or tokens.ndim != 2 or tokens.shape[1] <= _RUN:
         return 0
     if mask in inputs.tensors or mask not in inputs.reader.takes:
@@ -77,7 +77,7 @@ def divided(
     samples = [dict[str, Tensor]() for _ in next(iter(kept.values()))]
     for name, x in passed.items():
         owner = next((one for one in kept if _is_cut_with(name, one, x, kept)), None)
-        for row, part in enumerate(_by_row(name, inputs, reader.image, len(samples))):
+        for row, part in enumerate(_by_row(name, inputs, reader.image_token, len(samples))):
             keep = None if owner is None else kept[owner][row]
             samples[row][name] = part if keep is None else part[:, keep]
     return samples  # type: ignore[return-value]

@@ -24,7 +24,7 @@ from osscar.data.preprocessing import (
     of_directory,
     resolved,
 )
-from osscar.data.reader import Batch, Reader, to_model
+from osscar.data.reader import TOKENS, Batch, Reader, to_model
 from osscar.models.libraries import fill, load_of_library, preprocessing_of, read_state
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import DEMO, LIBRARIES, ModelKind, directory_of, kind_of
@@ -98,8 +98,8 @@ def load_model(
     Warns
     -----
     UserWarning
-        If weights are left out, or are one entry of their file, or the tokenizer has
-        far fewer tokens than the model.
+        If weights are left out, or are one entry of their file, or the tokenizer has far fewer
+        tokens than the model.
     """
     text = os.fspath(name)
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
@@ -219,8 +219,10 @@ def _from_directory(
         brought = preprocessing_of(builder, model)
     recorded = {} if lineage.sample is None else lineage.sample.drawn()
     pruned_with = {name: x for name, x in recorded.items() if isinstance(x, torch.Tensor)}
-    tokens = [*pruned_with] in ([], ["input_ids"])  # of which whoever needs some draws its own
-    if not tokens and (example is None or image_of(pruned_with) is not None):
+    # Of tokens, whoever needs some draws its own.
+    if [*pruned_with] not in ([], [TOKENS]) and (
+        example is None or image_of(pruned_with) is not None
+    ):
         example = pruned_with
     return LoadedModel(
         model=model,
