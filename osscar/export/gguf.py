@@ -116,7 +116,7 @@ class Graph:
     def __init__(self, model: Any, dtype: str, library: Any) -> None:
         reason = _why_not(model)
         if reason is not None:
-            raise ModelError(f"llama.cpp cannot run the model: {reason}")
+            raise ModelError(f"the model cannot be written as GGUF: {reason}")
         self.model, self.dtype, self.library = model, dtype, library
         self.config, self.layers = model.config, model.model.layers
         self.padding = _pad_neurons(model)
@@ -212,11 +212,14 @@ def _pad_neurons(model: Any) -> int:
 
 
 def _why_not(model: Any) -> str | None:
-    """Say what about a model is not in the graph of LLaMA; None if nothing."""
+    """Say what about a model is in no graph that is known here; None if nothing."""
     kind = type(model).__name__
     graph = _FAMILIES.get(kind)
     if graph is None:
-        return f"it is a {kind}, and none of {', '.join(_FAMILIES)}, whose graphs are known here"
+        return (
+            f"it is a {kind}, and none of {', '.join(_FAMILIES)}, whose graphs are known here; if "
+            "its checkpoint is a standard one, give that to llama.cpp's convert_hf_to_gguf.py"
+        )
     biased = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if biased and graph is not _LLAMA:
         return f"it has {biased[0]!r}, for which {' and '.join(map(repr, graph))} have no place"
