@@ -107,7 +107,7 @@ class Curve:
             y = np.log([max(points[kept] - idle[kept], LEAST) for kept in fitted])
             at = np.log(losses[known])
             inside = np.clip(at, x[0], x[-1])
-            losses[known] = np.exp(np.interp(inside, x, y) + at - inside)
+            losses[known] = np.exp(np.interp(at, x, y) + at - inside)
         low, high = np.zeros(len(losses)), np.full(len(losses), np.inf)
         for kept, distance in points.items():
             low[: kept + 1] = distance

@@ -235,6 +235,11 @@ def test_a_curve_goes_through_what_was_measured_and_stays_one(data):
         assert curve.losses[-2] == pytest.approx(ratio * shape[-2], abs=1e-12)
 
 
+def test_more_units_than_were_measured_follow_the_widest_of_two_of_equal_shape():
+    curve = Curve("group", np.array([0.1, 0.1, 0.01, 0.0])).through(1, 0.5).through(0, 2.0)
+    assert curve.losses == pytest.approx([2.0, 0.5, 0.05, 0.0])
+
+
 def test_a_curve_is_linear_in_units_that_do_nothing_on_what_was_fitted():
     shape = Curve("group", np.array([1.0, 0.2, 0.1, 0.0, 0.0, 0.0]))
     assert shape.through(4, 0.5).losses == pytest.approx([2.0, 1.2, 1.1, 1.0, 0.5, 0.0])
