@@ -290,9 +290,15 @@ def _is_count(value: int, group: GroupPlan) -> bool:
 
 
 def _is_sharing(value: int, group: GroupPlan) -> bool:
-    """Whether so many query heads share a key head; where units are key heads, each keeps them."""
-    widths = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
-    return _is_count(value, group) and value != max(widths, default=1) // min(widths, default=1)
+    """Whether so many query heads share a key head; where units are key heads, each keeps them.
+
+    One layer may make the queries, the key and the value of a unit, or each a layer of its own.
+    """
+    made = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
+    read = max((slot.inner for slot in group.consumers), default=1)
+    separate = any(value * width == read for width in made)
+    fused = any(value * (width - read) == 2 * read for width in made)
+    return _is_count(value, group) and not separate and not fused
 
 
 _COUNTS: dict[UnitKind, dict[str, Callable[[int, GroupPlan], bool]]] = {

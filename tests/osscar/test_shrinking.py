@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 import graph
 import osscar
+from graph.groups import Role, Slot, UnitKind
 from osscar.base.errors import EquivalenceError, ModelError
 from osscar.proof.equivalence import masked, proof_outputs
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.shrinking.shrink import Proof, shrink
+from osscar.shrinking.slice import counts
 from tests.coverage.measure import half_of, shrink_by_half
 from tests.graph.topologies import PRUNABLE, network, randomized
 from tests.zoo import SMALL, Inputs, transformers_case
@@ -215,6 +217,26 @@ def test_a_language_model_on_meta_keeps_the_scale_of_its_attention_and_how_keys_
         assert attention.q_proj.out_features == 8 * heads // 2
         shared = attention.q_proj.out_features // attention.k_proj.out_features
         assert attention.num_key_value_groups == shared
+
+
+@pytest.mark.parametrize(
+    ("made", "read", "follows"),
+    [
+        pytest.param([16], 16, True, id="units are query heads, which share one key"),
+        pytest.param([32, 16, 16], 32, False, id="units are key heads"),
+        pytest.param([64, 16, 16], 32, False, id="units are key heads, and queries have gates"),
+        pytest.param([64], 32, False, id="units are key heads, in one layer with their queries"),
+    ],
+)
+def test_how_many_queries_share_a_key_changes_where_units_are_queries(
+    made: list[int], read: int, follows: bool
+) -> None:
+    slots = [Slot("qkv", 0, Role.PRODUCER, "at", 2, inner=width) for width in made]
+    out = Slot("out", 1, Role.CONSUMER, "at", 2, inner=read)
+    group = GroupPlan("heads", UnitKind.HEADS, 2, (0,), (*slots, out))
+    assert counts({"num_key_value_groups": 2}, group) == (
+        {"num_key_value_groups": 1} if follows else {}
+    )
 
 
 # ---- attention of torch ------------------------------------------------------------------
