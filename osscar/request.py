@@ -322,9 +322,6 @@ class PruningRequest:
     certify
         Compute a lower bound on each layer's loss, which limits how far its selection can be from
         optimal, and verify each solution.  The run takes several times as long.
-    bound_rounds
-        With `certify`: rounds of the search for the lower bound of a group with more than 32 units.
-        More rounds give a better bound, and take longer.
     damp
         Ridge strength of the refit, relative to the diagonal of the Gram matrix: larger keeps
         refitted weights closer to the dense ones.  By default chosen for each layer on held-out
@@ -352,9 +349,6 @@ class PruningRequest:
         program (`osscar.ProgramModule`), for code that fails with fewer units.  ``auto``:
         ``exported`` if more groups can be pruned so, but ``eager`` if the model generates text, is
         timed, or has methods of its own that can be kept.
-    strict
-        Stop with an error if a group that is to be pruned cannot lose units.  By default such
-        groups are skipped, and the report names them.
 
     Raises
     ------
@@ -394,7 +388,6 @@ class PruningRequest:
     backend: "str | solvers.Backend" = "local_search"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     certify: bool = False
-    bound_rounds: Annotated[int, count_from(0)] = BOUND_ROUNDS
     damp: Annotated[float | None, DAMP] = None
     target: Literal["weights", "residual"] = "residual"
     correction_weight: Annotated[float | None, Interval(ge=0, le=1), PERCENT] = None
@@ -403,7 +396,6 @@ class PruningRequest:
     batch_size: Annotated[int | None, count_from(1)] = None
     seed: Annotated[int, count_from(0)] = 0
     form: Literal["auto", "eager", "exported"] = "auto"
-    strict: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

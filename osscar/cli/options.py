@@ -61,7 +61,7 @@ _GROUPS = {
     "target correction_weight batch_norm baselines time_limit gap_tolerance jobs ray",
     "Advanced: training": "learning_rate lora micro_batch_size checkpointing mixed_precision "
     "augment recover_text recover_steps",
-    "Advanced: model": "dtype device max_memory form strict dense prove trust_remote_code",
+    "Advanced: model": "dtype device max_memory form dense prove trust_remote_code",
     "Advanced: output": "config overwrite restart json",
 }
 """Under which titles help shows options, in this order: what people use first, then the rest."""
@@ -255,7 +255,7 @@ class RecoverOptions(OpenOptions, SavedOptions):
 @_command(
     PruningRequest,
     only="context batch timed timed_in allocation seed batch_size round_to at_least distance "
-    "backend damp experts skip form batch_norm strict device",
+    "backend damp experts skip form batch_norm device",
 )
 class SweepOptions(RunOptions):
     """What `osscar sweep` takes."""

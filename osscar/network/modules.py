@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -189,15 +187,6 @@ def check_merged(model: nn.Module) -> None:
             f"{type(model).__name__} has {pluralize(len(adapters), 'adapter')} of peft, such as "
             f"{adapters[0]!r}; merge them first: `model = model.merge_and_unload()`"
         )
-
-
-def low_rank(model: nn.Module, tensors: Iterable[str]) -> bool:
-    """Whether tensors lie in one module whose class is called a LoRA, or of low rank."""
-    steps = zip(*(name.split(".")[:-1] for name in tensors), strict=False)
-    shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, steps)]
-    around = (".".join(shared[:end]) for end in range(len(shared) + 1))
-    kinds = (type(model.get_submodule(name)).__name__ for name in around)
-    return any(re.search(r"lora|low_?rank", kind, re.IGNORECASE) for kind in kinds)
 
 
 @contextmanager

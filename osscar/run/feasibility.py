@@ -22,11 +22,11 @@ from graph import CouplingGroup
 from osscar.allocation.costs import ROUNDING
 from osscar.allocation.limits import allowances
 from osscar.allocation.task import PruningTask, SkippedGroup
-from osscar.base.errors import AdapterError, RequestError, warn, warn_of
+from osscar.base.errors import AdapterError, RequestError, warn
 from osscar.base.printable import listed, pluralize
 from osscar.base.timing import progress_bar
 from osscar.network.model_state import model_state
-from osscar.network.modules import low_rank, own_methods
+from osscar.network.modules import own_methods
 from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
@@ -43,7 +43,7 @@ def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
     """Return the form in which a model is shrunk, and the groups that are skipped, in model order.
 
     Halving skips as few groups as it can; of several forms the first with the fewest is taken.  If
-    none can follow, or one cannot and the request is strict, it is an AdapterError.
+    none can follow, it is an AdapterError.
     """
     prepared, request, keep, asked = task.prepared, task.request, task.provisional, task.groups
     going = [group for group in asked if keep.get(group.name, group.units) < group.units]
@@ -57,17 +57,10 @@ def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
     form, trial = _tried_traced(task, traced)
     reasons |= trial.reasons
     left = _skipped(asked, reasons)
-    ranks = [g.name for g in traced if low_rank(prepared.model, (s.tensor for s in g.slots))]
-    if ranks:
-        warn_of(
-            "the ranks of low-rank pairs are pruned as neurons, of {}; merge such a pair into the "
-            "weight beside it first, or leave it out (skip, `--skip`)",
-            *(name for name in ranks if name not in reasons),
-        )
+    if len(left) == tried > 0:
+        raise AdapterError(_refusal(left, request))
     # Of modules nobody expects to lose what only programs can.
     refused = tuple(g for g in left if form is Form.EXPORTED or g.name not in prepared.in_programs)
-    if (refused and request.strict) or len(left) == tried > 0:
-        raise AdapterError(_refusal(left, tried, request))
     methods = own_methods(prepared.model) if request.form == "auto" else ()
     if left and methods and form is Form.EAGER:
         warn(
@@ -177,11 +170,7 @@ def _suffices(task: PruningTask, reasons: Mapping[str, str]) -> bool:
     without = replace(task, form=Form.EAGER, skipped=_skipped(task.groups, reasons))
     cannot = [group for group in task.groups if group.name in reasons]
     named = any(task.keep.get(group.name, group.units) < group.units for group in cannot)
-    if (
-        task.request.strict
-        or named
-        or (task.request.has_budget and not (without.shared or without.streams))
-    ):
+    if named or (task.request.has_budget and not (without.shared or without.streams)):
         return False
     if not task.request.budgets:
         return True
@@ -261,20 +250,12 @@ def in_words(skipped: Sequence[SkippedGroup]) -> str:
     return f"skipped, with all their units: {names}"
 
 
-def _refusal(left: Sequence[SkippedGroup], tried: int, request: PruningRequest) -> str:
+def _refusal(left: Sequence[SkippedGroup], request: PruningRequest) -> str:
     """Say why nothing is pruned, and what to do."""
-    none = tried == len(left)
-    count = f"{'none' if none else len(left)} of {pluralize(tried, 'group')}"
-    verb = "cannot" if tried > len(left) else "can"
-    if none:
-        them = "let the code take these sizes from its weights, write -1 for them, or register an "
-        them += "adapter (@osscar.adapter)"
-        if request.form == "eager":
-            them += "; or prune the exported program (form exported, `--form exported`)"
-    else:
-        them = f"skip them (`--skip {left[0].name!r}`), or prune all "
-        "others without strict (`--strict`)"
     reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")
+    program = "; or prune the exported program (form exported, `--form exported`)"
     return (
-        f"nothing was pruned, and nothing was written: {count} {verb} be pruned: {reasons}; {them}"
+        f"nothing was pruned, and nothing was written: none of {pluralize(len(left), 'group')} can "
+        f"be pruned: {reasons}; let the code take these sizes from its weights, write -1 for them, "
+        f"or register an adapter (@osscar.adapter){program * (request.form == 'eager')}"
     )

@@ -214,7 +214,7 @@ def _solved_units(step: LayerStep, keep: int, request: PruningRequest) -> Solved
         problem = step.problem(keep, damp)
         measured = time.perf_counter()
         if request.certify:
-            solution, verification = certified(problem, backend, request.bound_rounds)
+            solution, verification = certified(problem, backend)
         else:
             solution, verification = solvers.solve(problem, backend), None
         kept = solution.support.tolist()
@@ -228,11 +228,11 @@ def _solved_units(step: LayerStep, keep: int, request: PruningRequest) -> Solved
 
 
 def certified(
-    problem: solvers.SubsetProblem, backend: solvers.Backend, bound_rounds: int
+    problem: solvers.SubsetProblem, backend: solvers.Backend
 ) -> tuple[solvers.Solution, solvers.Verification]:
     """Solve, add a lower bound that no choice of units can beat, and verify both."""
     exact = backend.kind is solvers.BackendKind.EXACT or problem.units > _EXACT_UNITS
-    solution = solvers.solve(problem, backend, bound=exact, bound_rounds=bound_rounds)
+    solution = solvers.solve(problem, backend, bound=exact)
     if not exact:  # the choice stays as the backend made it
         start = tuple(solution.support.tolist())
         proof = solvers.solve(problem, BranchAndBound(start=start, time_limit=_EXACT_SECONDS))

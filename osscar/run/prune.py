@@ -72,8 +72,7 @@ def prune_as_asked(
     graph.GraphError
         If the model cannot be traced.
     EquivalenceError
-        If the shrunk model does not compute what the masked one computes, no group can follow, or
-        the request is strict and one cannot.
+        If the shrunk model does not compute what the masked one computes, or no group can follow.
     JournalError
         If the log is not of this model and request.
     RanksError

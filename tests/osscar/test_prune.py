@@ -187,7 +187,7 @@ def test_few_units_get_their_bound_from_branch_and_bound_and_the_choice_stays(
         X.T @ X / 200, W0, units=units, keep=units // 2, damp=0.01
     )
     made = solvers.make_backend(backend)
-    solution, verification = certified(problem, made, bound_rounds=2)
+    solution, verification = certified(problem, made)
     assert ("branch and bound" in solution.bound_from) == closely
     plain = solvers.solve(problem, made)
     assert torch.equal(solution.support, plain.support)

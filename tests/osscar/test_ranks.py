@@ -103,7 +103,7 @@ def one_thread() -> Iterator[None]:
 
 # ---- the same as one process -------------------------------------------------------------
 
-BUDGET = {"sparsity": 0.4, "batch_size": 3, "certify": True, "bound_rounds": 0}
+BUDGET = {"sparsity": 0.4, "batch_size": 3, "certify": True}
 CASES = {
     "a budget": (lambda: tiny("llama-gqa", layers=1).double(), lambda: tokens(16, 24), BUDGET),
     "images": (small_net, images, {"sparsity": 0.4, "residual": 0.75, "batch_size": 12}),
