@@ -15,18 +15,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, cached_property
-from typing import Any, TypeAlias
+from functools import cache, cached_property, partial
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PlainValidator, with_config
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import graph
 from graph import CouplingGroup, Operand, Operator, Role, Size
 from osscar.base.errors import RequestError
+from osscar.base.json_files import STRICT
 from osscar.checkpoint.builders import saved_format, written_tensors
 from osscar.data.reader import Batch
 from osscar.network.modules import named_tensors
@@ -54,6 +56,12 @@ ROUNDING = 1e-12
 """Of costs, relative: sums of operations are no whole numbers, parameters and bytes are."""
 
 
+def _read(number: type[np.generic]) -> PlainValidator:
+    """Let an array be read from lists of numbers."""
+    return PlainValidator(partial(np.array, dtype=number))
+
+
+@with_config(STRICT)
 @dataclass(frozen=True)
 class Product:
     """A price times the widths of groups, one of which is named twice where it is squared."""
@@ -66,14 +74,15 @@ class Product:
         return self.price * math.prod(widths[name] for name in self.names)
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, eq=False)
 class Table:
     """Seconds by the widths of one or two groups, on straight lines between those of a grid."""
 
     names: tuple[str, ...]
-    grids: tuple[NDArray[np.int64], ...] = field(repr=False)
+    grids: tuple[Annotated[NDArray[np.int64], _read(np.int64)], ...] = field(repr=False)
     """Of each group, two widths at least, ascending."""
-    seconds: NDArray[np.float64] = field(repr=False)
+    seconds: Annotated[NDArray[np.float64], _read(np.float64)] = field(repr=False)
     """At each width, or pair of widths."""
 
     def at(self, widths: Mapping[str, Any]) -> Any:
@@ -97,6 +106,7 @@ Term: TypeAlias = Product | Table
 """A part of a cost that depends on the widths of few groups."""
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class CountedCost:
     """A cost of the whole model: a constant, and terms that depend on the widths of few groups.

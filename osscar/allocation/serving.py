@@ -44,10 +44,8 @@ def serving_memory(
     """Add to the bytes of the weights those of keys and values, in the format that is saved.
 
     `context` are the positions of each sequence in the cache, and `batch` is the number of these.
-    A `RequestError` is raised if the model keeps no keys and values, or something else besides, or
-    reads fewer positions.
+    A `RequestError` is raised if the model keeps something else besides keys and values.
     """
-    check_caches(model, MEMORY, context)
     seen, dtype = _first_states(model, example, MEMORY), stored_dtype(model)
     heads = {group.name: group.units for group in groups if group.kind is UnitKind.HEADS}
     terms, fixed = list(weights.terms), weights.fixed
@@ -92,18 +90,13 @@ _KEPT = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def check_served(model: nn.Module, request: PruningRequest) -> None:
-    """Raise a `RequestError` if a request is about keys and values that a model does not keep."""
-    for asked, is_given in (
-        (MEMORY, request.memory is not None),
-        (DECODE, request.timed == "decode"),
-    ):
-        if is_given:
-            assert request.context is not None
-            check_caches(model, asked, request.context)
+    """Raise a `RequestError` if a request is about keys and values that a model does not keep.
 
-
-def check_caches(model: nn.Module, asked: Caching, context: int) -> None:
-    """Raise a `RequestError` if a model keeps no keys and values, or reads fewer positions."""
+    A request of them has a context.
+    """
+    if request.context is None:
+        return
+    asked = DECODE if request.memory is None else MEMORY
     if (
         not isinstance(model, PreTrainedModel)
         or not (model.can_generate() and takes(model, "use_cache"))
@@ -116,10 +109,10 @@ def check_caches(model: nn.Module, asked: Caching, context: int) -> None:
     if others := {type(layer) for layer in DynamicCache(config=model.config).layers} - _KEPT:
         raise _keeps_others(model, others, asked)
     longest = context_length(model)
-    if longest is not None and context > longest:
+    if longest is not None and request.context > longest:
         raise RequestError(
-            f"context (`--context`) is {context}, and the model reads {longest:,} positions at "
-            "most; give no more"
+            f"context (`--context`) is {request.context}, and the model reads {longest:,} "
+            "positions at most; give no more"
         )
 
 

@@ -8,7 +8,6 @@ It goes on with the same model and data alone, which a fingerprint tells.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -19,8 +18,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from pydantic import JsonValue, with_config
+from pydantic_core import to_jsonable_python
 from torch import nn
 
 from osscar.base.devices import this_device
@@ -272,8 +273,9 @@ class Journal:
             raise JournalError(f"{error}; {otherwise or self.otherwise}") from error
 
     def write(self, name: str, content: Any) -> None:
-        """Write a dataclass; once this returns, it is on the disk."""
-        write_json(self.directory / name, dataclasses.asdict(content), indent=1)
+        """Write dataclasses, arrays among their fields; once this returns, it is on the disk."""
+        plain = to_jsonable_python(content, fallback=np.ndarray.tolist)
+        write_json(self.directory / name, plain, indent=1)
 
     def remove(self) -> None:
         """Forget all that was done, and leave what is none of ours.

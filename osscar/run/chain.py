@@ -71,7 +71,7 @@ class PreparedRun:
     """What the log had of groups when the run began."""
     tell: Callable[[str], None]
     measuring: Measuring | None = None
-    """Where loss curves come from if there are several requests: they are measured once."""
+    """Where loss curves come from, if they are not measured for each request alone."""
 
 
 @contextmanager
@@ -136,23 +136,16 @@ def prepare(
 
 @gathered_warnings()
 def prune_prepared(
-    run: PreparedRun,
-    request: PruningRequest,
-    *,
-    copy: bool = True,
-    measuring: Measuring | None = None,
+    run: PreparedRun, request: PruningRequest, *, copy: bool = True
 ) -> PruningResult:
-    """Prune a prepared model, or a copy, to one of the requests that it was prepared for.
-
-    Loss curves come from `measuring`, else from the run, else they are measured.
-    """
+    """Prune a prepared model, or a copy, to one of the requests that it was prepared for."""
     start = time.perf_counter()
     prepared = run.task.prepared
     if copy:
         prepared = dataclasses.replace(prepared, model=copied(prepared.model))
     task = dataclasses.replace(run.task, prepared=prepared, request=request)
     parameters, bfloat16 = count_parameters(prepared.model), task.in_bfloat16
-    allocated = widths(run, task, measuring or run.measuring)
+    allocated = widths(run, task)
     records = prune_groups(task, allocated.keep, run.committed, run.log)
     plan = PruningPlan(tuple(record.plan for record in records))
     model, proof, batch_norms = shrunk(task, plan, run.statistics)
@@ -190,7 +183,7 @@ def prune_prepared(
 
 
 @timed(Stage.ALLOCATION)
-def widths(run: PreparedRun, task: PruningTask, measuring: Measuring | None = None) -> Allocated:
+def widths(run: PreparedRun, task: PruningTask) -> Allocated:
     """Allocate what groups keep, unless the log has it."""
     log = run.log
     noted: Allocated | None = task.prepared.ranks.broadcast(
@@ -204,7 +197,7 @@ def widths(run: PreparedRun, task: PruningTask, measuring: Measuring | None = No
             needed = in_bytes(MemoryNeeds.from_task(task).least)
             run.tell(f"{goal(task, allowed)}; takes about {needed} of memory")
 
-        found = allocate(task, measuring, within_reach)
+        found = allocate(task, run.measuring, within_reach)
     except RequestError as error:
         also = f"; {in_words(task.skipped)}" if task.skipped else ""
         raise type(error)(f"{error}{also}") from error

@@ -16,14 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar import __version__
-from osscar.allocation.costs import CountedCost, Table
 from osscar.base.json_files import STRICT
 from osscar.data.batches import ModelInputs
 from osscar.network.tensor_files import read_record, write_record
@@ -31,7 +28,6 @@ from osscar.preparation.journal import Fingerprint, Journal, JournalManifest, ow
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
 from osscar.request import PruningRequest
-from osscar.run.target_search import Attempt
 from osscar.walk.layer_report import LayerReport
 
 ALLOCATION, ATTEMPTS, TIMES = "allocation.json", "attempts.json", "times.json"
@@ -58,38 +54,6 @@ class LayerRecord:
     plan: GroupPlan
     report: LayerReport
     weights: tuple[Tensor, ...]
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class Attempts:
-    """The sizes that were tried to reach a target."""
-
-    attempts: tuple[Attempt, ...]
-
-
-@with_config(STRICT)
-@dataclass(frozen=True)
-class Times:
-    """Tables of times (`osscar.allocation.times`): names, grids and seconds of each."""
-
-    fixed: float
-    units: dict[str, int]
-    assumed: str
-    tables: tuple[tuple[tuple[str, ...], list[list[int]], list[Any]], ...]
-
-    @classmethod
-    def from_cost(cls, cost: CountedCost) -> Times:
-        """Write tables as lists."""
-        tables = (one for one in cost.terms if isinstance(one, Table))
-        each = ((t.names, [g.tolist() for g in t.grids], t.seconds.tolist()) for t in tables)
-        return cls(cost.fixed, dict(cost.units), cost.assumed, tuple(each))
-
-    @property
-    def cost(self) -> CountedCost:
-        """The same as a cost."""
-        terms = (Table(n, tuple(map(np.array, g)), np.array(s)) for n, g, s in self.tables)
-        return CountedCost(self.fixed, tuple(terms), self.units, self.assumed)
 
 
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"

@@ -41,7 +41,7 @@ from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
 from osscar.run.result import PruningResult
-from osscar.run.run_log import ALLOCATION, ATTEMPTS, TIMES, Attempts, RunLog, Times, begun
+from osscar.run.run_log import ALLOCATION, ATTEMPTS, TIMES, RunLog, begun
 from osscar.run.target_search import (
     SURE,
     Attempt,
@@ -197,7 +197,7 @@ class _Search:
             made, attempt = self._attempt(at + 1, limit, budget)
             self.attempts.append(attempt)
             if log is not None:
-                log.write(ATTEMPTS, Attempts(tuple(self.attempts)))
+                log.write(ATTEMPTS, self.attempts)
             report = self._report(budget)
             self.prepared.tell(f"attempt {at + 1}: {report.searched_in_words(attempt)}")
             budget = (made and made[0].budget) or budget
@@ -316,9 +316,9 @@ class _Search:
     def _times(self) -> CountedCost:
         """Return shares of the dense model's time by widths: those of the log, if it has any."""
         task, log = self.task, self.prepared.log
-        noted = None if log is None else log.read(TIMES, Times)
+        noted = None if log is None else log.read(TIMES, CountedCost)
         if noted is not None:
-            return noted.cost
+            return noted
         times = as_shares(time_operators(task, clock_of(task)))
         if task.shared and not times.of({**task.keep, **task.least}) < times.of(task.keep):
             raise RequestError(
@@ -326,16 +326,15 @@ class _Search:
                 f"fewer units; give {task.request.instead_of_time('flops')}"
             )
         if log is not None:
-            log.write(TIMES, Times.from_cost(times))
+            log.write(TIMES, times)
         return times
 
     # ---- what the log has, and makes ---------------------------------------------------------
 
-    def _known_attempts(self) -> tuple[Attempt, ...]:
+    def _known_attempts(self) -> list[Attempt]:
         """Return the attempts of the log, on the first rank."""
         log = self.prepared.log
-        known = None if log is None else log.read(ATTEMPTS, Attempts)
-        return () if known is None else known.attempts
+        return (None if log is None else log.read(ATTEMPTS, list[Attempt])) or []
 
     def _known_budget(self) -> Budget:
         """Return the budget of the last attempt; before the first one, measure the curves."""
@@ -366,7 +365,9 @@ class _Search:
             prepared.tell(f"attempt {number}: {line}")
 
         with begun(log, self.task.prepared, request) as committed:
-            attempt = replace(prepared, log=log, committed=committed, tell=tell)
             measuring = partial(measured_curves, before=before)
-            pruned = prune_prepared(attempt, request, measuring=measuring)
+            attempt = replace(
+                prepared, log=log, committed=committed, tell=tell, measuring=measuring
+            )
+            pruned = prune_prepared(attempt, request)
         return pruned, self.recover and self.recover(pruned, self.data, number)
