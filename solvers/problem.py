@@ -45,8 +45,6 @@ from solvers.linalg.gram import (
 from solvers.linalg.symmetric import Symmetric
 
 FORMAT = "osscar-subset-problem/1"
-NO_ROW = -1
-"""Fills the rows of a unit that owns fewer than the widest unit of its consumer."""
 
 _SYMMETRY_TOLERANCE = 1e-8
 _TENSORS = ("H", "G", "W0", "rows")
@@ -88,7 +86,7 @@ class Consumer:
         Dense weights, (p, m) float64.
     rows
         (n, w) int64: the rows of unit ``j`` are ``rows[j]``.  Units together own each of the p
-        rows once; a unit with fewer than w rows is filled up with ``NO_ROW``.
+        rows once.
     damping
         The lambda that `H`, `G` and `e` include for every input alike.  They may include others,
         input by input, which nothing tells from the data.
@@ -148,7 +146,7 @@ class Consumer:
 
     def _check_rows(self) -> None:
         """Refuse units that do not own each row once."""
-        p, owned = len(self.W0), self.rows[self.rows != NO_ROW].sort().values
+        p, owned = len(self.W0), self.rows.flatten().sort().values
         if self.rows.ndim != 2 or not torch.equal(owned, torch.arange(p, device=owned.device)):
             raise ProblemError(
                 f"units must own each of the {p} rows exactly once; they own {owned.numel()} rows, "
@@ -258,13 +256,12 @@ class Consumer:
 
     @property
     def width(self) -> int:
-        """Rows of the widest unit."""
+        """Rows of each unit."""
         return self.rows.shape[1]
 
     def support_rows(self, support: Tensor) -> Tensor:
         """Return the sorted rows, (r,) int64, that the units in `support` own."""
-        rows = self.rows[support].flatten()
-        return rows[rows != NO_ROW].sort().values
+        return self.rows[support].flatten().sort().values
 
     def divided(self, number: float) -> Consumer:
         """Return the same least-squares problem with its loss divided by a positive number."""
@@ -352,7 +349,7 @@ class SubsetProblem:
 
     @property
     def width(self) -> int:
-        """Rows of the widest unit in any consumer."""
+        """Rows of a unit in the consumer that reads most of it."""
         return max(consumer.width for consumer in self.consumers)
 
     @property
@@ -377,7 +374,7 @@ class SubsetProblem:
         for consumer in self.consumers:
             # A dead row has no correlation with any other row, nor with the target.
             active = consumer.G.any(1) | consumer.hessian.coupled()
-            alive |= (active[consumer.rows] & (consumer.rows != NO_ROW)).any(1)
+            alive |= active[consumer.rows].any(1)
         return torch.nonzero(~alive).flatten()
 
     def highest(self, scores: Tensor) -> Tensor:
@@ -458,6 +455,6 @@ def _unit_rows(units: Any, p: int) -> Tensor:
             raise ProblemError(f"units are rows of {rows.dtype}; give whole numbers")
         return as_owned(rows, torch.int64)
     listed = [list(map(operator.index, rows)) for rows in units]
-    width = max([1, *map(len, listed)])
-    filled = [rows + [NO_ROW] * (width - len(rows)) for rows in listed]
-    return torch.tensor(filled, dtype=torch.int64)
+    if len(widths := {len(rows) for rows in listed}) > 1:
+        raise ProblemError(f"units own {sorted(widths)} rows; give as many to each")
+    return torch.tensor(listed, dtype=torch.int64)

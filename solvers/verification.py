@@ -233,8 +233,6 @@ def _stationarity(problem: SubsetProblem, claim: Any) -> float:
     worst = 0.0
     for consumer, W in zip(problem.consumers, claim.weights, strict=True):
         kept = consumer.support_rows(claim.support)
-        if not len(kept):
-            continue
         fitted = W[kept]  # the other rows are zero, as was checked
         largest = max(map(abs, map(float, torch.aminmax(consumer.G)))) or 1.0
         for rows in torch.split(kept, TILE_ROWS):

@@ -209,9 +209,9 @@ def better(one: Relaxation, other: Relaxation) -> Relaxation:
 
 
 def _favouring_cheap_units(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
-    n, r = len(terms.units), terms.removals
-    share = torch.full((n,), r / n, dtype=torch.float64, device=terms.units.device)
-    alone = terms.costs(torch.arange(n, device=terms.units.device)[:, None])
+    n, r, device = terms.units, terms.removals, terms.consumers[0].A.device
+    share = torch.full((n,), r / n, dtype=torch.float64, device=device)
+    alone = terms.costs(torch.arange(n, device=device)[:, None])
     share[alone.argsort()[:r]] += 1.0
     return share.div_(2), torch.full_like(share, _FIRST_SHAPE)
 
@@ -229,7 +229,7 @@ def _summing_up(terms: RemovalTerms, mean: Tensor) -> Tensor:
 def _update(terms: RemovalTerms, share: Tensor, shape: Tensor, steps: int) -> Relaxation:
     share = _summing_up(terms, _inner(terms, share))
     a, Q, magnitudes = terms.aggregate(share, shape)
-    margin = terms.rounding.margin(len(terms.units))
+    margin = terms.rounding.margin(terms.units)
     q = scaled_diagonal(Q, shape, margin)
     point = (share * (terms.removals / float(share.sum()))).clamp_(0.0, 1.0)
     first = QuadraticBound(a, Q, terms.removals, q, point, magnitudes, margin)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.row_blocks import equal_width, narrowed, unit_rows
+from solvers.closed_forms.row_blocks import by_unit, narrowed, unit_rows
 from solvers.linalg.rounding import Magnitudes, Rounding
 from solvers.problem import Consumer, SubsetProblem
 
@@ -47,7 +47,7 @@ class ConsumerRemoval:
     @classmethod
     def of(cls, consumer: Consumer) -> tuple[ConsumerRemoval, float, Rounding]:
         """Invert the Hessian; return the terms, ``e - tr(G'W)``, and the rounding of both."""
-        H, G = equal_width(consumer)
+        H, G = by_unit(consumer)
         factor = torch.linalg.cholesky(H)
         A = torch.cholesky_inverse(factor)
         responses = G.shape[1]
@@ -125,19 +125,19 @@ class ConsumerRemoval:
 
 @dataclass(frozen=True, eq=False)
 class RemovalTerms:
-    """The terms of all consumers, for the units that are still free.
+    """The terms of all consumers.
 
     consumers: A and W of each.
     constant: Loss with all units kept.
-    removals: How many of the free units have to be removed.
-    units: The free units as the problem numbers them, (n,) int64.
+    removals: How many units have to be removed.
+    units: Their number n.
     rounding: What rounding can have done, here and where a claim is checked.
     """
 
     consumers: tuple[ConsumerRemoval, ...]
     constant: float
     removals: int
-    units: Tensor
+    units: int
     rounding: Rounding
 
     @classmethod
@@ -150,7 +150,7 @@ class RemovalTerms:
             consumers,
             sum(constants),
             problem.units - problem.keep,
-            torch.arange(problem.units, device=problem.device),
+            problem.units,
             sum(roundings[1:], roundings[0]).twice,
         )
 
@@ -179,5 +179,5 @@ class RemovalTerms:
         return sum(c.expected(share, shape, correlation) for c in self.consumers)
 
     def costs(self, removed: Tensor) -> Tensor:
-        """Return what removing the free units in each row costs, (b, r) -> (b,)."""
+        """Return what removing the units in each row costs, (b, r) -> (b,)."""
         return torch.stack([c.costs(removed) for c in self.consumers]).sum(0)

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from solvers.errors import require
 from solvers.linalg.rounding import Magnitudes, Rounding
-from solvers.problem import NO_ROW, Consumer, SubsetProblem
+from solvers.problem import Consumer, SubsetProblem
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -55,9 +55,8 @@ Terms: TypeAlias = tuple[Tensor, Tensor, Magnitudes]
 class Inverses:
     """``A`` and ``A G`` of every consumer, the rows ordered by unit.
 
-    consumers: A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; short units
-        are filled up with rows of the unit matrix and of zeros, which add nothing anywhere, and
-        more than n w responses are rotated into n w.
+    consumers: A, (n w, n w), and A G, (n w, m), of each, with the rows w of its units; more than
+        n w responses are rotated into n w.
     constant: ``e - tr(G' A G)``, summed over the consumers: the loss with all units kept.
     units: Their number n.
     rounding: How far A, A G and the constant can be from the exact ones.
@@ -259,14 +258,10 @@ def _inverse(consumer: Consumer) -> tuple[tuple[Tensor, Tensor], float, Rounding
     responses = W.shape[1]
     rounding, constant = Rounding.of(H, A, consumer.G, W, consumer.e, responses)
     order = consumer.rows.flatten()
-    place = torch.nonzero(order != NO_ROW).flatten()
-    ordered = torch.eye(len(order), dtype=A.dtype, device=A.device)
-    ordered[place[:, None], place] = A[order[place][:, None], order[place]]
-    weights = W.new_zeros(len(order), responses)
-    weights[place] = W[order[place]]
+    A, W = A[order[:, None], order], W[order]
     if responses > len(order):  # only W W' matters
-        weights = torch.linalg.qr(weights.T, mode="r").R.T
-    return (ordered, weights), constant, rounding
+        W = torch.linalg.qr(W.T, mode="r").R.T
+    return (A, W), constant, rounding
 
 
 def _rows(units: Tensor, width: int) -> Tensor:

@@ -242,9 +242,9 @@ class _ConsumerElimination:
 
     def _refit(self, G: Tensor) -> Tensor:
         """Return the refit, in the place of G; A holds its factor."""
-        consumer, whole = self.terms.consumer, len(self.rows) == len(self.terms)
+        consumer, whole = self.terms.consumer, len(self.rows) == len(self.terms.order)
         if whole and consumer.fits and G.shape[1] == consumer.G.shape[1]:
-            return self.terms.rows_of(consumer.W0, self.rows, out=G)
+            return torch.index_select(consumer.W0, 0, self.terms.order[self.rows], out=G)
         self.A.forward(G)
         self.A.backward(G)
         return G

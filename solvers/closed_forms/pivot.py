@@ -139,9 +139,8 @@ class ConsumerState:
         consumer, units = self.terms.consumer, torch.nonzero(self.kept).flatten()
         if self.U.shape[1] < consumer.G.shape[1]:
             return None
-        own, rows = self.terms.owned(unit_rows(units, self.width))
-        W = self.U[self._at(units)[own]]
-        return quadratic(consumer.hessian, consumer.G, consumer.e, W, rows)
+        rows = self.terms.order[unit_rows(units, self.width)]
+        return quadratic(consumer.hessian, consumer.G, consumer.e, self.U[self._at(units)], rows)
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows."""

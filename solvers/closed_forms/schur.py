@@ -21,7 +21,7 @@ from solvers.closed_forms.pivot import PivotState
 from solvers.errors import ProblemError
 from solvers.linalg.gram import is_definite, unexplained
 from solvers.linalg.symmetric import Symmetric
-from solvers.problem import NO_ROW, Consumer, SubsetProblem
+from solvers.problem import Consumer, SubsetProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +108,7 @@ def _mask(problem: SubsetProblem, units: Tensor) -> Tensor:
 
 def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
     """Return one consumer on the rows of `units`, minimized over those of `outside`."""
-    owned = consumer.rows[units]
-    present = owned != NO_ROW
-    v, f = owned[present], consumer.support_rows(outside)
+    v, f = consumer.rows[units].flatten(), consumer.support_rows(outside)
     H, G, e = consumer.hessian.entries(v, v), consumer.G[v], consumer.e
     W0 = consumer.W0[v]
     if len(f):
@@ -122,22 +120,10 @@ def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
         H = H.addmm_(columns.T, columns, alpha=-1)
         G = G.addmm_(columns.T, fitted, alpha=-1)
         e = max(e - float(fitted.square().sum()), 0.0)
-    if not len(v):
-        return _constant(consumer, e, len(units))
-    rows = torch.full_like(owned, NO_ROW)
-    rows[present] = torch.arange(len(v), device=v.device)
     H = (H + H.T) / 2
     held = Symmetric.of(H)
     if is_definite(held):
         # What is left of e may be all rounding, and must not be less than what G' explains.
         e -= min(unexplained(held, G, e)[0], 0.0)
+    rows = torch.arange(len(v), device=v.device).view(len(units), -1)
     return replace(consumer, H=H, G=G, e=e, W0=W0, rows=rows)
-
-
-def _constant(consumer: Consumer, e: float, units: int) -> Consumer:
-    """Return a consumer whose loss is e whatever stays: the first unit owns its only row."""
-    rows = consumer.rows.new_full((units, 1), NO_ROW)
-    rows[0] = 0
-    nothing = torch.zeros_like(consumer.W0[:1])
-    one = torch.ones_like(consumer.G[:1, :1])
-    return replace(consumer, H=one, G=nothing, e=e, W0=nothing, rows=rows, damping=0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from solvers.certificates.certificate import EnumerationCertificate, Inverses
 from solvers.closed_forms.refit import refit_loss_and_rounding
 from solvers.closed_forms.row_blocks import narrowed
-from solvers.problem import NO_ROW, Consumer, SubsetProblem
+from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import (
     DEFAULT_GAP_TOLERANCE,
     Backend,
@@ -84,15 +84,14 @@ def _explained(
     a share of its rows.
     """
     rows = consumer.rows[supports].flatten(1)
-    padding = rows == NO_ROW
-    H = whole[rows[:, :, None], rows[:, None, :]]
-    H = torch.where(padding[:, :, None] | padding[:, None, :], 0.0, H)
-    H.diagonal(dim1=1, dim2=2).add_(padding.to(H))
-    G_S = torch.where(padding[:, :, None], 0.0, G[rows])
-    factor = torch.linalg.cholesky(H)
+    G_S = G[rows]
+    factor = torch.linalg.cholesky(whole[rows[:, :, None], rows[:, None, :]])
     half: Tensor = torch.linalg.solve_triangular(factor, G_S, upper=False)
     W = torch.linalg.solve_triangular(factor.mT, half, upper=True).norm(dim=2)
-    root = torch.where(padding, 0.0, whole.diagonal()[rows].sqrt())
-    size = (root * W).sum(1).square() + 2 * (W * G_S.norm(dim=2)).sum(1) + consumer.e
+    size = (
+        (whole.diagonal()[rows].sqrt() * W).sum(1).square()
+        + 2 * (W * G_S.norm(dim=2)).sum(1)
+        + consumer.e
+    )
     roundings = 4 * _EPS * (rows.shape[1] + consumer.G.shape[1])
     return half.square().sum(2).sum(1), roundings * size

@@ -13,7 +13,7 @@ from torch import Tensor
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState
 from solvers.closed_forms.refit import Incumbent, refit_loss
-from solvers.problem import NO_ROW, SubsetProblem
+from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, BackendKind, Natural, Positive, Seed, Selection, Status
 
 
@@ -79,7 +79,7 @@ def unit_sums(problem: SubsetProblem, row_scores: list[Tensor]) -> Tensor:
     """Add up the scores of the rows of each unit over the consumers, (n,)."""
     total = torch.zeros(problem.units, dtype=torch.float64, device=problem.device)
     for consumer, scores in zip(problem.consumers, row_scores, strict=True):
-        total += torch.where(consumer.rows == NO_ROW, 0.0, scores[consumer.rows]).sum(1)
+        total += scores[consumer.rows].sum(1)
     return total
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.closed_forms.refit import Incumbent
-from solvers.closed_forms.row_blocks import equal_width
+from solvers.closed_forms.row_blocks import by_unit
 from solvers.linalg.descent import accelerated
 from solvers.problem import Consumer, SubsetProblem
 from solvers.protocol import Backend, BackendKind, Positive, Selection, Status
@@ -116,7 +116,7 @@ def _joined(weights: list[Tensor]) -> Tensor:
 
 def _scaled(consumer: Consumer) -> tuple[Tensor, Tensor]:
     """Return H and G with each unit's inputs scaled to unit power: the penalty treats all alike."""
-    H, G = equal_width(consumer)
+    H, G = by_unit(consumer)
     n, w = len(consumer.rows), consumer.width
     power = H.diagonal().view(n, w).mean(1).rsqrt().repeat_interleave(w)
     return H * power[:, None] * power, G * power[:, None]

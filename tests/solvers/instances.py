@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from solvers import Consumer, SubsetProblem
-from solvers.problem import NO_ROW
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ def explained(H, G) -> Fraction:
 
 def unit_rows(consumer, units) -> list[int]:
     """Rows that some units own, one unit after the other."""
-    return [row for unit in units for row in consumer.rows[unit].tolist() if row != NO_ROW]
+    return [row for unit in units for row in consumer.rows[unit].tolist()]
 
 
 def build(name, data, keep, units=None, damp=0.01, *, given=True) -> Instance:
@@ -138,11 +137,9 @@ def random_problem(seed, n, width, responses, keep, *, spread=1.0, damp=0.01, co
     return SubsetProblem(tuple(parts), keep)
 
 
-def shuffled_units(seed, widths):
-    """Units of the given widths whose rows lie anywhere."""
-    rows = np.random.default_rng(seed).permutation(sum(widths)).tolist()
-    ends = np.cumsum(widths).tolist()
-    return [rows[end - width : end] for end, width in zip(ends, widths, strict=True)]
+def shuffled_units(seed, units, width):
+    """Units whose rows lie anywhere."""
+    return np.random.default_rng(seed).permutation(units * width).reshape(units, width).tolist()
 
 
 def mixed(seed, p, rank, level):
@@ -166,9 +163,6 @@ def _dead(X, W0):
     return X, W0
 
 
-WIDTHS = [1, 3, 2, 4, 1, 2]
-# The first consumer has no row of one unit, the second none of three.
-_SPARSE = [[[3], [0, 4], [], [1], [2]], [[], [1], [], [0, 2], []]]
 _UNCENTRED = [
     _changed(random_data(23, 6, 3), lambda X, W0: (X + 2 * np.arange(6), W0)),
     _changed(random_data(24, 12, 2), lambda X, W0: (X - 1, W0)),
@@ -185,19 +179,17 @@ _ALL = [
     build("all_but_1", [random_data(15, 7, 3)], 6),
     build("keep_all", [random_data(16, 5, 3, noise=0.2)], 5),
     build("blocks", [random_data(17, 18, 4)], 3, [6]),
-    build("permuted", [random_data(19, 12, 4)], 3, [shuffled_units(1, [2] * 6)]),
-    build("ragged", [random_data(20, 13, 3)], 3, [shuffled_units(2, WIDTHS)]),
+    build("permuted", [random_data(19, 12, 4)], 3, [shuffled_units(1, 6, 2)]),
     build(
         "two_consumers", [random_data(10, 7, 3), random_data(11, 14, 5, noise=0.5)], 3, [None, 7]
     ),
     build(
-        "ragged_consumers",
-        [random_data(12, 13, 3), random_data(13, 6, 8)],
+        "shuffled_consumers",
+        [random_data(12, 18, 3), random_data(13, 6, 8)],
         4,
-        [shuffled_units(3, WIDTHS), None],
+        [shuffled_units(3, 6, 3), None],
         damp=0.1,
     ),
-    build("sparse", [random_data(21, 5, 3, noise=0.4), random_data(22, 3, 4)], 3, _SPARSE),
     build("uncentred", _UNCENTRED, 3, [None, 6]),
 ]
 INSTANCES = {instance.name: instance for instance in _ALL}

@@ -16,12 +16,10 @@ from solvers import Consumer, Status, SubsetProblem, refit, solve
 from solvers.closed_forms import elimination, pivot
 from solvers.closed_forms.elimination import eliminate, support_after
 from solvers.closed_forms.pivot import PivotState, best_swap, candidates, swap_gains
-from solvers.closed_forms.row_blocks import RowBlocks, equal_width, unit_rows
+from solvers.closed_forms.row_blocks import by_unit, unit_rows
 from solvers.exact.enumeration import Enumerate
 from solvers.linalg import gram, symmetric
-from solvers.problem import NO_ROW
 from tests.solvers.instances import (
-    INSTANCES,
     build,
     exact_optimum,
     random_data,
@@ -42,11 +40,10 @@ def cases(draw, max_units=7):
     noise = draw(st.sampled_from([None, 0.0, 1.0]))
     data, units = [], []
     for c in range(draw(st.integers(1, 2))):
-        ragged = st.lists(st.integers(1, 3), min_size=n, max_size=n)
-        widths = draw(st.one_of(st.just([1] * n), ragged))
+        width = draw(st.integers(1, 3))
         m = draw(st.sampled_from([1, 2, 4, 40]))
-        data.append(random_data([seed, c], sum(widths), m, noise=noise or 0.0))
-        units.append(shuffled_units(seed, widths))
+        data.append(random_data([seed, c], n * width, m, noise=noise or 0.0))
+        units.append(shuffled_units(seed, n, width))
     keep = draw(st.integers(1, n - 1))
     support = np.sort(np.random.default_rng(seed).permutation(n)[:keep]).tolist()
     return build("drawn", data, keep, units, damp, given=noise is not None), support
@@ -58,7 +55,7 @@ def state_of(instance, support) -> PivotState:
 
 def plain_state(consumer, kept):
     """N and K by the formulas of `solvers.closed_forms.pivot`."""
-    H, G = equal_width(consumer)
+    H, G = by_unit(consumer)
     inside = kept.repeat_interleave(consumer.width)
     A = torch.linalg.inv(H[inside][:, inside])
     N, U = torch.empty_like(H), torch.empty_like(G)
@@ -87,14 +84,6 @@ def assert_sound(state, tolerance=1e-8):
             assert float((whole - expected).abs().max()) <= slack
             of_pairs = expected[rows][:, columns]
             assert not of_pairs.numel() or float((pairs - of_pairs).abs().max()) <= slack
-
-
-def test_short_units_are_filled_up_with_rows_of_the_size_of_the_others():
-    consumer, _ = INSTANCES["ragged_consumers"].problem.consumers
-    padding = torch.nonzero(consumer.rows.flatten() == NO_ROW).flatten()
-    filled = RowBlocks(consumer).H(padding, padding)
-    mean = float(consumer.hessian.diagonal().mean())
-    assert torch.equal(filled, mean * torch.eye(len(padding), dtype=torch.float64))
 
 
 # ---- what leaves, enters, and is exchanged -------------------------------------------------------

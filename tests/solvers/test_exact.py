@@ -147,7 +147,7 @@ def test_bounds_of_unequal_nodes_hold(seed, n, width, responses, spread, consume
 # ---- through other packages ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["scalar", "correlated", "ragged_consumers"])
+@pytest.mark.parametrize("name", ["scalar", "correlated", "shuffled_consumers"])
 def test_cuts_are_valid_at_every_support_and_tight_at_their_own(name):
     instance = INSTANCES[name]
     problem = instance.problem

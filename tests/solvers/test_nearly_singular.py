@@ -11,7 +11,7 @@ import torch
 
 from solvers import Consumer, Status, SubsetProblem, VerificationError, solve
 from solvers.closed_forms.pivot import PivotState
-from solvers.closed_forms.row_blocks import equal_width
+from solvers.closed_forms.row_blocks import by_unit
 from solvers.linalg.gram import DEFINITE_MARGIN
 from tests.solvers.instances import explained
 
@@ -82,7 +82,7 @@ def test_schur_complements_round_as_H_does():
     for problem in map(nearly_singular, (217, 824, 1165)):
         state = PivotState.on_support(problem, solve(problem, "greedy").support)
         for part, consumer in zip(state.consumers, problem.consumers, strict=True):
-            H, inside = equal_width(consumer)[0], part.kept.repeat_interleave(part.width)
+            H, inside = by_unit(consumer)[0], part.kept.repeat_interleave(part.width)
             kept, gone = torch.nonzero(inside).flatten(), torch.nonzero(~inside).flatten()
             N = part.N_blocks.diagonal(dim1=1, dim2=2).flatten()
             for row in gone[:2].tolist():

@@ -63,6 +63,7 @@ BAD_GRAMS = [
     ({"H": torch.tensor([[1.0, 2], [2, 1]]), "W0": torch.ones(2, 1)}, "not positive semidefinite"),
     ({"damp": math.inf}, r"damp is inf"),
     ({"units": 3}, r"4 rows cannot be shared equally by 3 units"),
+    ({"units": [[0], [1, 2, 3]]}, r"units own \[1, 3\] rows; give as many to each"),
     ({"G": ONES}, r"give both, or neither"),
     ({"G": ONES, "e": 0.01}, r"e is 0.0\d+, with which the best weights"),
 ]
@@ -289,10 +290,10 @@ def test_what_is_given_away_is_not_copied_and_comes_to_the_same():
 @pytest.mark.parametrize("panel", [1, 4, 256])
 def test_a_consumer_of_half_a_matrix_is_the_same(panel, monkeypatch):
     monkeypatch.setattr(symmetric, "PANEL_ROWS", panel)
-    H, W0 = gram(11, 4)
+    H, W0 = gram(12, 4)
     H = (H + H.T) / 2  # which products of some processors are not, to the last bit
     H[5] = H[:, 5] = 0
-    half, units = Symmetric.of(H), shuffled_units(1, [2, 1, 3, 2, 1, 2])
+    half, units = Symmetric.of(H), shuffled_units(1, 6, 2)
     dense, held = (Consumer.from_gram(given, W0, units=units) for given in (H, half))
     assert torch.equal(half.dense(), H)
     assert (held.damping, held.violation) == (dense.damping, None)

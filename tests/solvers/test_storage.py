@@ -22,7 +22,7 @@ def path(tmp_path):
     return tmp_path / "layer.safetensors"
 
 
-@pytest.mark.parametrize("name", ["ragged_consumers", "uncentred"])
+@pytest.mark.parametrize("name", ["shuffled_consumers", "uncentred"])
 def test_round_trip(path, name):
     problem = INSTANCES[name].problem
     problem.save(path)

@@ -40,7 +40,7 @@ def refused(solution, message, **changes) -> None:
         replace(solution, **changes).verify()
 
 
-@pytest.mark.parametrize("name", ["target", "ragged_consumers"])
+@pytest.mark.parametrize("name", ["target", "shuffled_consumers"])
 def test_planted_faults(name):
     """An honest solution is accepted, and each fault that is planted in one is named."""
     instance = INSTANCES[name]
