@@ -234,7 +234,8 @@ def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOpti
       osscar sweep MODEL --sparsity 0.1,0.2,0.3 --calibration text.txt --text test.txt
 
     Give a list of values for one budget: each value gives one pruned model. Other
-    budgets take one value, which holds for all of them. Run the command again to
+    budgets take one value, which holds for all of them. Without data to score,
+    outputs are only compared with the dense model's. Run the command again to
     continue a sweep that was stopped; more values, or --baselines, extend it.
     """
     asked_points(options, ArgumentsAlone)  # before anything is loaded
@@ -350,10 +351,9 @@ def make(
         str, Parameter(help="Names, or patterns such as 'resnet20-*'.  [default: all]")
     ],
     out: Annotated[Path, Parameter(help="Directory for the files.")] = Path("instances"),
-    json: Json = None,
 ) -> None:
     """Write instances as problem files, for `osscar solve` and for code of your own."""
-    _run("instances.make", names, out, json)
+    _run("instances.make", names, out)
 
 
 @instances.command
@@ -366,11 +366,9 @@ def check(
         ),
     ],
     /,
-    *,
-    json: Json = None,
 ) -> None:
     """Recompute the loss of a solution, and compare it with the best known one."""
-    _run("instances.check", solution, json)
+    _run("instances.check", solution)
 
 
 for _place, _name in enumerate(

@@ -14,8 +14,7 @@ from osscar.base.errors import OptionError
 from osscar.base.files import atomic_write, make_directory
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import decimals, percent
-from osscar.cli.common import check_json_path, document, say, show
-from osscar.cli.common import write_json as write_document
+from osscar.cli.common import check_json_path, document, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.report.sections import table
 from osscar.study.library import TOLERANCE, library
@@ -60,12 +59,11 @@ def list_instances(json: Path | None) -> None:
     proved = sum(one.best.proved for one in known.instances.values())
     count = len(known.instances)
     say(f"{count} instances, {proved} of them proved; gaps are of the best known values")
-    write_document(json, document("instances", 1, dataclasses.asdict(known)))
+    write_json(json, document("instances", 1, dataclasses.asdict(known)))
 
 
-def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
+def make(names: Sequence[str], directory: Path) -> None:
     """Write instances as problem files."""
-    check_json_path(json, (directory,))
     known = library()
     chosen = known.chosen(names or ("*",))
     make_directory(directory)
@@ -75,13 +73,10 @@ def make(names: Sequence[str], directory: Path, json: Path | None) -> None:
             known.problem(name).save(partial)
         say(f"{path}: keep {known.instances[name].keep}")
     say("each is for `osscar solve FILE`, or for any solver: docs/instances.md has the format")
-    made = [{"instance": name, "file": str(directory / f"{name}.safetensors")} for name in chosen]
-    write_document(json, document("instance_files", 1, {"files": made}))
 
 
-def check(file: Path, json: Path | None) -> None:
+def check(file: Path) -> None:
     """Recompute a solution, and compare it with the best that is known."""
-    check_json_path(json, (file,))
     answer, known = read_json(file, SolutionFile), library()
     problem, best = known.problem(answer.instance), known.instances[answer.instance].best
     loss = relative_loss(problem, answer.support)
@@ -98,8 +93,6 @@ def check(file: Path, json: Path | None) -> None:
             f"the lower bound {bound:.9g} would be better than the best known, {best.bound:.9g}; "
             "it is not verified here: docs/instances.md says what proves it"
         )
-    content = {"instance": answer.instance, "loss": loss, "best_known": best.loss}
-    write_document(json, document("instance_check", 1, {**content, "lower_bound": bound}))
 
 
 def relative_loss(problem: SubsetProblem, support: Sequence[int]) -> float:

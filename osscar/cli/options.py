@@ -158,8 +158,8 @@ class OpenOptions:
     no_normalize: bool = False
     """Feed pixels / 255 as they are, without --mean and --std."""
     weights: Path | None = None
-    """Weights to load into MODEL, if torchvision, timm or your own code builds it: a .safetensors
-    file, a state dict of torch, or a checkpoint with one."""
+    """Weights to load into what torchvision, timm or your own code builds (MODEL, or --dense): a
+    .safetensors file, a state dict of torch, or a checkpoint with one."""
     dtype: str = "auto"
     """Number format: float32, bfloat16, float16, or auto (float32 on a CPU)."""
     trust_remote_code: Trust = False
@@ -178,6 +178,22 @@ class DataOptions(OpenOptions):
     """Calibration samples to draw: 32 windows of text by default, or 256 of anything else."""
     seqlen: int | None = None
     """Tokens in a window of text.  [default: 512, or the model's context if that is shorter]"""
+
+
+@_command()
+class ScoreOptions:
+    """What a model is scored on."""
+
+    text: str | None = None
+    """Text to score; the demo has its own."""
+    images: str | None = None
+    """Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
+    with `images` and perhaps `labels`."""
+    inputs: str | None = None
+    """Other samples to score: FILE.npz or FILE.safetensors, with an entry for each argument of the
+    model's forward, and perhaps `labels`."""
+    windows: int | None = None
+    """Score only the first N windows of the text.  [default: the full text]"""
 
 
 @_command()
@@ -233,9 +249,6 @@ class RecoverOptions(OpenOptions, SavedOptions):
             "is code of your own, this builds the smaller model, too."
         ),
     ]
-    weights: Path | None = None
-    """Weights to load into the dense model, if torchvision, timm or your own code builds it: a
-    .safetensors file, a state dict of torch, or a checkpoint with one."""
     json: Json = None
     text: str | None = None
     """Text to train on, like what the model will read: a file or a Hugging Face dataset."""
@@ -257,7 +270,7 @@ class RecoverOptions(OpenOptions, SavedOptions):
     only="context batch timed timed_in allocation seed batch_size round_to at_least distance "
     "backend damp experts skip form batch_norm device",
 )
-class SweepOptions(RunOptions):
+class SweepOptions(RunOptions, ScoreOptions):
     """What `osscar sweep` takes."""
 
     sparsity: str | None = None
@@ -275,44 +288,22 @@ class SweepOptions(RunOptions):
     """Speeds of a forward pass, as multiples of the dense model's, timed on this device."""
     out: Path = Path("osscar-sweep")
     """Directory of the sweep; an existing sweep is continued."""
-    text: str | None = None
-    """Text to score; the demo has its own."""
-    images: str | None = None
-    """Images to score, as for `osscar eval`.  Without them, outputs are only compared with the
-    dense model's."""
-    inputs: str | None = None
-    """Other samples to score, as for `osscar eval`."""
-    windows: int | None = None
-    """Score only the first N windows of the text.  [default: the full text]"""
     baselines: bool = False
     """Also prune by `multistage` (the paper's method), `greedy`, `wanda` and `magnitude`, each with
     the same fraction of every layer."""
 
 
 @_command(first=("dense",))
-class EvalOptions(OpenOptions):
+class EvalOptions(OpenOptions, ScoreOptions):
     """What `osscar eval` takes."""
 
     json: Json = None
-    text: str | None = None
-    """Text to score; the demo has its own."""
-    images: str | None = None
-    """Images to score: a directory, with a folder for each class if they have labels, or FILE.npz
-    with `images` and perhaps `labels`."""
-    inputs: str | None = None
-    """Other samples to score: FILE.npz or FILE.safetensors, with an entry for each argument of the
-    model's forward, and perhaps `labels`."""
     samples: int | None = None
     """Images or other samples to score, drawn at random.  [default: all]"""
     dense: str | None = None
     """Dense model to compare with.  If MODEL was pruned from code of your own, this builds it."""
-    weights: Path | None = None
-    """Weights to load into MODEL and --dense, if torchvision, timm or your own code builds them: a
-    .safetensors file, a state dict of torch, or a checkpoint with one."""
     prove: bool = False
     """Prove again that the code of MODEL equals that of --dense without the removed units."""
-    windows: int | None = None
-    """Score only the first N windows of the text.  [default: the full text]"""
     seqlen: int | None = None
     """Tokens in a window of text.  [default: 512, or the model's context if that is shorter]"""
     batch_size: int | None = None
