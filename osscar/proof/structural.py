@@ -168,7 +168,9 @@ def _compared(dense: DenseProgram, model: nn.Module, plan: PruningPlan) -> _Comp
     try:
         made = exported(model, dense.example, dense.left_open)
     except GraphError as error:
-        raise Unproved(f"the smaller model cannot be exported: {first_line(error)}") from error
+        raise StructureError(
+            f"the smaller model cannot be exported, as the dense one can: {first_line(error)}"
+        ) from error
     names = canonical_names(model)
     found = _Comparison(due, made, names)
     try:

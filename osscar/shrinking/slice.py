@@ -294,8 +294,11 @@ def _is_sharing(value: int, group: GroupPlan) -> bool:
 
     One layer may make the queries, the key and the value of a unit, or each a layer of its own.
     """
-    made = {slot.inner for slot in group.slots if slot.role is Role.PRODUCER}
-    read = max((slot.inner for slot in group.consumers), default=1)
+    widths: dict[tuple[str, Role], int] = {}
+    for slot in group.slots:
+        widths[slot.tensor, slot.role] = widths.get((slot.tensor, slot.role), 0) + slot.width
+    read = max(width for (_, role), width in widths.items() if role is Role.CONSUMER)
+    made = {width for (_, role), width in widths.items() if role is Role.PRODUCER}
     separate = any(value * width == read for width in made)
     fused = any(value * (width - read) == 2 * read for width in made)
     return _is_count(value, group) and not separate and not fused

@@ -222,21 +222,26 @@ def test_a_language_model_on_meta_keeps_the_scale_of_its_attention_and_how_keys_
 @pytest.mark.parametrize(
     ("made", "read", "follows"),
     [
-        pytest.param([16], 16, True, id="units are query heads, which share one key"),
-        pytest.param([32, 16, 16], 32, False, id="units are key heads"),
-        pytest.param([64, 16, 16], 32, False, id="units are key heads, and queries have gates"),
-        pytest.param([64], 32, False, id="units are key heads, in one layer with their queries"),
+        pytest.param({"q": [16]}, 16, True, id="units are queries, which share one key"),
+        pytest.param({"q": [16, 16]}, 32, True, id="units are pairs of queries"),
+        pytest.param({"q": [32], "k": [16], "v": [16]}, 32, False, id="units are keys"),
+        pytest.param({"q": [64], "k": [16], "v": [16]}, 32, False, id="queries have gates"),
+        pytest.param({"qkv": [64]}, 32, False, id="in one layer, key by key"),
+        pytest.param({"qkv": [32, 16, 16]}, 32, False, id="in one layer, one after another"),
     ],
 )
 def test_how_many_queries_share_a_key_changes_where_units_are_queries(
-    made: list[int], read: int, follows: bool
+    made: dict[str, list[int]], read: int, follows: bool
 ) -> None:
-    slots = [Slot("qkv", 0, Role.PRODUCER, "at", 2, inner=width) for width in made]
+    slots = [
+        Slot(name, 0, Role.PRODUCER, "at", 2, inner=width)
+        for name, widths in made.items()
+        for width in widths
+    ]
     out = Slot("out", 1, Role.CONSUMER, "at", 2, inner=read)
     group = GroupPlan("heads", UnitKind.HEADS, 2, (0,), (*slots, out))
-    assert counts({"num_key_value_groups": 2}, group) == (
-        {"num_key_value_groups": 1} if follows else {}
-    )
+    shared = {"num_key_value_groups": 2}
+    assert counts(shared, group) == ({"num_key_value_groups": 1} if follows else {})
 
 
 # ---- attention of torch ------------------------------------------------------------------
