@@ -151,7 +151,7 @@ def check_files(options: object, *more: str | Path) -> None:
             used.append(path)
 
 
-_READ = ("config", "dense", "weights", "calibration", "text", "images", "inputs", "recover_text")
+_READ = ("config", "dense", "weights", "calibration", "text", "images", "inputs")
 """Options of commands that name what is read."""
 
 _ENDINGS = (".npz", ".safetensors", ".txt", ".pt", ".pth")

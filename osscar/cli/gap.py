@@ -19,7 +19,7 @@ from osscar.base.printable import published
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import check_files, document, say, show, way_back, write_json
 from osscar.cli.instances import tell_known
-from osscar.cli.opening import opened, quiet, stated_preprocessing
+from osscar.cli.opening import calibration, opened, quiet, stated_preprocessing
 from osscar.cli.options import DataOptions, GapOptions, refuse, request_of
 from osscar.data.batches import as_inputs
 from osscar.preparation.journal import Fingerprint
@@ -112,7 +112,8 @@ def _described(model: str, options: GapOptions) -> dict[str, Any]:
 def _capture_model(study: Study, model: str, options: GapOptions) -> None:
     """Capture the problems of a model; of a study that goes on, check that they are its own."""
     with timed(Stage.LOAD):
-        loaded, data = opened(model, options, options.seed, device=options.device)
+        loaded = opened(model, options, device=options.device)
+        data = calibration(loaded, options, options.seed)
     inputs = as_inputs(loaded.model, data)
     dense = Fingerprint.of(loaded.model, inputs)
     if study.instances:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -98,21 +98,10 @@ def _numbers(
     return found
 
 
-def opened(
-    model: str,
-    options: DataOptions,
-    seed: int,
-    check: Callable[[Any], None] = lambda loaded: None,
-    drawn: Callable[[LoadedModel], Mapping[str, Any]] = lambda loaded: {},
-    **more: Any,
-) -> tuple[LoadedModel, CalibrationData]:
-    """Open a model and draw what it is calibrated on; what there is to warn of comes before work.
-
-    `check` refuses a model before data are read, `drawn` returns keywords of
-    `LoadedModel.calibration`, and `more` is for `osscar.load_model`.
-    """
+def opened(model: str, options: DataOptions, **more: Any) -> LoadedModel:
+    """Open a model; `more` is for `osscar.load_model`.  Warnings come before the work."""
     with quiet():
-        loaded = load_model(
+        return load_model(
             model,
             weights=options.weights,
             dense=options.dense,
@@ -121,11 +110,17 @@ def opened(
             preprocessing=stated_preprocessing(options),
             **more,
         )
-        check(loaded)
-        asked = {"samples": options.samples, "seqlen": options.seqlen, "seed": seed}
-        data = loaded.calibration(options.calibration, **{**asked, **drawn(loaded)})
+
+
+def calibration(
+    loaded: LoadedModel, options: DataOptions, seed: int, **more: Any
+) -> CalibrationData:
+    """Draw what a model is calibrated on, and tell it; `more` is for `LoadedModel.calibration`."""
+    asked = {"samples": options.samples, "seqlen": options.seqlen, "seed": seed}
+    with quiet():
+        data = loaded.calibration(options.calibration, **{**asked, **more})
     tell_data("calibration", loaded, data, always=False)
-    return loaded, data
+    return data
 
 
 def held_out(

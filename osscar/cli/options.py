@@ -60,7 +60,7 @@ _GROUPS = {
     "Advanced: solver and refit": "backend backend_options certify bound bound_rounds damp "
     "target correction_weight batch_norm baselines time_limit gap_tolerance jobs ray",
     "Advanced: training": "learning_rate lora micro_batch_size checkpointing mixed_precision "
-    "augment recover_text recover_steps",
+    "augment recover_steps",
     "Advanced: model": "dtype device max_memory form dense prove trust_remote_code",
     "Advanced: output": "config overwrite restart json",
 }
@@ -232,8 +232,6 @@ class PruneOptions(RunOptions, SavedOptions):
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
     data."""
-    recover_text: str | None = None
-    """With --recover: text or dataset to train on.  [default: the calibration data]"""
     recover_steps: int | None = None
     """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
 
@@ -461,7 +459,7 @@ def recovery_of(options: PruneOptions, request: PruningRequest) -> RecoveryReque
         own = {name: getattr(request, name) for name in ("device", "seed", "distance")}
         asked = RecoveryRequest(**own)
         return asked if steps is None else dataclasses.replace(asked, steps=steps)
-    refuse(options, ("recover_text", "recover_steps"), "give --recover, too, or omit it")
+    refuse(options, ("recover_steps",), "give --recover, too, or omit it")
     return None
 
 

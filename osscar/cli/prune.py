@@ -17,6 +17,7 @@ from osscar.cli.commands import asked_points
 from osscar.cli.common import check_files, out, say, say_verdict, show, way_back, write_json
 from osscar.cli.opening import (
     beside,
+    calibration,
     check_room,
     held_out,
     limit_of,
@@ -24,10 +25,9 @@ from osscar.cli.opening import (
     quiet,
     saved_line,
     saving,
-    tell_data,
     write_copy,
 )
-from osscar.cli.options import PruneOptions, SweepOptions, recovery_of, refuse, request_of
+from osscar.cli.options import PruneOptions, SweepOptions, recovery_of, request_of
 from osscar.cli.recover import LOG, tell_recovery
 from osscar.data.batches import CalibrationData, as_inputs
 from osscar.data.loaders import DEFAULT_SAMPLES, DEFAULT_WINDOWS
@@ -35,12 +35,10 @@ from osscar.data.text import CalibrationSet
 from osscar.models.loaded import LoadedModel
 from osscar.offload.on_disk import is_on_disk
 from osscar.recovery.recover import Recovery, recover_as_asked
-from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import samples_for, split
+from osscar.recovery.samples import split
 from osscar.recovery.training import RecoveryLog
 from osscar.report.sections import facts, skipped_table
 from osscar.request import PruningRequest
-from osscar.run.memory import check_can_stream
 from osscar.run.prune import prune_as_asked
 from osscar.run.prune_page import layers_table, prune_page, run_facts, verdict
 from osscar.run.result import PruningResult, measured
@@ -55,18 +53,16 @@ def run(model: str, options: PruneOptions) -> None:
     with together() as ranks:
         check_files(options, model)
         request = request_of(options, PruningRequest)
-        if request.quality is not None:
-            tests = f"it may contain samples that test {request.quality}; omit it: models are "
-            tests += "recovered on the calibration samples that they are pruned on"
-            refuse(options, ("recover_text",), tests)
-            if options.samples is not None:
-                check_samples(request.quality, options.samples, options.samples)
+        if request.quality is not None and options.samples is not None:
+            check_samples(request.quality, options.samples, options.samples)
         recovery, where = recovery_of(options, request), options.out
         log, training = RunLog(beside(where, "run")), RecoveryLog(beside(where, LOG))
         logs = (log, training) if options.recover else (log,)
         with saving(options, where, [model], ranks, logs) as overwrite:
             loaded, data = _opened(model, options, request, overwrite if ranks.first else None)
-            dense, trains_on = loaded.model, _trains_on(options, recovery, loaded, data)
+            dense = loaded.model
+            if recovery is not None:
+                split(as_inputs(dense, data), recovery)  # refuses too few
 
             def recovered(pruned: PruningResult, part: Any, attempt: int = 0) -> Recovery:
                 assert recovery is not None
@@ -79,7 +75,7 @@ def run(model: str, options: PruneOptions) -> None:
             if request.quality is None:
                 result = prune_as_asked(*given)
                 if recovery is not None:
-                    found = recovered(result, trains_on)
+                    found = recovered(result, data)
                     result = dataclasses.replace(result, model=found.model)
             else:
                 again = None if recovery is None else recovered
@@ -98,8 +94,9 @@ def _opened(
     model: str, options: PruneOptions, request: PruningRequest, overwrite: bool | None
 ) -> tuple[LoadedModel, CalibrationData]:
     """Open the model, and draw its data; check the room for it unless `overwrite` is None."""
-
-    def check(loaded: LoadedModel) -> None:
+    limit = limit_of(model, options, request)
+    with timed(Stage.LOAD):
+        loaded = opened(model, options, device=request.device, max_memory=limit)
         if options.recover and is_on_disk(loaded.model):
             raise OptionError(
                 "--recover needs the weights in memory, and --max-memory keeps them on disk; "
@@ -107,49 +104,26 @@ def _opened(
             )
         if overwrite is not None:
             check_room(loaded, options.out, overwrite)
-
-    def drawn(loaded: LoadedModel) -> dict[str, Any]:
-        if request.quality is None:
-            return {}
-        usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
-        most = max(2 * usual, usual_draw(request.quality))
-        samples = most if options.samples is None else options.samples
-        asked: dict[str, Any] = {"samples": samples, "overlapping": False}
-        if loaded.tokenizer is None or options.seqlen is not None:
-            return asked
-        found = loaded.calibration(options.calibration, seed=request.seed, **asked)
-        assert isinstance(found, CalibrationSet)
-        length = found.tokens.numel() // samples  # of a short text, as many shorter windows
-        short = len(found.tokens) < samples and length >= _SHORTEST
-        return {**asked, "seqlen": length} if short else asked
-
-    limit = limit_of(model, options, request)
-    with timed(Stage.LOAD):
-        return opened(
-            model, options, request.seed, check, drawn, device=request.device, max_memory=limit
+        return loaded, calibration(
+            loaded, options, request.seed, **_drawn(loaded, options, request)
         )
 
 
-def _trains_on(
-    options: PruneOptions,
-    recovery: RecoveryRequest | None,
-    loaded: LoadedModel,
-    data: CalibrationData,
-) -> CalibrationData:
-    """Return what the smaller model is recovered on: the calibration data, or other text."""
-    if recovery is None:
-        return data
-    if not isinstance(data, CalibrationSet):
-        advice = "omit it, or recover what was pruned with `osscar recover`, on images or inputs"
-        refuse(options, ("recover_text",), f"{loaded.source} reads no text: {advice}")
-    elif options.recover_text is not None:
-        windows, seed = samples_for(recovery, windows=True), recovery.seed
-        data = loaded.training(
-            text=options.recover_text, windows=windows, seqlen=data.seqlen, seed=seed
-        )
-        tell_data("recovery", loaded, data, always=True)
-    split(as_inputs(loaded.model, data), recovery)  # refuses too few
-    return data
+def _drawn(loaded: LoadedModel, options: PruneOptions, request: PruningRequest) -> dict[str, Any]:
+    """Return how the samples of a quality target are drawn; of a short text, shorter windows."""
+    if request.quality is None:
+        return {}
+    usual = DEFAULT_SAMPLES if loaded.tokenizer is None else DEFAULT_WINDOWS
+    most = max(2 * usual, usual_draw(request.quality))
+    samples = most if options.samples is None else options.samples
+    asked: dict[str, Any] = {"samples": samples, "overlapping": False}
+    if loaded.tokenizer is None or options.seqlen is not None:
+        return asked
+    found = loaded.calibration(options.calibration, seed=request.seed, **asked)
+    assert isinstance(found, CalibrationSet)
+    length = found.tokens.numel() // samples
+    short = len(found.tokens) < samples and length >= _SHORTEST
+    return {**asked, "seqlen": length} if short else asked
 
 
 def _saved(
@@ -195,14 +169,9 @@ def sweep(model: str, options: SweepOptions) -> None:
     base, points = asked_points(options, PruningRequest)
     place = SweepDirectory(options.out)
     with way_back(lambda: place.kept), quiet():
-        loaded, data = opened(
-            model,
-            options,
-            base.seed,
-            lambda loaded: check_can_stream(loaded.model, base),
-            device=base.device,
-            max_memory=limit_of(model, options, base),
-        )
+        limit = limit_of(model, options, base)
+        loaded = opened(model, options, device=base.device, max_memory=limit)
+        data = calibration(loaded, options, base.seed)
         score = held_out(loaded, options)
         swept = Sweep(place, base, points, score, loaded.classes, say)
         document = swept.run(loaded.model, data, source=loaded.source)
