@@ -196,6 +196,8 @@ def _recomputed(claim: Any) -> Verification:
     gain = _check_exchanges(problem, claim, loss, slack)
     bound = _check_bound(problem, claim)
     _check_status(problem, claim, loss, slack)
+    open_bound = _has_bound(claim) and not math.isfinite(bound)
+    rests = open_bound and claim.status in (Status.OPTIMAL, Status.BOUNDED)
     scale = problem.scale or 1.0
     return Verification(
         loss=loss,
@@ -204,7 +206,7 @@ def _recomputed(claim: Any) -> Verification:
         swap_gain=gain / scale,
         lower_bound=bound,
         tolerance=slack + (_BOUND_TOLERANCE * loss if _has_bound(claim) else 0.0),
-        not_recomputed=_not_recomputed(claim, bound),
+        not_recomputed=("lower_bound",) * open_bound + ("status",) * rests,
     )
 
 
@@ -318,11 +320,3 @@ def _check_status(problem: SubsetProblem, claim: Any, loss: float, slack: float)
             f"optimality is claimed with a gap of {left:.3g} at a loss of {loss:.3g}; the "
             f"tolerance is {claim.gap_tolerance:.3g} of it",
         )
-
-
-def _not_recomputed(claim: Any, bound: float) -> tuple[str, ...]:
-    """Return which claims nobody here has recomputed, nor what they rest on."""
-    open_bound = _has_bound(claim) and not math.isfinite(bound)
-    rests = open_bound and claim.status in (Status.OPTIMAL, Status.BOUNDED)
-    names = {"lower_bound": open_bound, "status": rests}
-    return tuple(name for name, said in names.items() if said)

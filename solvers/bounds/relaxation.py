@@ -188,7 +188,12 @@ def alternate(
     start: Share and shape of the first multipliers; by default those units are favoured that cost
         least if they alone are removed.
     """
-    share, shape = start or _favouring_cheap_units(terms)
+    if start is None:
+        n, r, device = terms.units, terms.removals, terms.consumers[0].A.device
+        share = torch.full((n,), r / n, dtype=torch.float64, device=device)
+        share[terms.costs(torch.arange(n, device=device)[:, None]).argsort()[:r]] += 1.0
+        start = share.div_(2), torch.full_like(share, _FIRST_SHAPE)
+    share, shape = start
     best: Relaxation | None = None
     value = -math.inf
     for _ in range(rounds):
@@ -206,14 +211,6 @@ def alternate(
 def better(one: Relaxation, other: Relaxation) -> Relaxation:
     """Return the one with the higher bound."""
     return other if other.value > one.value else one
-
-
-def _favouring_cheap_units(terms: RemovalTerms) -> tuple[Tensor, Tensor]:
-    n, r, device = terms.units, terms.removals, terms.consumers[0].A.device
-    share = torch.full((n,), r / n, dtype=torch.float64, device=device)
-    alone = terms.costs(torch.arange(n, device=device)[:, None])
-    share[alone.argsort()[:r]] += 1.0
-    return share.div_(2), torch.full_like(share, _FIRST_SHAPE)
 
 
 def _inner(terms: RemovalTerms, share: Tensor) -> Tensor:

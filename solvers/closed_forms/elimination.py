@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.row_blocks import RowBlocks, unit_rows
+from solvers.closed_forms.row_blocks import gram_on, narrowed, unit_rows
 from solvers.problem import Consumer, SubsetProblem
 
 _PENDING_ROWS = 64
@@ -223,11 +223,12 @@ class _ConsumerElimination:
     """
 
     def __init__(self, consumer: Consumer, units: Tensor) -> None:
-        self.width = consumer.width
-        self.terms = RowBlocks(consumer)
-        self.rows = unit_rows(units, self.width)
-        self.A, G = self.terms.gram(self.rows), self.terms.responses(self.rows)
-        self.signs = _signs(G)
+        self.consumer, self.width = consumer, consumer.width
+        self.rows = consumer.rows[units].flatten()
+        self.A, G = gram_on(consumer, self.rows), narrowed(consumer.G[self.rows])
+        generator = torch.Generator().manual_seed(0)  # directions of all columns of G alike
+        signs = torch.randint(0, 2, (G.shape[1], _DIRECTIONS), generator=generator)
+        self.signs = (2 * signs - 1).to(G)
         self.G_signs = G @ self.signs
         self.A.factorize()
         self.W = self._refit(G)
@@ -242,9 +243,8 @@ class _ConsumerElimination:
 
     def _refit(self, G: Tensor) -> Tensor:
         """Return the refit, in the place of G; A holds its factor."""
-        consumer, whole = self.terms.consumer, len(self.rows) == len(self.terms.order)
-        if whole and consumer.fits and G.shape[1] == consumer.G.shape[1]:
-            return torch.index_select(consumer.W0, 0, self.terms.order[self.rows], out=G)
+        if self.consumer.fits and G.shape == self.consumer.G.shape:
+            return torch.index_select(self.consumer.W0, 0, self.rows, out=G)
         self.A.forward(G)
         self.A.backward(G)
         return G
@@ -405,7 +405,7 @@ class _ConsumerElimination:
         """
         some = units * self.width
         A = self.A.rows(some)
-        error = self.terms.H(self.rows[some], self.rows) @ A.T
+        error = self.consumer.hessian.entries(self.rows[some], self.rows) @ A.T
         error -= (some[:, None] == some).to(error)
         W, sizes = self.W[some], self._sizes().clamp(min=0.0).sqrt()
         sizes = sizes.maximum((_NO_DIGITS * sizes.max()).clamp(min=1e-150))
@@ -450,10 +450,3 @@ class _RowCache:
 def _first(marked: Tensor, of: Tensor, count: int) -> Tensor:
     """Return those, as many as is known without a look at a card, that are not marked."""
     return of[marked.argsort(stable=True)[:count]]
-
-
-def _signs(G: Tensor) -> Tensor:
-    """Return directions of all columns of G alike, (m, 4), the same ones each time."""
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (G.shape[1], _DIRECTIONS), generator=generator)
-    return (2 * signs - 1).to(G)

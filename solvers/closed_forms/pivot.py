@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from solvers.closed_forms.row_blocks import RowBlocks, narrowed, unit_rows
+from solvers.closed_forms.row_blocks import gram_on, narrowed, unit_rows
 from solvers.linalg.gram import TILE_ROWS, quadratic
 from solvers.linalg.symmetric import Symmetric
 from solvers.problem import Consumer, SubsetProblem
@@ -40,7 +40,7 @@ _PROBES = 16
 
 
 class ConsumerState:
-    """N and U of one consumer, `RowBlocks`; changed in place by `sweep`.
+    """N and U of one consumer; changed in place by `sweep`.
 
     N, U: As in the text above, (n w, n w) and (n w, m) float64 or narrower, rows by place: units in
         S came first when they were factorized, and do while as many enter as leave.
@@ -52,21 +52,20 @@ class ConsumerState:
     K_blocks: Tensor
 
     def __init__(self, consumer: Consumer, kept: Tensor) -> None:
-        self.width = w = consumer.width
-        self.terms = RowBlocks(consumer)
+        self.consumer, self.width = consumer, consumer.width
         units = torch.cat([torch.nonzero(kept).flatten(), torch.nonzero(~kept).flatten()])
         self._place = units.argsort()
         self.kept = kept.clone()
-        self._leading: int | None = int(kept.sum()) * w
+        self._leading: int | None = int(kept.sum()) * self.width
         """How many places those in S take, where they come first."""
-        self._factorize(unit_rows(units, w), self._leading)
+        self._factorize(consumer.rows[units].flatten(), self._leading)
         self._read_blocks()
 
     def _factorize(self, rows: Tensor, k: int) -> None:
         # With H_SS = L L', C = inv(L) H_SR and h = inv(L) G_S: what is left of the removed rows is
         # H_RR - C'C and G_R - C'h, which round as H does.  H_RS A H_SR rounds as A does, near a
         # singular H by more than what is left: that would then not even be positive definite.
-        self.N, self.U = self.terms.gram(rows, cut=k), self.terms.responses(rows)
+        self.N, self.U = gram_on(self.consumer, rows, cut=k), narrowed(self.consumer.G[rows])
         self.N.factorize(k)
         self.N.forward(self.U, k)
         self.N.backward(self.U, k)
@@ -91,7 +90,7 @@ class ConsumerState:
         """
         made = object.__new__(ConsumerState)
         at = self._at(units)
-        made.width, made.kept, made.terms = self.width, self.kept[units], self.terms
+        made.consumer, made.width, made.kept = self.consumer, self.width, self.kept[units]
         made.N = Symmetric.of(self.N.entries(at, at), width=self.width)
         made.U = narrowed(self.U[at])
         made._place = torch.arange(len(units), device=units.device)
@@ -136,18 +135,21 @@ class ConsumerState:
 
     def loss(self) -> float | None:
         """Return the loss of the refit W; None where U has fewer columns than that."""
-        consumer, units = self.terms.consumer, torch.nonzero(self.kept).flatten()
+        consumer, units = self.consumer, torch.nonzero(self.kept).flatten()
         if self.U.shape[1] < consumer.G.shape[1]:
             return None
-        rows = self.terms.order[unit_rows(units, self.width)]
+        rows = consumer.rows[units].flatten()
         return quadratic(consumer.hessian, consumer.G, consumer.e, self.U[self._at(units)], rows)
 
     def drift(self) -> float:
         """Return the error of ``H_SS A = I`` on a few rows."""
         S = unit_rows(torch.nonzero(self.kept).flatten(), self.width)
         some = S[torch.linspace(0, len(S) - 1, _PROBES, device=S.device).long()]
-        place = unit_rows(self._place, self.width)
-        error = self.terms.H(some, S) @ self.N.rows(place[some])[:, place[S]].T
+        place, order = unit_rows(self._place, self.width), self.consumer.rows.flatten()
+        error = (
+            self.consumer.hessian.entries(order[some], order[S])
+            @ self.N.rows(place[some])[:, place[S]].T
+        )
         error += (some[:, None] == some).to(error)
         return float(error.abs().max())
 

@@ -1,4 +1,4 @@
-"""Terms of a consumer with its rows ordered unit by unit."""
+"""The rows of units, and terms of a consumer on them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,13 @@ from solvers.linalg.symmetric import Symmetric
 from solvers.problem import Consumer
 
 
-class RowBlocks:
-    """The terms of a consumer with the rows ordered unit by unit; only what is read is copied."""
-
-    def __init__(self, consumer: Consumer) -> None:
-        self.consumer = consumer
-        self.order = consumer.rows.flatten()
-
-    def H(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Return the entries in some rows and columns, (r, c)."""
-        return self.consumer.hessian.entries(self.order[rows], self.order[columns])
-
-    def gram(self, rows: Tensor, *, cut: int = 0) -> Symmetric:
-        """Return H on some rows in half of its memory, panels cut between units and at `cut`."""
-        made = Symmetric.empty(len(rows), self.consumer.G, cut=cut, width=self.consumer.width)
-        for start, panel in made.spans():
-            stop = start + len(panel)
-            panel.copy_(self.H(rows[start:stop], rows[:stop]))
-        return made
-
-    def responses(self, rows: Tensor) -> Tensor:
-        """Return a matrix with the same products ``G G'`` on some rows, (r, m) or narrower."""
-        return narrowed(self.consumer.G[self.order[rows]])
+def gram_on(consumer: Consumer, rows: Tensor, *, cut: int = 0) -> Symmetric:
+    """Return H on the rows of whole units, in any order; panels end between units, and at `cut`."""
+    made = Symmetric.empty(len(rows), consumer.G, cut=cut, width=consumer.width)
+    for start, panel in made.spans():
+        stop = start + len(panel)
+        panel.copy_(consumer.hessian.entries(rows[start:stop], rows[:stop]))
+    return made
 
 
 def narrowed(G: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class BranchAndBound(Backend):
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Search best-first from the swap optimum."""
-        rows = max(len(c.rows) * c.width for c in problem.consumers)
+        rows = max(len(c.W0) for c in problem.consumers)
         with serial(rows <= _THREADED_ROWS):
             return self._search(problem)
 

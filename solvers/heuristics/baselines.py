@@ -136,7 +136,10 @@ class Multistage(Backend):
         """Remove in stages, then exchange in batches."""
         scalar = problem.width == 1
         state = PivotState.full(problem)
-        stages = self._remove(state, self.stage_size or (10 if scalar else 2))
+        most, stages = self.stage_size or (10 if scalar else 2), 0
+        while (surplus := len(state.support) - problem.keep) > 0:
+            state.sweep(_smallest(state.removal_losses(), min(most, surplus)))
+            stages += 1
         best = Incumbent(problem, state.support)
         batch = min(self.batch_size or (10 if scalar else 5), problem.keep, len(state.removed))
         for _ in range(self.max_batches if batch else 0):
@@ -150,15 +153,6 @@ class Multistage(Backend):
             iterations=stages + len(best.history) - 1,
             history=tuple(best.history),
         )
-
-    @staticmethod
-    def _remove(state: PivotState, stage_size: int) -> int:
-        """Remove down to `keep` units, `stage_size` at a time; return the number of stages."""
-        surplus = state.problem.units - state.problem.keep
-        sizes = [min(stage_size, surplus - done) for done in range(0, surplus, stage_size)]
-        for size in sizes:
-            state.sweep(_smallest(state.removal_losses(), size))
-        return len(sizes)
 
 
 def _smallest(values: Tensor, count: int) -> Tensor:
