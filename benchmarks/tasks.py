@@ -134,7 +134,7 @@ class Images(Subject):
         return cifar10(self.loaded, self.data, "train").sample(samples or 256, seed)
 
     def score(self, model: Any) -> dict[str, float]:
-        (found,) = score([model], self.images, dense=self.model, classes=self.loaded.classes)
+        (found,) = score([model], self.images, dense=self.model)
         top1 = {} if found.top1 is None else {"top1": found.top1}
         return {**top1, "agreement": found.agreement, "kl": found.kl}
 

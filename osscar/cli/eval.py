@@ -60,8 +60,7 @@ def run(model: str, options: EvalOptions) -> None:
         elif options.samples is not None:
             data = data.sample(options.samples, seed=0)
         refuse_overlap(data, lineage_of(loaded.model).calibration)
-        how: dict[str, Any] = {"classes": loaded.classes, "path": loaded.path}
-        how["batch_size"] = options.batch_size
+        how: dict[str, Any] = {"path": loaded.path, "batch_size": options.batch_size}
         comparison, structure = None, None
         if dense is not None:
             original = _original(loaded, dense, data, weights, load)

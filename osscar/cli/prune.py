@@ -79,7 +79,7 @@ def run(model: str, options: PruneOptions) -> None:
                     result = dataclasses.replace(result, model=found.model)
             else:
                 again = None if recovery is None else recovered
-                result, found = prune_to_target(*given, again, loaded.classes)
+                result, found = prune_to_target(*given, again)
             if ranks.first:
                 content, saved = _saved(result, found, loaded, data, options, overwrite)
         if ranks.first:
@@ -136,7 +136,7 @@ def _saved(
 ) -> tuple[dict[str, Any], SavedCheckpoint]:
     """Save the smaller model with its report, and return both."""
     content = result.document(
-        loaded.model, data, source=loaded.source, classes=loaded.classes, recovery=recovery,
+        loaded.model, data, source=loaded.source, recovery=recovery,
         measure=False,
     )  # fmt: skip
     with timed(Stage.SAVE):
@@ -173,7 +173,7 @@ def sweep(model: str, options: SweepOptions) -> None:
         loaded = opened(model, options, device=base.device, max_memory=limit)
         data = calibration(loaded, options, base.seed)
         score = held_out(loaded, options)
-        swept = Sweep(place, base, points, score, loaded.classes, say)
+        swept = Sweep(place, base, points, score, say)
         document = swept.run(loaded.model, data, source=loaded.source)
     show(sweep_table(document), skipped_table(document["skipped"]))
     say(f"report: {options.out / PAGE_FILE}")

@@ -29,6 +29,7 @@ from osscar.data.batches import as_inputs
 from osscar.data.parts import copies
 from osscar.data.samples import IGNORED, SampleSet
 from osscar.distance.distance import Distance, Reference, spread
+from osscar.proof.lineage import lineage_of
 from osscar.request import TargetKind
 
 CONFIDENCE = 0.95
@@ -185,7 +186,6 @@ class Judge:
         quality: TargetKind,
         dense: nn.Module,
         data: Any,
-        classes: Sequence[str] = (),
         distance: AnyDistance = None,
     ) -> Judge:
         """Run the dense model on samples that can be judged (RequestError, DataError)."""
@@ -202,7 +202,8 @@ class Judge:
         if quality is not TargetKind.TOP1:
             return cls(quality, reference, copies(inputs))
         check_labelled(data, known=measured.measure == "nats")
-        labels = data.class_labels(classes, reference.expected[0].shape[-1])
+        names = lineage_of(dense).classes
+        labels = data.class_labels(names, reference.expected[0].shape[-1])
         return cls(quality, reference, copies(inputs), labels)
 
     @property

@@ -109,7 +109,6 @@ def evaluate(
     model: nn.Module,
     data: Any,
     *,
-    classes: Sequence[str] = (),
     batch_size: int | None = None,
     new_tokens: int = 32,
     repetitions: int = 5,
@@ -124,9 +123,8 @@ def evaluate(
         scored which is called `logits`, or is the only floating-point one (see `docs/vision.md`).
     data
         What neither trained nor calibrated it: a `TextSet`, or a `CalibrationSet` whose windows are
-        scored as they are; an `ImageSet` or a `TensorSet`, with or without labels.
-    classes
-        The names of the model's classes, by which folders of images are recognized.
+        scored as they are; an `ImageSet` or a `TensorSet`, with or without labels.  Folders of
+        images are recognized by the names of classes that `osscar.load_model` has found.
     batch_size
         Samples at once; by default 4 windows, or 32 images or samples.
     new_tokens
@@ -151,7 +149,7 @@ def evaluate(
     OptionError
         If a number is out of range.
     """
-    return _evaluate_all([(model, path)], data, classes, batch_size, new_tokens, repetitions)[0]
+    return _evaluate_all([(model, path)], data, batch_size, new_tokens, repetitions)[0]
 
 
 def compare(
@@ -159,7 +157,6 @@ def compare(
     dense: nn.Module,
     data: Any,
     *,
-    classes: Sequence[str] = (),
     batch_size: int | None = None,
     new_tokens: int = 32,
     repetitions: int = 5,
@@ -172,7 +169,7 @@ def compare(
     ----------
     model, dense
         Two models with the same outputs; of text, with the same tokenizer.
-    data, classes, batch_size, new_tokens, repetitions
+    data, batch_size, new_tokens, repetitions
         As `evaluate` takes them; windows of text fit both models.
     path, dense_path
         The directories of the models, whose sizes are reported.
@@ -183,14 +180,13 @@ def compare(
         As `evaluate`; and a ModelError if the two return other tensors.
     """
     pair = [(model, path), (dense, dense_path)]
-    mine, theirs = _evaluate_all(pair, data, classes, batch_size, new_tokens, repetitions)
+    mine, theirs = _evaluate_all(pair, data, batch_size, new_tokens, repetitions)
     return Comparison.of(mine, theirs)
 
 
 def _evaluate_all(
     candidates: Sequence[tuple[nn.Module, str | Path | None]],
     data: Any,
-    classes: Sequence[str],
     batch_size: int | None,
     new_tokens: int,
     repetitions: int,
@@ -202,7 +198,7 @@ def _evaluate_all(
     speeds: Sequence[Any]
     with evaluating(*models), torch.no_grad():
         dense = models[-1] if len(models) > 1 else None
-        qualities = score(models, data, dense=dense, classes=classes, batch_size=batch_size)
+        qualities = score(models, data, dense=dense, batch_size=batch_size)
         if text is None:
             ones, positions = [arguments(model, next(data.batches(1))) for model in models], 1
             batches = [arguments(model, next(data.batches(size))) for model in models]

@@ -38,6 +38,7 @@ from osscar.network.predictions import (
 from osscar.offload.on_disk import room_for_pass
 from osscar.preparation.failures import check_repeatable, failures_named, together
 from osscar.proof.equivalence import call
+from osscar.proof.lineage import lineage_of
 
 WINDOWS_AT_ONCE, SAMPLES_AT_ONCE = 4, 32
 
@@ -123,7 +124,6 @@ def score(
     data: Any,
     *,
     dense: nn.Module | None = None,
-    classes: Sequence[str] = (),
     batch_size: int | None = None,
 ) -> list[Any]:
     """Measure how well several models do on the same data, as `osscar.evaluate` does for one."""
@@ -134,7 +134,7 @@ def score(
     if batch_size is not None:
         size = whole_number(batch_size, "the batch size (batch_size, `--batch-size`)", 1)
     if samples:
-        return _score_samples(models, data, dense, classes, size)
+        return _score_samples(models, data, dense, size)
     text = Windows.of(models, data)
     return [_score_windows(model, text, size) for model in models]
 
@@ -236,7 +236,6 @@ def _score_samples(
     models: Sequence[nn.Module],
     data: SampleSet,
     dense: nn.Module | None,
-    classes: Sequence[str],
     size: int,
 ) -> list[SampleQuality]:
     runs = [*models, *(() if dense is None or dense in models else (dense,))]
@@ -252,7 +251,8 @@ def _score_samples(
             found = {model: _outputs(model, batch, data, given, first=not done) for model in runs}
             scores = found[models[0]].scores
             if not done and scores is not None:
-                labels = data.class_labels(classes, scores.shape[1])
+                names = (lineage_of(model).classes for model in runs)
+                labels = data.class_labels(next(filter(None, names), ()), scores.shape[1])
             for tally, model in zip(tallies, models, strict=True):
                 theirs = None if dense is None or dense is model else found[dense]
                 known = None if labels is None else _labels_at(labels, now, data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,6 @@ class PruningResult(Shown):
         calibration: Any,
         *,
         source: str | None = None,
-        classes: Sequence[str] = (),
         recovery: Recovery | None = None,
         measure: bool = True,
     ) -> dict[str, Any]:
@@ -166,18 +165,17 @@ class PruningResult(Shown):
             The dense model, and the data on which it was pruned.
         source
             The name of the dense model; by default the one by which it was loaded.
-        classes
-            The names of its classes.
         recovery
             What `osscar.recover` made of the smaller model.
         measure
             Whether to time both models, which may also follow the save.
         """
-        known = lineage_of(dense).source or type(dense).__name__
+        lineage = lineage_of(dense)
+        known = lineage.source or type(dense).__name__
         return {
             **self.record(),
             "model": known if source is None else published(source),
-            "classes": list(classes),
+            "classes": list(lineage.classes),
             "calibration": {**self.calibration, **data_record(calibration)},
             "computed": dataclasses.asdict(Computed.of(dense)),
             "recovery": None if recovery is None else recovery.document(),

@@ -196,7 +196,6 @@ def sweep(
     out: str | os.PathLike[str],
     *,
     score: TextSet | SampleSet | None = None,
-    classes: Sequence[str] = (),
     baselines: bool = False,
     **asked: Any,
 ) -> SweepResult:
@@ -214,8 +213,6 @@ def sweep(
         ``points/`` what is done.
     score
         Held-out data that quality is measured on; without any, only divergence is.
-    classes
-        The names of the model's classes, by which folders of images are recognized.
     baselines
         Whether also to prune with equal shares of every group, each layer by itself, by
         ``multistage``, ``greedy``, ``wanda`` and ``magnitude``.
@@ -251,7 +248,7 @@ def sweep(
     for target in (one for one in TargetKind if asked.get(one) is not None):
         raise OptionError(f"a sweep has budgets, and no target; omit {target.option}")
     base = PruningRequest(**{**asked, str(budget): points[0].value})
-    return Sweep(SweepDirectory(place), base, points, score, classes).run(model, calibration)
+    return Sweep(SweepDirectory(place), base, points, score).run(model, calibration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +259,6 @@ class Sweep:
     base: PruningRequest
     points: Sequence[SweepJob]
     score: TextSet | SampleSet | None
-    classes: Sequence[str] = ()
     tell: Callable[[str], None] = lambda line: None
 
     def run(
@@ -345,7 +341,7 @@ class Sweep:
             forwards = measure_forward([dense] if result is None else [dense, model], sample)
         if self.score is not None:
             with timed(Stage.SCORE):
-                (one,) = score_quality([model], self.score, dense=dense, classes=self.classes)
+                (one,) = score_quality([model], self.score, dense=dense)
                 quality = dataclasses.asdict(one)
         before, after = forwards[0], forwards[-1]
         budget = None if result is None else result.budget

@@ -9,7 +9,7 @@ good (`osscar.run.target_search`), and has no say in what is tried, or in which 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -76,12 +76,11 @@ def prune_to_target(
     ranks: Ranks = ALONE,
     tell: Callable[[str], None] = lambda line: None,
     recover: Recover | None = None,
-    classes: Sequence[str] = (),
 ) -> Made:
     """Find the smallest model within the quality target of a request, as `prune_as_asked` does.
 
     `recover` is called on the model of each attempt before it is measured; its model is that of the
-    result.  By `classes`, the names of the model's classes, folders of images are recognized.
+    result.
     """
     start = time.perf_counter()
     calibration = read_once(model, calibration)
@@ -101,7 +100,7 @@ def prune_to_target(
         ) as prepared,
     ):
         searched, tested = (
-            _judge(target, prepared.task, data, classes) for data in (parts.searched, parts.tested)
+            _judge(target, prepared.task, data) for data in (parts.searched, parts.tested)
         )
         search = _Search(target, prepared, searched, tested, part, recover)
         (pruned, recovery), report = search.smallest()
@@ -144,9 +143,9 @@ def check_samples(target: QualityTarget, samples: int, different: int) -> None:
 
 
 @timed(Stage.DENSE)
-def _judge(target: QualityTarget, task: PruningTask, data: Any, classes: Sequence[str]) -> Judge:
+def _judge(target: QualityTarget, task: PruningTask, data: Any) -> Judge:
     """Run the dense model on a part of the data; refuse too few labels, and too low an accuracy."""
-    judge = Judge.of(target.kind, task.prepared.model, data, classes, task.request.distance)
+    judge = Judge.of(target.kind, task.prepared.model, data, task.request.distance)
     if target.kind is not TargetKind.TOP1:
         return judge
     needed = fewest_samples(target.kind, target.most)
