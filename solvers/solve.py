@@ -17,7 +17,7 @@ from solvers.problem import SubsetProblem
 from solvers.protocol import Backend, Selection
 from solvers.registry import BACKENDS, make_backend
 from solvers.solution import Solution
-from solvers.verification import check_fields, check_support
+from solvers.verification import check_claim, check_support
 
 
 def solve(
@@ -140,7 +140,7 @@ def checked_selection(name: str, selection: Any, problem: Any) -> Selection:
             history=tuple(map(float, selection.history)),
             bound_from=str(selection.bound_from),
         )
-        check_fields(checked)
+        check_claim(checked)
         check_support(problem, checked.support)
     except (AttributeError, ValueError, VerificationError, TypeError) as error:
         raise BackendError(f"backend {name!r} did not return a valid selection: {error}") from error

@@ -20,7 +20,7 @@ from solvers.protocol import Backend, BackendKind, Natural, Selection, Status
 from solvers.registry import EXPERT_BACKENDS
 from solvers.solution import Solution
 from solvers.solve import answer_of, checked_selection, chosen_backend
-from solvers.verification import Verification, check_fields, check_support
+from solvers.verification import Verification, check_claim, check_support
 
 ROUNDING = 1e-12
 """Losses are told apart if they differ by more than this share of the target's squared norm."""
@@ -214,7 +214,7 @@ class ExpertSolution(Solution):
         tried; where none is said to be better, all sets are.  Raises VerificationError if a claim
         is false, or not well formed.
         """
-        check_fields(self)
+        check_claim(self)
         require(self.status in _STATUSES, f"status {self.status.name} is none of experts")
         problem, support = self.problem, self.support
         check_support(problem, support)

@@ -141,7 +141,7 @@ def test_claims_that_are_false_or_not_well_formed_are_refused():
     best, worst = solve_experts(few, "enumerate"), solve_experts(few, "random")
     for claim, changes, message in [
         (found, {"loss": found.loss * 1.001}, "recomputed"),
-        (found, {"loss": math.nan}, "loss is nan"),
+        (found, {"loss": math.nan}, "claimed nan"),
         (found, {"support": found.support[:-1]}, "distinct units"),
         (found, {"support": found.support.clone().fill_(1)}, "distinct units"),
         (found, {"support": found.support.double()}, "int64"),
