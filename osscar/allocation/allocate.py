@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from osscar.allocation.costs import ROUNDING, Cost, CountedCost
+from osscar.allocation.costs import Cost, CountedCost
 from osscar.allocation.limits import (
     Allocated,
     Allowance,
@@ -122,10 +122,6 @@ class Sharing:
         )
 
 
-def _within(kept: Mapping[str, int], allowed: Sequence[Allowance]) -> bool:
-    return all(one.cost.of(kept) <= one.most * (1 + ROUNDING) for one in allowed)
-
-
 Choosing = Callable[[Mapping[str, Curve] | None], Mapping[str, int]]
 """Returns what groups keep by some curves, or in equal shares without any."""
 
@@ -193,8 +189,8 @@ def _shared_out(
     allowed = ranks.broadcast("budgets", lambda: allowances(task))
     tasks, least = task.with_streams, {**task.with_streams[-1].keep, **task.least}
     for one in allowed:
-        reached = one.cost.of(least)
-        if reached > one.most * (1 + ROUNDING):
+        if not one.holds(least):
+            reached = one.cost.of(least)
             program = "" if one.dense == one.cost.dense else ", as an exported program,"
             raise RequestError(
                 f"{request.in_words([one.budget])} cannot be met: it allows {one.most:,.0f} "
@@ -228,7 +224,7 @@ def _shared_out(
 def _within_reach(task: PruningTask, allowed: Sequence[Allowance]) -> list[PruningTask]:
     """Return the task for each share of residual channels with which the budgets can be met."""
     tasks = task.with_streams
-    found = [one for one in tasks if _within({**one.keep, **one.least}, allowed)]
+    found = [t for t in tasks if all(one.holds({**t.keep, **t.least}) for one in allowed)]
     return found or tasks[-1:]
 
 

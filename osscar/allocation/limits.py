@@ -145,6 +145,10 @@ class Allowance:
     most: float
     dense: float
 
+    def holds(self, kept: Mapping[str, float]) -> bool:
+        """Whether the model costs at most so much where groups keep so many units."""
+        return self.cost.of(kept) <= self.most * (1 + ROUNDING)
+
 
 def allowances(task: PruningTask) -> list[Allowance]:
     """Count what the model costs, and read what it may: one allowance for each budget.

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graph import CouplingGroup
-from osscar.allocation.costs import ROUNDING
 from osscar.allocation.limits import allowances
 from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.errors import AdapterError, RequestError, warn
@@ -175,7 +174,7 @@ def _suffices(task: PruningTask, reasons: Mapping[str, str]) -> bool:
     if not task.request.budgets:
         return True
     least = {**without.keep, **without.least}
-    return all(one.cost.of(least) <= one.most * (1 + ROUNDING) for one in allowances(without))
+    return all(one.holds(least) for one in allowances(without))
 
 
 FORMS: dict[str, tuple[Form, ...]] = {

@@ -17,6 +17,7 @@ from osscar.data.images import ImageSet, load_images
 from osscar.data.preprocessing import Preprocessing
 from osscar.evaluation.quality import score
 from osscar.models.libraries import fill, read_state
+from osscar.proof.lineage import note
 from tests.osscar.networks import IMAGENET, plain, small_net
 
 pytest.importorskip("torchvision", reason="images need the extra osscar[vision]")
@@ -214,3 +215,7 @@ def test_quality_is_what_the_logits_say():
     assert theirs.agreement is None
     (alone,) = score([model], dataclasses.replace(LABELLED, labels=None), dense=dense)
     assert (alone.top1, alone.agreement) == (None, mine.agreement)
+    note(dense, classes=(*"edcba", "x"))  # by which folders in another order are recognized
+    folders = dataclasses.replace(LABELLED, labels=4 - labels, classes=(*"abcde",))
+    (named,) = score([model], folders, dense=dense)
+    assert named.top1 == mine.top1
