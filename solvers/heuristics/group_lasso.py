@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -40,14 +41,34 @@ class GroupLasso(Backend):
 
     def select(self, problem: SubsetProblem) -> Selection:
         """Bisect the penalty; rank by norm, then by what shrinkage hid, where it jumps past k."""
-        path = _Path(problem)
-        low, high = 0.0, path.largest_penalty()
-        best = Incumbent(problem, path.ranking().topk(problem.keep).indices)
+        terms, n = [_scaled(consumer) for consumer in problem.consumers], problem.units
+        # A norm bounds the largest eigenvalue.
+        step = 1 / max(float(torch.linalg.matrix_norm(H, 1)) for H, _ in terms)
+
+        def moved(W: Tensor) -> Tensor:
+            """Make a gradient step without a penalty; row j has all weights of unit j."""
+            parts = torch.split(W, [G.numel() // n for _, G in terms], 1)
+            own = ((H, G, part.reshape(G.shape)) for part, (H, G) in zip(parts, terms, strict=True))
+            return torch.cat([(W_c - step * (H @ W_c - G)).view(n, -1) for H, G, W_c in own], 1)
+
+        def shrunk(flat: Tensor, penalty: float) -> Tensor:
+            W = moved(flat.view(n, -1))
+            share = 1 - step * penalty / _norms(W).clamp(min=1e-300)
+            return (W * share.clamp(min=0.0)[:, None]).view(1, -1)
+
+        def support(W: Tensor) -> Tensor:
+            return (_norms(moved(W)) + _norms(W)).topk(problem.keep).indices
+
+        G = torch.cat([G.view(n, -1) for _, G in terms], 1)
+        W = torch.zeros_like(G)
+        low, high = 0.0, float(_norms(G).max()) or 1.0  # from which on no unit is left
+        best = Incumbent(problem, support(W))
         for _ in range(self.bisections):
             penalty = math.sqrt(max(low, 1e-6 * high) * high)
-            path.descend(penalty, self.iterations)
-            best.offer(path.ranking().topk(problem.keep).indices)
-            alive = int((path.norms() > 0).sum())
+            descent = partial(shrunk, penalty=penalty)
+            W = accelerated(W.view(1, -1), descent, 1.0, self.iterations).view(n, -1)
+            best.offer(support(W))
+            alive = int((_norms(W) > 0).sum())
             if alive == problem.keep:
                 break
             low, high = (penalty, high) if alive > problem.keep else (low, penalty)
@@ -56,62 +77,9 @@ class GroupLasso(Backend):
         )
 
 
-class _Path:
-    """Weights of all consumers, shrunk together."""
-
-    def __init__(self, problem: SubsetProblem) -> None:
-        self._terms = [_scaled(consumer) for consumer in problem.consumers]
-        self._widths = [consumer.width for consumer in problem.consumers]
-        self._units = problem.units
-        self._weights = [torch.zeros_like(G) for _, G in self._terms]
-        # A norm bounds the largest eigenvalue.
-        self._step = 1 / max(float(torch.linalg.matrix_norm(H, 1)) for H, _ in self._terms)
-
-    def largest_penalty(self) -> float:
-        """Return the penalty from which on no unit is left."""
-        return float(self._unit_norms([G for _, G in self._terms]).max()) or 1.0
-
-    def norms(self) -> Tensor:
-        """Return the norm of each unit's weights, (n,)."""
-        return self._unit_norms(self._weights)
-
-    def ranking(self) -> Tensor:
-        """Return scores, (n,): the norm after one more unpenalized step."""
-        return self._unit_norms(self._moved(self._weights)) + self.norms()
-
-    def descend(self, penalty: float, iterations: int) -> None:
-        """Minimize with this penalty, from where the last one ended."""
-
-        def step(point: Tensor) -> Tensor:
-            moved = self._moved(self._split(point))
-            norms = self._unit_norms(moved).clamp(min=1e-300)
-            shrink = (1 - self._step * penalty / norms).clamp(min=0.0)
-            parts = zip(moved, self._widths, strict=True)
-            return _joined([W * shrink.repeat_interleave(w)[:, None] for W, w in parts])
-
-        self._weights = self._split(accelerated(_joined(self._weights), step, 1.0, iterations))
-
-    def _moved(self, weights: list[Tensor]) -> list[Tensor]:
-        """Return the weights after a gradient step without a penalty."""
-        terms = zip(weights, self._terms, strict=True)
-        return [W - self._step * (H @ W - G) for W, (H, G) in terms]
-
-    def _split(self, point: Tensor) -> list[Tensor]:
-        sizes = [G.numel() for _, G in self._terms]
-        parts = zip(torch.split(point[0], sizes), self._terms, strict=True)
-        return [part.view_as(G) for part, (_, G) in parts]
-
-    def _unit_norms(self, matrices: list[Tensor]) -> Tensor:
-        squares = [
-            M.square().sum(1).view(self._units, w).sum(1)
-            for M, w in zip(matrices, self._widths, strict=True)
-        ]
-        return torch.stack(squares).sum(0).sqrt()
-
-
-def _joined(weights: list[Tensor]) -> Tensor:
-    """Return the entries of all matrices in one row."""
-    return torch.cat([W.flatten() for W in weights])[None]
+def _norms(W: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1)
+    return norms
 
 
 def _scaled(consumer: Consumer) -> tuple[Tensor, Tensor]:

@@ -161,5 +161,6 @@ def test_rounds_that_end_at_a_cutoff_keep_what_has_reached_it():
         found = relax(terms, Effort(rounds, steps=50), cutoff=cutoff)
         return terms.certified(found.bound.value)
 
-    cutoff = (bound(0, torch.inf) + bound(8, torch.inf)) / 2
-    assert cutoff < bound(8, cutoff) < bound(8, torch.inf)
+    whole = bound(8, torch.inf)
+    cutoff = (bound(0, torch.inf) + whole) / 2
+    assert cutoff < bound(8, cutoff) < whole
