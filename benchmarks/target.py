@@ -161,7 +161,7 @@ def measure(row: Row, loaded: osscar.LoadedModel, pool: Any, arguments: argparse
     else:
         assert result.target is not None
         found |= {**result.target.to_json(), "seconds": time.process_time() - began}
-        judge = Judge.of(kind, model, fresh, loaded.classes)
+        judge = Judge.of(kind, model, fresh)
         found["fresh"] = dataclasses.asdict(judge.measure(result.model))
         found["kept"] = result.parameters_after / result.parameters_before
     write_json(arguments.directory / row.file, found)

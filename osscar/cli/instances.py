@@ -14,7 +14,7 @@ from osscar.base.errors import OptionError
 from osscar.base.files import atomic_write, make_directory
 from osscar.base.json_files import STRICT, read_json
 from osscar.base.printable import decimals, percent
-from osscar.cli.common import check_json_path, document, say, show, write_json
+from osscar.cli.common import document, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.report.sections import table
 from osscar.study.library import TOLERANCE, library
@@ -38,7 +38,6 @@ class SolutionFile:
 
 def list_instances(json: Path | None) -> None:
     """Show all instances, and the best that is known of each."""
-    check_json_path(json)
     known = library()
     show(
         table(

@@ -11,7 +11,7 @@ import solvers
 from osscar.base.devices import resolve_device
 from osscar.base.errors import OptionError
 from osscar.base.printable import pluralize, share
-from osscar.cli.common import check_files, check_json_path, document, say, show, write_json
+from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import quiet
 from osscar.cli.options import SolveOptions, parse_options
 from osscar.report.sections import backends_table
@@ -20,7 +20,6 @@ from solvers import Solution, SubsetProblem, Verification
 
 def list_backends(json: Path | None) -> None:
     """Show all backends."""
-    check_json_path(json)
     units, experts = solvers.backends(), solvers.backends(solvers.EXPERT_BACKENDS)
     show(
         backends_table(units), backends_table(experts, "of whole experts (osscar prune --experts)")
