@@ -40,15 +40,11 @@ def jobs(
     allocation: str = "measured",
 ) -> tuple[SweepJob, ...]:
     """Return the points of a sweep, the method itself first, the largest model first."""
-    if not values:
-        raise OptionError(
-            f"a sweep needs budgets; give a list such as {budget.examples} for {budget}"
-        )
     read = [_number(budget, value) for value in values]
-    for count in (value for value in read if isinstance(value, int)):
+    if not read or any(isinstance(value, int) for value in read):
         raise OptionError(
-            f"a sweep takes {budget} as fractions of the dense model's, not {count}; give a list "
-            f"such as {budget.examples}"
+            f"{budget} is {', '.join(map(str, values)) or 'empty'}, and a sweep takes a list of it "
+            f"relative to the dense model's; give one such as {budget.examples}"
         )
     methods = (allocation, *(BASELINES if baselines else ()))
     removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
