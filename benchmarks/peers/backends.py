@@ -51,7 +51,7 @@ def _fluctuation(gram: GramAccumulator) -> Tensor:
     sums, own = gram.fitted, gram.linear_map
     variance = sums.gram.diagonal() / sums.positions - sums.means()[0].square()
     rows = own.read_unit_weight().square().sum(1) * variance[own.fixed :]
-    return torch.stack([rows[list(unit)].sum() for unit in own.unit_rows])
+    return rows[own.unit_rows].sum(1)
 
 
 METHODS: dict[str, dict[str, Any]] = {

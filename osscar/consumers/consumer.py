@@ -119,13 +119,11 @@ class LinearMap:
         return self._view(torch.empty(self._weight.shape, device="meta")).shape
 
     @cached_property
-    def unit_rows(self) -> list[list[int]]:
-        """The rows of `read_weight` that each unit owns."""
-        first = {index: row * self.taps for row, index in enumerate(self.inputs.tolist())}
-        return [
-            [first[index] + tap for index in unit for tap in range(self.taps)]
-            for unit in self.owned
-        ]
+    def unit_rows(self) -> Tensor:
+        """The rows of `read_weight` that each unit owns, (units, rows) int64."""
+        first = self.fixed // self.taps
+        places = first + torch.searchsorted(self.inputs[first:], torch.tensor(self.owned))
+        return (places[:, :, None] * self.taps + torch.arange(self.taps)).flatten(1)
 
     # ---- what it reads -------------------------------------------------------------------
 

@@ -370,7 +370,7 @@ class GramAccumulator:
             W0[fixed:].clone(),
             G=None if targets is None else G,
             e=None if targets is None else least + _ROUNDING * e,
-            units=[[row - fixed for row in own] for own in units],
+            units=units - fixed,
             damp=0.0,
             scale=e,
             overwrite=True,
@@ -425,7 +425,7 @@ def damped_by_input(
     W0: Tensor,
     *,
     targets: tuple[Tensor, float] | None = None,
-    units: Sequence[Sequence[int]],
+    units: Tensor,
     damp: float,
     positions: int,
 ) -> Consumer:

@@ -90,13 +90,13 @@ def _kept_rows(
         W0 = one.linear_map.read_unit_weight()
         energies = (W0.square().sum(1) * fitted.diagonal).cpu()
         share = energies / sizes[one.linear_map.name]
-        scores += torch.stack([share[rows].sum() for rows in owned])
-    best = scores.argsort(descending=True, stable=True)[:keep].tolist()
+        scores += share[owned].sum(1)
+    best = scores.argsort(descending=True, stable=True)[:keep]
     found = []
     for (one, _), owned in zip(read, units, strict=True):
         taken = ~one.linear_map.vacant.cpu()
         taken[one.linear_map.fixed :] = False
-        taken[[row for unit in best for row in owned[unit]]] = True
+        taken[owned[best]] = True
         found.append(torch.nonzero(taken).flatten())
     return found
 
@@ -331,7 +331,4 @@ class LayerStep:
 
 def _rows(consumer: LinearMap, units: Iterable[int]) -> Tensor:
     """Return the rows, (r,) int64, that units own."""
-    owned, device = consumer.unit_rows, device_of(consumer.module)
-    return torch.tensor(
-        [row for unit in units for row in owned[unit]], dtype=torch.int64, device=device
-    )
+    return consumer.unit_rows[[*units]].flatten().to(device_of(consumer.module))

@@ -171,4 +171,6 @@ def test_a_linear_layer_after_flatten_reads_all_positions_of_a_channel():
     layers = (nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3))
     group, (accumulator,), _ = measured(nn.Sequential(*layers).double(), (3, 2, 5, 5))
     assert group.units == 4
-    assert accumulator.linear_map.unit_rows == [list(range(9 * u, 9 * u + 9)) for u in range(4)]
+    assert accumulator.linear_map.unit_rows.tolist() == [
+        list(range(9 * u, 9 * u + 9)) for u in range(4)
+    ]

@@ -37,7 +37,7 @@ def test_an_input_that_is_nearly_zero_keeps_its_weights(size):
     W0 = torch.randn(6, 3, dtype=torch.float64)
     H = X.T @ X / n
     consumer = damped_by_input(
-        Symmetric.of(H), W0.clone(), units=[[j] for j in range(6)], damp=damp, positions=n
+        Symmetric.of(H), W0.clone(), units=torch.arange(6)[:, None], damp=damp, positions=n
     )
     problem = solvers.SubsetProblem((consumer,), 5)
     support = torch.tensor([0, 1, 2, 3, 5])
