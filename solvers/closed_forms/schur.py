@@ -19,7 +19,7 @@ from torch import Tensor
 
 from solvers.closed_forms.pivot import PivotState
 from solvers.errors import ProblemError
-from solvers.linalg.gram import is_definite, unexplained
+from solvers.linalg.gram import definite_factor, unexplained
 from solvers.linalg.symmetric import Symmetric
 from solvers.problem import Consumer, SubsetProblem
 
@@ -122,7 +122,7 @@ def _condition(consumer: Consumer, outside: Tensor, units: Tensor) -> Consumer:
         e = max(e - float(fitted.square().sum()), 0.0)
     H = (H + H.T) / 2
     held = Symmetric.of(H)
-    if is_definite(held):
+    if definite_factor(held) is not None:
         # What is left of e may be all rounding, and must not be less than what G' explains.
         e -= min(unexplained(held, G, e)[0], 0.0)
     rows = torch.arange(len(v), device=v.device).view(len(units), -1)

@@ -128,16 +128,11 @@ def _tiles(
         yield at, own, H.rows(at) if all_in_order else H.entries(at, rows), W
 
 
-def is_definite(H: Symmetric, margin: float = DEFINITE_MARGIN) -> bool:
-    """Return whether H, scaled to a unit diagonal, has no eigenvalue below a margin.
+def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> _DefiniteFactor | None:
+    """Return what proves that H, scaled to a unit diagonal, has no eigenvalue below a margin.
 
     The scale of single inputs is no matter of conditioning: refits and bounds do not depend on it.
     """
-    return definite_factor(H, margin) is not None
-
-
-def definite_factor(H: Symmetric, margin: float = DEFINITE_MARGIN) -> _DefiniteFactor | None:
-    """Return the factor that proves `is_definite`, or None where there is none."""
     scale = H.diagonal().rsqrt()
     scaled = H.copy()
     scaled.rescale(scale)

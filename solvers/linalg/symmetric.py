@@ -165,8 +165,12 @@ class Symmetric:
 
     def diagonal_blocks(self, width: int) -> Tensor:
         """Return copies of the diagonal blocks, (p / w, w, w); panels hold whole ones."""
-        squares = (panel[:, start:] for start, panel in self.spans())
-        return torch.cat([diagonal_blocks(square, width) for square in squares])
+        found = []
+        for start, panel in self.spans():
+            n = len(panel) // width
+            blocks = panel[:, start:].view(n, width, n, width)
+            found.append(blocks.diagonal(dim1=0, dim2=2).movedim(2, 0))
+        return torch.cat(found)
 
     def add_gram(self, X: Tensor) -> None:
         """Add ``X'X``, (n, p) by itself; computed in the type of X."""
@@ -363,11 +367,3 @@ def _solved(factor: Tensor, B: Tensor) -> Tensor:
     """Return ``inv(L) B``."""
     solved: Tensor = torch.linalg.solve_triangular(factor, B, upper=False)
     return solved
-
-
-def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """Return a copy of the diagonal blocks, (n, w, w), of a (n w, n w) matrix."""
-    n = len(matrix) // width
-    strides = (width * (matrix.stride(0) + matrix.stride(1)), *matrix.stride())
-    blocks = matrix.as_strided((n, width, width), strides, matrix.storage_offset())
-    return blocks.clone(memory_format=torch.contiguous_format)

@@ -25,7 +25,7 @@ from solvers import (
     solve,
 )
 from solvers.linalg import symmetric
-from solvers.linalg.gram import DEFINITE_MARGIN, is_definite
+from solvers.linalg.gram import DEFINITE_MARGIN, definite_factor
 from solvers.linalg.symmetric import Symmetric
 from tests.solvers.instances import INSTANCES, exact_loss, random_data, shuffled_units
 
@@ -147,7 +147,7 @@ def test_a_numerically_singular_hessian_is_damped_or_refused():
     H, W0 = singular()
     with pytest.warns(UserWarning, match=r"H is singular with damp=0; going on with damp=1e-06"):
         problem = SubsetProblem.from_gram(H, W0, keep=3, damp=0)
-    assert is_definite(problem.consumers[0].hessian, 2 * DEFINITE_MARGIN)
+    assert definite_factor(problem.consumers[0].hessian, 2 * DEFINITE_MARGIN) is not None
     for backend in ("enumerate", "perspective", "branch_and_bound"):
         solve(problem, backend).verify()
     e, rows = float((W0 * (H @ W0)).sum()), torch.arange(6)[:, None]
