@@ -47,16 +47,6 @@ class Chunk:
         return len(self.order)
 
 
-def _chunks_of(problem: ExpertProblem, size: int) -> list[Chunk]:
-    chunks = []
-    for block in problem.tokens:
-        for start in range(0, len(block.logits), size):
-            part = block.part(start, start + size)
-            order, gates = problem.order(part), gate_values(problem.rule, part.logits)
-            chunks.append(Chunk(part, order, gates, gates.gather(1, order)))
-    return chunks
-
-
 def _value(p: Tensor, q: Tensor, z: Tensor | float, scale: float) -> Tensor:
     """Return what of a token's loss depends on the choice."""
     inverse = scale / z
@@ -68,7 +58,12 @@ class Losses(ABC):
 
     def __init__(self, problem: ExpertProblem, size: int) -> None:
         self.problem, self.rule = problem, problem.rule
-        self.chunks = _chunks_of(problem, size)
+        self.chunks: list[Chunk] = []
+        for block in problem.tokens:
+            for start in range(0, len(block.logits), size):
+                part = block.part(start, start + size)
+                order, gates = problem.order(part), gate_values(problem.rule, part.logits)
+                self.chunks.append(Chunk(part, order, gates, gates.gather(1, order)))
 
     @abstractmethod
     def values(self, chunk: Chunk, kept: Tensor) -> Tensor:
@@ -343,13 +338,10 @@ class ReroutedLosses(Losses):
         gram = chunk.tokens.entries(rows[:, None, None], chosen[:, :, None], chosen[:, None, :])
         p = (u * chunk.tokens.cross[rows].gather(1, chosen)).sum(1)
         q = (u[:, :, None] * gram * u[:, None, :]).sum((1, 2))
-        if self.rule.denominator is Denominator.KEPT:
-            return p, q, (chunk.all_gates[rows] * kept).sum(1)
-        return (
-            p,
-            q,
-            u.sum(1) if self.rule.denominator is Denominator.CHOSEN else torch.ones_like(p),
-        )
+        if self.rule.denominator is Denominator.ONE:
+            return p, q, torch.ones_like(p)
+        over = u if self.rule.denominator is Denominator.CHOSEN else chunk.all_gates[rows] * kept
+        return p, q, over.sum(1)
 
     def _touched(self, chunk: Chunk, kept: Tensor) -> Tensor:
         """Return which tokens may be sent elsewhere if an expert leaves or enters, (t, experts)."""
