@@ -450,10 +450,7 @@ def _unit_rows(units: Any, p: int) -> Tensor:
             raise ProblemError(f"{p} rows cannot be shared equally by {count} units")
         return torch.arange(p).view(count, p // count)
     if isinstance(units, Tensor | np.ndarray):
-        rows = torch.as_tensor(units)
-        if rows.is_floating_point():
-            raise ProblemError(f"units are rows of {rows.dtype}; give whole numbers")
-        return as_owned(rows, torch.int64)
+        return as_owned(units, torch.int64)
     listed = [list(map(operator.index, rows)) for rows in units]
     if len(widths := {len(rows) for rows in listed}) > 1:
         raise ProblemError(f"units own {sorted(widths)} rows; give as many to each")
