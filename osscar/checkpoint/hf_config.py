@@ -143,20 +143,22 @@ def _config_changes(config: Any, plans: Sequence[PruningPlan]) -> dict[str, Any]
     others = [group for group in groups if group.kind not in (UnitKind.HEADS, UnitKind.NEURONS)]
     if len(shares) > 1 or not all(group.kind.routed for group in others):
         return None
+    fields = config.to_dict()
+    if shares and _PER_LAYER in fields:  # whose layers have head fields of their own
+        return None
     for group in others[:1]:
-        changes |= counts(config.to_dict(), group)
+        changes |= counts(fields, group)
     for name in _WIDTH_FIELDS:
-        old = getattr(config, name, None)
+        old = fields.get(name)
         if isinstance(old, list):  # a width for each layer
             changes[name] = [widths.get(width, width) for width in old]
         elif old in widths:
             changes[name] = widths[old]
-    if len(widths) == 1 and getattr(config, "n_inner", 0) is None:
+    if len(widths) == 1 and fields.get("n_inner", 0) is None:
         (changes["n_inner"],) = widths.values()  # GPT-2 derives its width where none is given
     for share in shares:
         heads, hidden = (getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
-        alone = _PER_LAYER in config.to_dict()  # whose layers have head fields of their own
-        if alone or not isinstance(heads, int) or not isinstance(hidden, int):
+        if not isinstance(heads, int) or not isinstance(hidden, int):
             return None
         for name in _HEAD_FIELDS:
             old = getattr(config, name, None)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 import graph
 import osscar
@@ -220,8 +220,18 @@ def test_what_was_trained_and_saved_by_transformers_is_read(family, written, tmp
 
 
 def test_a_config_may_say_a_width_for_each_layer():
-    config = SimpleNamespace(intermediate_size=[40, 40, 24])
+    config = PreTrainedConfig(intermediate_size=[40, 40, 24])
     kept = (0, 3, 7)
     groups = [GroupPlan(f"{layer}", graph.UnitKind.NEURONS, 40, kept, ()) for layer in (0, 1)]
     changes = _config_changes(config, [PruningPlan((group,)) for group in groups])
     assert changes == {"intermediate_size": [3, 3, 24]}
+
+
+def test_layers_with_head_fields_of_their_own_are_left_as_they_are():
+    """Of such fields transformers refuses to tell what the whole model has."""
+    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, intermediate_size=40)
+    config.per_layer_config = {0: {"num_attention_heads": 4}}
+    kinds = (graph.UnitKind.HEADS, 8), (graph.UnitKind.NEURONS, 40)
+    heads, neurons = (PruningPlan((GroupPlan("x", kind, n, (0, 1), ()),)) for kind, n in kinds)
+    assert _config_changes(config, [heads]) is None
+    assert _config_changes(config, [neurons]) == {"intermediate_size": 2}
