@@ -257,7 +257,7 @@ def _candidates(model: nn.Module, config: Any) -> Iterator[list[Inputs]]:
         yield from _images(name, config)
         return
     for one, two in ((7, 11), (16, 24), (32, 32), (64, 64)):
-        texts = [_text(2, one, takes), _text(3, two, takes)]
+        texts = [_text(2, one, takes, config), _text(3, two, takes, config)]
         if config.model_type in _MASKED:
             for text in texts:
                 text["attention_mask"] = torch.ones_like(text["input_ids"])
@@ -274,10 +274,11 @@ _MASKED = ("longt5", "switch_transformers")
 """Their encoders make up a mask where none is given, but not while they are traced."""
 
 
-def _text(batch: int, length: int, takes: Mapping[str, Any]) -> dict[str, Tensor]:
-    found = {"input_ids": torch.randint(50, _VOCABULARY, (batch, length))}
+def _text(batch: int, length: int, takes: Mapping[str, Any], config: Any) -> dict[str, Tensor]:
+    end = min(_VOCABULARY, getattr(config, "vocab_size", None) or _VOCABULARY)
+    found = {"input_ids": torch.randint(50, end, (batch, length))}
     if "decoder_input_ids" in takes:
-        found["decoder_input_ids"] = torch.randint(50, _VOCABULARY, (batch, max(4, length - 2)))
+        found["decoder_input_ids"] = torch.randint(50, end, (batch, max(4, length - 2)))
     return found
 
 
