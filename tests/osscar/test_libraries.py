@@ -127,8 +127,8 @@ def test_a_classifier_in_a_directory_is_saved_and_scored_by_name(vit, tmp_path):
     processed = AutoImageProcessor.from_pretrained(small)(picture(), return_tensors="pt")
     expected = processed["pixel_values"][0]
     assert torch.allclose(loaded.preprocessing.transform()(picture()), expected, atol=0.05)
-    asked = {"classes": again.classes, "repetitions": 1}
-    quality = osscar.compare(again.model, loaded.model, again.images(images), **asked).model.quality
+    compared = osscar.compare(again.model, loaded.model, again.images(images), repetitions=1)
+    quality = compared.model.quality
     assert None not in (quality.top1, quality.agreement)
 
 
