@@ -81,6 +81,8 @@ def _opened(
     """Open both models, and draw what trains the smaller one."""
     how: dict[str, Any] = {"device": request.device, "dtype": options.dtype}
     how["trust_remote_code"] = options.trust_remote_code
+    dense = load_model(options.dense, weights=options.weights, **how)
+    # Second: classes of a file can be pickled only as they were loaded last.
     smaller = load_model(
         str(place),
         dense=options.dense if kind_of(place) is ModelKind.CODE_DIRECTORY else None,
@@ -96,7 +98,7 @@ def _opened(
         seqlen=options.seqlen,
         seed=request.seed,
     )
-    return smaller, load_model(options.dense, weights=options.weights, **how), data
+    return smaller, dense, data
 
 
 def _saved(

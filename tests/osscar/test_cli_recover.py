@@ -104,6 +104,28 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     assert (status, "was used to calibrate or recover this model" in err) == (2, True), err
 
 
+@pytest.mark.slow
+def test_a_model_of_a_file_of_code_is_read_back_by_a_new_process(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Sequential):\n    pass\n"
+        "def net():\n"
+        "    torch.manual_seed(0)\n"
+        "    layers = torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3)\n"
+        "    return Net(*layers), torch.randn(2, 8)\n"
+    )
+    samples = {"input": torch.randn(64, 8, generator=torch.Generator().manual_seed(0))}
+    safetensors.torch.save_file(samples, "x.safetensors")
+    asked = "--neurons", "0.5", "--calibration", "x.safetensors", "--out", "small"
+    assert run("prune", "net.py:net", *asked)[0] == 0
+    trained = "--dense", "net.py:net", "--inputs", "x.safetensors", "--steps", 2, "--out", "better"
+    status, _, err = run("recover", "small", *trained)
+    assert status == 0
+    assert "only in this process" not in err
+    assert read("better/osscar.json")["fresh"]
+
+
 def test_one_run_prunes_and_recovers(run, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prune = pruning(tiny, "--neurons", "0.25", "--recover", "--recover-steps", "4")
