@@ -33,10 +33,10 @@ from osscar.preparation.prepare import prepare
 from osscar.request import DAMP
 from osscar.study.jobs import CERTIFICATES, Task, affordable_jobs, solve_here
 from osscar.study.records import (
+    INCUMBENT,
     ROOT_BOUND,
     WINDOW,
     Instance,
-    Options,
     Record,
     StudyDesign,
     window_name,
@@ -123,9 +123,6 @@ _READABLE_NAME = 80
 
 Solve: TypeAlias = Callable[[Sequence[Task]], Iterator[Record]]
 """Solves tasks, and gives their records as they come."""
-
-_INCUMBENT = "local_search"
-"""Whose answer the units outside a window are held at."""
 
 
 class _StudyJournal(Journal):
@@ -293,6 +290,7 @@ class Study:
         self, design: StudyDesign, instance: Instance, keeps: Mapping[int, tuple[float, ...]]
     ) -> Iterator[Task]:
         """Yield what is to be solved of a problem at numbers of kept units."""
+        directory = self.directory.absolute()
         limits = {"time_limit": design.time_limit, "gap_tolerance": design.gap_tolerance}
         for keep, sparsities in keeps.items():
             for name in design.backends:
@@ -304,18 +302,7 @@ class Study:
                 options = {k: v for k, v in limits.items() if exact and k in known}
                 if name == ROOT_BOUND:
                     options["rounds"] = design.bound_rounds
-                yield self._task(instance, keep, sparsities, name, options)
-
-    def _task(
-        self,
-        instance: Instance,
-        keep: int,
-        sparsities: tuple[float, ...],
-        backend: str,
-        options: Options,
-    ) -> Task:
-        asked = instance.asked(keep, sparsities, backend, options)
-        return Task(self.directory.absolute(), asked)
+                yield Task(directory, instance.asked(keep, sparsities, name, options))
 
     def _window_tasks(
         self, design: StudyDesign, layer: Instance, solved: Callable[[Sequence[Task]], list[Record]]
@@ -324,7 +311,7 @@ class Study:
         assert design.window_units is not None
         for keep, sparsities in design.keeps(layer).items():
             generator = torch.Generator().manual_seed(design.seed)
-            task = self._task(layer, keep, sparsities, _INCUMBENT, {})
+            task = Task(self.directory.absolute(), layer.asked(keep, sparsities, INCUMBENT, {}))
             (incumbent,) = solved([task])
             if incumbent.error:
                 continue

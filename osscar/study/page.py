@@ -25,6 +25,7 @@ from osscar.report.sections import (
 )
 from osscar.report.shown import Shown, columns, page
 from osscar.study.records import (
+    INCUMBENT,
     ROOT_BOUND,
     SPARSITIES,
     WINDOW,
@@ -244,7 +245,7 @@ class Summary(Shown):
             (record.instance, record.keep): record.loss
             for case in self.layers
             for record in case.answers
-            if record.backend == "local_search"
+            if record.backend == INCUMBENT
         }
         closed = [case for case in self.windows if case.closed]
         found = ((case, incumbents.get(window_layer(case.best.instance))) for case in closed)

@@ -27,6 +27,9 @@ WINDOW = "window"
 ROOT_BOUND = "perspective"
 """The backend that bounds problems of any size, and knows what such bounds cannot exceed."""
 
+INCUMBENT = "local_search"
+"""Whose answer the units outside a window are held at."""
+
 _REFUTED = 1e-6
 """Share of a loss by which a bound has to lie above it to be wrong."""
 
