@@ -225,13 +225,20 @@ class Call:
 
 
 Result: TypeAlias = Value | Sequence[Value]
-Rule: TypeAlias = Callable[[Call], Result]
 
 
 # ---- the table ----------------------------------------------------------------------------
 
 
-_Function = TypeVar("_Function", bound=Rule)
+@dataclass(frozen=True)
+class Rule:
+    """What an operator does to layouts, and the arguments for every value of which this holds."""
+
+    function: Callable[[Call], Result]
+    reads: frozenset[str]
+
+
+_Function = TypeVar("_Function", bound=Callable[[Call], Result])
 
 
 class RuleTable(ChainMap[str, Rule]):
@@ -241,11 +248,21 @@ class RuleTable(ChainMap[str, Rule]):
     name with overload (``aten.add.Tensor``) is more specific and wins.
     """
 
-    def rule(self, *operators: str) -> Callable[[_Function], _Function]:
-        """Register the decorated function as the rule of some operators."""
+    def rule(self, *operators: str, reads: str) -> Callable[[_Function], _Function]:
+        """Register the decorated function as the rule of some operators.
+
+        Parameters
+        ----------
+        operators
+            Names, such as ``aten.add``.
+        reads
+            The arguments, by schema name and separated by spaces, for every value of which the rule
+            is right.  A call is frozen if another argument is not at its schema's default, or if
+            the operator writes to a tensor other than ``self``.
+        """
 
         def register(function: _Function) -> _Function:
-            self.update(dict.fromkeys(operators, function))
+            self.update(dict.fromkeys(operators, Rule(function, frozenset(reads.split()))))
             return function
 
         return register

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from graph.axes import Layout
 from graph.call import Value
-from graph.errors import UnknownGroupError
+from graph.errors import TraceError, UnknownGroupError
 from graph.grouping import NESTED, groups_by_axis
 from graph.groups import CouplingGroup, Slot
 from graph.propagate import Propagation, propagate
@@ -163,7 +163,26 @@ def _marked(extent: Extent, size: int | torch.SymInt) -> Extent:
 
 
 def with_axes(standalone: Standalone) -> TracedProgram:
-    """Find the axes of all values of a program."""
-    found = propagate(standalone.program, PROGRAM)
-    groups = groups_by_axis(found, standalone.program.tensors)
+    """Find the axes of all values of a program.
+
+    Open sizes have the numbers of the example here.  If units are prunable at these and not at
+    others that the program takes, a TraceError names a group: the sizes must not be left open.
+    """
+    program = standalone.program
+    found = propagate(program, PROGRAM)
+    groups = groups_by_axis(found, program.tensors)
+    others = standalone.generic_sizes()
+    if others:
+        again = propagate(program, PROGRAM, sizes=others)
+        kept = groups_by_axis(again, program.tensors).values()
+        known = [_locations(group.slots) for group in kept if not set(group.frozen) - {NESTED}]
+        for group in groups.values():
+            if not set(group.frozen) - {NESTED} and _locations(group.slots) not in known:
+                sizes = ", ".join(f"{size} = {number}" for size, number in others.items())
+                raise TraceError(
+                    f"group {group.name!r} can be pruned at the example's sizes, and not at others "
+                    f"({sizes})",
+                    "",
+                    "Fix the sizes of the inputs.",
+                )
     return TracedProgram(standalone, found, groups)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import sympy
 import torch
 
 from graph.axes import Axes, Layout
-from graph.call import CONSTANT, Call, Findings, Result, RuleTable, Shape, Value, aten
+from graph.call import CONSTANT, Call, Findings, Result, Rule, RuleTable, Shape, Value, aten
 from graph.errors import RuleError, TraceError
 from graph.groups import Freeze
 from graph.operators import Operator
@@ -31,22 +32,31 @@ class Propagation:
 
 
 def propagate(
-    program: Program, table: RuleTable, opaque: Collection[str | type[torch.nn.Module]] = ()
+    program: Program,
+    table: RuleTable,
+    opaque: Collection[str | type[torch.nn.Module]] = (),
+    sizes: Mapping[sympy.Basic, int] | None = None,
 ) -> Propagation:
     """Relate the axes of all tensors of a program by the rules of a table.
 
-    Inside of `opaque` modules, by name or by class, nothing is related, and what touches them is
-    frozen.  Raises RuleError if a rule fails, or its layouts do not have the shapes of its outputs.
+    Open sizes are those of the example, or `sizes`, by symbol.  Inside of `opaque` modules, by name
+    or by class, nothing is related, and what touches them is frozen.  Raises RuleError if a rule
+    fails, or its layouts do not have the shapes of its outputs.
     """
-    return _Propagating(program, table, opaque).run()
+    return _Propagating(program, table, opaque, sizes).run()
 
 
 class _Propagating:
     def __init__(
-        self, program: Program, table: RuleTable, opaque: Collection[str | type[torch.nn.Module]]
+        self,
+        program: Program,
+        table: RuleTable,
+        opaque: Collection[str | type[torch.nn.Module]],
+        sizes: Mapping[sympy.Basic, int] | None,
     ) -> None:
         self.program = program
         self.table = table
+        self.sizes = sizes
         self.opaque = {
             name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}"
             for name in opaque
@@ -78,7 +88,7 @@ class _Propagating:
         if name is not None:
             dims = self.tensors[name]
             return Value(dims, tuple(((name, dim),) for dim in range(len(dims))))
-        shapes = _shapes(node.meta.get("val"), module_of(node))
+        shapes = _shapes(node.meta.get("val"), module_of(node), self.sizes)
         if not shapes:
             return None
         if node.op == "get_attr" or node.name in self.program.written:
@@ -112,7 +122,7 @@ class _Propagating:
             result = self.results[source]
             return result[index] if isinstance(result, tuple) else result
         if isinstance(node.meta.get("val"), int | torch.SymInt):
-            return concrete(node.meta["val"])
+            return concrete(node.meta["val"], self.sizes)
         call = self._call_of(node, order)
         if not call.shapes:
             return None
@@ -127,6 +137,9 @@ class _Propagating:
         rule = self.table.find(call.operator)
         if rule is None:
             return _values(call.opaque(f"no propagation rule is known for {call.operator}"))
+        unread = _unread(node, call, rule)
+        if unread is not None:
+            return _values(call.opaque(f"its propagation rule does not read {unread!r}"))
         _freeze_overwritten(call)
         return _applied(rule, call)
 
@@ -136,7 +149,7 @@ class _Propagating:
             module=module_of(node),
             order=order,
             arguments=arguments_of(node, self.results.get),
-            shapes=_shapes(node.meta.get("val"), module_of(node)),
+            shapes=_shapes(node.meta.get("val"), module_of(node), self.sizes),
             axes=self.axes,
             findings=self.findings,
             used=node in self.used,
@@ -184,6 +197,31 @@ def _used(nodes: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
     return used
 
 
+_STORAGE = (
+    *("dtype", "out_dtype", "layout", "device", "pin_memory", "memory_format"),
+    *("non_blocking", "copy", "generator"),
+)
+"""Arguments that say how and where numbers are stored or drawn, and relate no positions."""
+
+
+def _unread(node: torch.fx.Node, call: Call, rule: Rule) -> str | None:
+    """Return an argument that a rule has not read and that may matter, or None.
+
+    It has another value than its schema's default, or is written to and is not ``self``.
+    """
+    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    schema = {argument.name: argument for argument in arguments}
+    for name, value in call.arguments.items():
+        known = schema.get(name)
+        if known is not None and known.is_write and name != "self":
+            return name
+        if name in rule.reads or name in _STORAGE:
+            continue
+        if known is None or not known.has_default_value() or known.default_value != value:
+            return name
+    return None
+
+
 _KEEPING_ZEROS = frozenset(aten("zero_ mul_ div_ neg_ requires_grad_ detach_"))
 
 
@@ -204,15 +242,16 @@ def _owners(node: torch.fx.Node) -> Iterator[str]:
         yield kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _applied(rule: Any, call: Call) -> tuple[Value, ...]:
+def _applied(rule: Rule, call: Call) -> tuple[Value, ...]:
     """Return what a rule says of the outputs of a call, in the shapes of these."""
+    function = rule.function
     try:
-        values = _values(rule(call))
+        values = _values(function(call))
         shapes = tuple(tuple(call.axes.size(dim) for dim in value.dims) for value in values)
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise RuleError(
-            f"the rule {rule.__module__}.{rule.__name__} failed on {call.operator} in module "
-            f"{call.module!r}: {type(error).__name__}: {error}"
+            f"the rule {function.__module__}.{function.__name__} failed on {call.operator} in "
+            f"module {call.module!r}: {type(error).__name__}: {error}"
         ) from error
     if shapes != call.shapes:
         raise RuleError(
@@ -239,10 +278,12 @@ def _target_name(node: torch.fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _shapes(value: object, module: str) -> tuple[Shape, ...]:
+def _shapes(
+    value: object, module: str, open_sizes: Mapping[sympy.Basic, int] | None
+) -> tuple[Shape, ...]:
     """Return the shapes of a traced value: one for a tensor, several for a list of tensors."""
     if isinstance(value, torch.Tensor):
-        sizes = tuple(map(concrete, value.shape))
+        sizes = tuple(concrete(size, open_sizes) for size in value.shape)
         if None in sizes:
             raise TraceError(
                 f"the shape {tuple(value.shape)} of a tensor {DEPENDS} another",
@@ -252,5 +293,5 @@ def _shapes(value: object, module: str) -> tuple[Shape, ...]:
             )
         return (cast(Shape, sizes),)
     if isinstance(value, list | tuple):
-        return tuple(shape for item in value for shape in _shapes(item, module))
+        return tuple(shape for item in value for shape in _shapes(item, module, open_sizes))
     return ()

@@ -73,7 +73,7 @@ def _batch(rank: int) -> tuple[str, ...]:
     return tuple(f"batch{back}" for back in range(rank, 0, -1))
 
 
-@rule("aten.linear")
+@rule("aten.linear", reads="input weight bias")
 def linear(call: Call) -> Value:
     """Apply ``y = x w' + b`` over the last dimension."""
     value, weight = call.value("input"), call.value("weight")
@@ -93,13 +93,26 @@ def _matrix_product(call: Call, left: Value, right: Value) -> Value:
     return contract(call, operands, (*batch, *rows, *columns))
 
 
-@rule("aten.matmul", "aten.__matmul__", "aten.dot", "aten.mm", "aten.bmm", "aten.mv")
+@rule(
+    "aten.matmul",
+    "aten.__matmul__",
+    "aten.dot",
+    "aten.mm",
+    "aten.bmm",
+    "aten.mv",
+    reads="self other mat2 tensor vec",
+)
 def matmul(call: Call) -> Value:
     """Multiply two tensors."""
     return _matrix_product(call, *call.values())
 
 
-@rule("aten.addmm", "aten.baddbmm", "aten.addmv")
+@rule(
+    "aten.addmm",
+    "aten.baddbmm",
+    "aten.addmv",
+    reads="self mat mat1 mat2 vec batch1 batch2 alpha beta",
+)
 def product_with_bias(call: Call) -> Value:
     """Multiply and add the first argument."""
     bias, left, right = call.values()
@@ -110,7 +123,9 @@ _BY_EXPERT = (("self", "input"), ("mat2", "weight"))
 """What torch and transformers call the rows and the weight."""
 
 
-@rule("aten._grouped_mm", "transformers.grouped_mm_fallback")
+@rule(
+    "aten._grouped_mm", "transformers.grouped_mm_fallback", reads="self mat2 input weight offs bias"
+)
 def product_by_expert(call: Call) -> Value:
     """Multiply each run of rows by the matrix of its expert: (rows, in) x (experts, in, out)."""
     rows, weight = (call.value(a if a in call.arguments else b) for a, b in _BY_EXPERT)
@@ -124,7 +139,7 @@ def product_by_expert(call: Call) -> Value:
     return contract(call, operands, ("row", "column"))
 
 
-@rule("aten.einsum")
+@rule("aten.einsum", reads="equation tensors path")
 def einsum(call: Call) -> Value:
     """Propagate through an equation such as ``b i k, b j k -> b i j``."""
     equation = str(call.arguments["equation"]).replace(" ", "")
@@ -156,7 +171,10 @@ def _labels(term: str, rank: int) -> tuple[str, ...]:
     return (*before, *middle, *after)
 
 
-@rule("aten.scaled_dot_product_attention")
+@rule(
+    "aten.scaled_dot_product_attention",
+    reads="query key value attn_mask is_causal scale enable_gqa",
+)
 def attended(call: Call) -> Value:
     """Unify the heads of query, key and value; freeze positions and the width of a key.
 
@@ -201,14 +219,22 @@ _STATES = "it is a part of states and gates, which every step reads again"
 _STEPS = "states are carried along it"
 
 
-@rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
-def recurrent(call: Call) -> list[Value]:
+@rule(
+    "aten.lstm.input",
+    "aten.gru.input",
+    "aten.rnn_tanh.input",
+    "aten.rnn_relu.input",
+    reads="input hx params has_biases num_layers dropout train bidirectional batch_first",
+)
+def recurrent(call: Call) -> Sequence[Value]:
     """Let the weights of the first layer read the last dimension; freeze steps and states.
 
     The input is (batch, steps, features) or (steps, batch, features), states are (layers, batch,
     features).  The parameters of the first layer come first, those of each direction together:
     weights of inputs and of states, and their biases.
     """
+    if call.flag("train") and call.arguments["dropout"]:
+        return call.opaque("positions of it are dropped at random between layers")
     value = call.value("input")
     parameters = cast(Sequence[Value], call.arguments["params"])
     directions = 1 + call.flag("bidirectional")
@@ -233,7 +259,7 @@ def recurrent(call: Call) -> list[Value]:
     ]
 
 
-@rule(*aten("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"))
+@rule(*aten("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"), reads="input hx w_ih w_hh b_ih b_hh")
 def recurrent_step(call: Call) -> list[Value]:
     """Do one step: (batch, features) or (features)."""
     value, weight = call.value("input"), call.value("w_ih")

@@ -13,7 +13,10 @@ _WINDOW = "windows slide over it"
 _PLACES = "it is read at places in space"
 
 
-@rule(*aten("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"))
+@rule(
+    *aten("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution"),
+    reads="input weight bias stride padding dilation groups transposed output_padding",
+)
 def convolved(call: Call) -> Value:
     """Contract channels within each group; a depthwise filter is passed through."""
     value, weight = call.value("input"), call.value("weight")
@@ -73,7 +76,11 @@ _SPACE = {
 """How many trailing dimensions of each operator are space."""
 
 
-@rule(*_SPACE)
+@rule(
+    *_SPACE,
+    reads="self input kernel_size stride padding dilation ceil_mode count_include_pad "
+    "divisor_override output_size align_corners scales scales_d scales_h scales_w scale_factors",
+)
 def resampled(call: Call) -> list[Value]:
     """Pass batch and channels on; positions in space are combined."""
     value = call.values()[0]
@@ -85,7 +92,7 @@ def resampled(call: Call) -> list[Value]:
     ]
 
 
-@rule("aten.pixel_shuffle")
+@rule("aten.pixel_shuffle", reads="self upscale_factor")
 def pixels_from_channels(call: Call) -> Value:
     """Turn channels ``c x r x r`` into space; the factor stays whole."""
     value, factor = call.value("self"), call.integer("upscale_factor")
@@ -98,7 +105,7 @@ def pixels_from_channels(call: Call) -> Value:
     return Value((*value.dims[:-3], parts[0], *around))
 
 
-@rule("aten.pixel_unshuffle")
+@rule("aten.pixel_unshuffle", reads="self downscale_factor")
 def channels_from_pixels(call: Call) -> Value:
     """Turn space into channels ``c x r x r``; the factor stays whole."""
     value, factor = call.value("self"), call.integer("downscale_factor")
@@ -108,7 +115,7 @@ def channels_from_pixels(call: Call) -> Value:
     return Value((*value.dims[:-3], call.axes.product((value.dims[-3], *blocks)), *around))
 
 
-@rule("aten.im2col")
+@rule("aten.im2col", reads="self kernel_size dilation padding stride")
 def unfolded(call: Call) -> Value:
     """Turn windows into channels ``c x taps`` at each position; the taps stay whole."""
     value = call.value("self")
@@ -119,7 +126,7 @@ def unfolded(call: Call) -> Value:
     return Value((*value.dims[:-3], channels, call.unknown(positions, _WINDOW)))
 
 
-@rule("aten.col2im")
+@rule("aten.col2im", reads="self output_size kernel_size dilation padding stride")
 def folded(call: Call) -> Value:
     """Add windows of channels ``c x taps`` up to an image; the taps stay whole."""
     value, (channels, *space) = call.value("self"), call.shapes[0][-3:]
@@ -131,7 +138,12 @@ def folded(call: Call) -> Value:
     return Value((*value.dims[:-2], parts[0], *(call.unknown(n, _WINDOW) for n in space)))
 
 
-@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+@rule(
+    "aten.grid_sampler",
+    "aten.grid_sampler_2d",
+    "aten.grid_sampler_3d",
+    reads="input grid interpolation_mode padding_mode align_corners",
+)
 def sampled(call: Call) -> Value:
     """Read an image at places in space that a grid names, in all channels the same ones."""
     value, grid = call.value("input"), call.value("grid")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from graph.axes import ONE, Layout
 from graph.call import CONSTANT, PROGRAM, Call, Value, aten, rule
 from graph.groups import Role
@@ -35,13 +37,27 @@ _COPIES = (
     "_autocast_to_full_precision _autocast_to_reduced_precision"
 )
 
+_DROPPED = "positions of it are dropped at random"
+
 _LINEAR = frozenset(aten("neg mul multiply div divide true_divide"))
 
 _BY_POSITION = aten("arange eye linspace logspace")
 """Operators that make numbers which depend on nothing but their positions."""
 
 
-@rule(*aten(_UNARY), *aten(_BINARY), "aten.neg")
+_OPERANDS = (
+    "self other src end exponent real imag abs angle tensor1 tensor2 condition mask values weight "
+    "min max value p x"
+)
+
+_SCALARS = (
+    "alpha approximate beta decimals eps fill_value from to input_scale lambd lower upper max_val "
+    "min_val mean median std sigma nan posinf neginf negative_slope rounding_mode scale threshold"
+)
+"""Numbers that every position meets alike."""
+
+
+@rule(*aten(_UNARY), *aten(_BINARY), "aten.neg", reads=f"{_OPERANDS} {_SCALARS}")
 def pointwise(call: Call) -> Value:
     """Unify what is combined; a broadcast dimension imposes nothing."""
     values = call.values()
@@ -54,13 +70,15 @@ def pointwise(call: Call) -> Value:
     return Value(call.broadcast([value.dims for value in values], call.shapes[0]))
 
 
-@rule(*aten(_COPIES))
+@rule(*aten(_COPIES), reads="self input other p train")
 def copied(call: Call) -> Value:
     """Pass the first tensor on: the same numbers in another memory or precision."""
+    if call.flag("train"):
+        return call.opaque(_DROPPED)[0]
     return call.values()[0]
 
 
-@rule("aten.prelu")
+@rule("aten.prelu", reads="self weight")
 def prelu(call: Call) -> Value:
     """Apply a slope for each channel (dimension 1), or a single one."""
     value, weight = call.value("self"), call.value("weight")
@@ -71,9 +89,11 @@ def prelu(call: Call) -> Value:
     return Value(tuple(dims))
 
 
-@rule("aten.native_dropout")
-def native_dropout(call: Call) -> list[Value]:
+@rule("aten.native_dropout", reads="input p train")
+def native_dropout(call: Call) -> Sequence[Value]:
     """Return the tensor and its mask."""
+    if call.flag("train"):
+        return call.opaque(_DROPPED)
     value = call.value("input")
     return [value, Value(value.dims)]
 
@@ -81,12 +101,16 @@ def native_dropout(call: Call) -> list[Value]:
 # ---- new tensors ---------------------------------------------------------------------------------
 
 
-@PROGRAM.rule(*_BY_POSITION, CONSTANT)
+_NUMBERS = "size stride start end step steps base low high row col offset n m"
+
+
+@PROGRAM.rule(*_BY_POSITION, CONSTANT, reads=_NUMBERS)
 @rule(
     *aten(
         "empty empty_strided full new_empty new_empty_strided new_full new_ones new_zeros ones "
         "scalar_tensor zeros"
-    )
+    ),
+    reads="self size stride fill_value s",
 )
 def filled(call: Call) -> list[Value]:
     """Give new axes to a tensor whose positions are all alike, so that any may be left out.
@@ -96,13 +120,17 @@ def filled(call: Call) -> list[Value]:
     return [Value(tuple(call.axes.fresh(size) for size in shape)) for shape in call.shapes]
 
 
-@rule(*_BY_POSITION, *aten("new_tensor rand randint randn randperm tril_indices triu_indices"))
+@rule(
+    *_BY_POSITION,
+    *aten("new_tensor rand randint randn randperm tril_indices triu_indices"),
+    reads=f"self data {_NUMBERS}",
+)
 def enumerated(call: Call) -> tuple[Value, ...]:
     """Freeze a new tensor whose positions differ; what it takes its type from is left alone."""
     return call.unknowns(call.shapes, "it meets numbers that the code makes for a fixed size")
 
 
-@rule(CONSTANT)
+@rule(CONSTANT, reads="")
 def written_down(call: Call) -> tuple[Value, ...]:
     """Freeze a tensor that is written in the code."""
     return call.unknowns(call.shapes, "it is a dimension of a constant of the code")
@@ -122,11 +150,11 @@ _ALONG = (
 )
 
 
-@rule(*aten(_REDUCTIONS))
+@rule(*aten(_REDUCTIONS), reads="self other dim keepdim correction unbiased ord p")
 def reduced(call: Call) -> Value | list[Value]:
     """Freeze the dimensions that are reduced, pass the others on."""
     values = call.values()
-    if len(values) > 1:  # the element-wise overload, as in `max(a, b)`
+    if call.optional("other") is not None:  # the element-wise overload, as in `max(a, b)`
         return Value(call.broadcast([value.dims for value in values], call.shapes[0]))
     value = values[0]
     rank = len(value.dims)
@@ -141,7 +169,7 @@ def reduced(call: Call) -> Value | list[Value]:
     return [Value(kept) for _ in call.shapes]
 
 
-@rule(*aten(_ALONG))
+@rule(*aten(_ALONG), reads="self dim descending stable half_to_float")
 def mixed_along(call: Call) -> list[Value]:
     """Freeze the dimension along which positions influence one another."""
     value = call.value("self")
@@ -151,7 +179,7 @@ def mixed_along(call: Call) -> list[Value]:
     return [Value(value.dims) for _ in call.shapes]
 
 
-@rule("aten.topk", "aten.kthvalue")
+@rule("aten.topk", "aten.kthvalue", reads="self k dim keepdim largest sorted")
 def picked_by_size(call: Call) -> list[Value]:
     """Freeze the dimension along which the largest entries are picked."""
     value = call.value("self")
@@ -167,7 +195,7 @@ def picked_by_size(call: Call) -> list[Value]:
     return [Value(tuple(dims)) for _ in call.shapes]
 
 
-@rule("aten.tril", "aten.triu")
+@rule("aten.tril", "aten.triu", reads="self diagonal")
 def triangular(call: Call) -> Value:
     """Freeze the two dimensions of the triangle."""
     value = call.value("self")
@@ -175,7 +203,7 @@ def triangular(call: Call) -> Value:
     return Value(value.dims)
 
 
-@rule("aten.glu")
+@rule("aten.glu", reads="self dim")
 def gated(call: Call) -> Value:
     """Multiply the first half of a dimension by a gate of the second half."""
     value, dim = call.along()
@@ -208,7 +236,10 @@ def _with_statistics(call: Call, output: Value) -> list[Value]:
     return [output, *call.unknowns(call.shapes[1:], _STATISTICS)]
 
 
-@rule(*aten("layer_norm native_layer_norm rms_norm _fused_rms_norm"))
+@rule(
+    *aten("layer_norm native_layer_norm rms_norm _fused_rms_norm"),
+    reads="input normalized_shape weight bias eps cudnn_enable",
+)
 def normalized_over_last(call: Call) -> list[Value]:
     """Freeze the trailing dimensions, whose positions share their statistics."""
     value = call.value("input")
@@ -222,10 +253,14 @@ def normalized_over_last(call: Call) -> list[Value]:
     *aten(
         "batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm "
         "_native_batch_norm_legit_no_training _batch_norm_no_update instance_norm"
-    )
+    ),
+    reads="input weight bias running_mean running_var training use_input_stats momentum eps "
+    "epsilon exponential_average_factor cudnn_enabled",
 )
-def normalized_by_channel(call: Call) -> list[Value]:
+def normalized_by_channel(call: Call) -> Sequence[Value]:
     """Pass channels on, each normalized by itself; instance norm also freezes the space."""
+    if call.flag("training"):
+        return call.opaque("it is normalized by the statistics of each batch")
     value = call.value("input")
     if "instance" in call.operator:
         call.freeze(value.dims[2:], _STATISTICS)
@@ -234,7 +269,11 @@ def normalized_by_channel(call: Call) -> list[Value]:
     return _with_statistics(call, Value((value.dims[0], *channels, *value.dims[2:])))
 
 
-@rule("aten.group_norm", "aten.native_group_norm")
+@rule(
+    "aten.group_norm",
+    "aten.native_group_norm",
+    reads="input weight bias num_groups group N C HxW eps cudnn_enabled",
+)
 def normalized_by_group(call: Call) -> list[Value]:
     """Factor channels into groups, which are independent, and members, which are frozen."""
     value = call.value("input")
@@ -248,7 +287,7 @@ def normalized_by_group(call: Call) -> list[Value]:
     return _with_statistics(call, Value((value.dims[0], *channels, *value.dims[2:])))
 
 
-@rule("aten._weight_norm")
+@rule("aten._weight_norm", reads="v g dim")
 def weight_normalized(call: Call) -> Value:
     """Give each row of a weight a length of its own; what the length is taken over is frozen."""
     direction, length = call.value("v"), call.value("g")
@@ -267,7 +306,7 @@ def weight_normalized(call: Call) -> Value:
 _PARTS = "its two positions are the parts of one complex number"
 
 
-@rule("aten.view_as_complex")
+@rule("aten.view_as_complex", reads="self")
 def joined(call: Call) -> Value:
     """Drop the last dimension, which holds the real and the imaginary part."""
     value = call.value("self")
@@ -276,7 +315,7 @@ def joined(call: Call) -> Value:
     return Value(value.dims[:-1], value.origins[:-1])
 
 
-@rule("aten.view_as_real")
+@rule("aten.view_as_real", reads="self")
 def parted(call: Call) -> Value:
     """Add a last dimension for the real and the imaginary part."""
     value = call.value("self")
@@ -291,7 +330,7 @@ _TWO = "fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_hfft2 fft_ihfft2"
 _MORE = "fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_hfftn fft_ihfftn fft_fftshift fft_ifftshift"
 
 
-@rule(*aten(f"{_ONE} {_TWO} {_MORE}"))
+@rule(*aten(f"{_ONE} {_TWO} {_MORE}"), reads="self n s dim norm")
 def transformed(call: Call) -> Value:
     """Freeze the dimensions along which positions are mixed, whose number may change."""
     value = call.value("self")

@@ -35,7 +35,7 @@ def _cut(call: Call, layout: Layout, sizes: Iterable[int]) -> list[Layout]:
     return parts
 
 
-@rule("aten.slice", "aten.narrow")
+@rule("aten.slice", "aten.narrow", reads="self dim start end length step")
 def sliced(call: Call) -> Value:
     """Keep a consecutive part of a dimension, or every n-th position of it."""
     value, dim = call.along()
@@ -54,7 +54,7 @@ def sliced(call: Call) -> Value:
     return _with_dim(value, dim, groups[0])
 
 
-@rule("aten.select")
+@rule("aten.select", reads="self dim index")
 def selected(call: Call) -> Value:
     """Take one position along a dimension, which is frozen: its number is in the code."""
     value, dim = call.along()
@@ -64,7 +64,7 @@ def selected(call: Call) -> Value:
     )
 
 
-@rule("aten.unbind")
+@rule("aten.unbind", reads="self dim")
 def unbound(call: Call) -> list[Value]:
     """Take every position along a dimension apart."""
     return [selected(call)] * len(call.shapes)
@@ -74,7 +74,8 @@ def unbound(call: Call) -> list[Value]:
     *aten(
         "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk "
         "unsafe_split_with_sizes"
-    )
+    ),
+    reads="self dim chunks sections indices split_size split_sizes",
 )
 def split(call: Call) -> list[Value]:
     """Cut a dimension into parts; parts that the code makes equal stay equal.
@@ -103,7 +104,7 @@ def _shared_origins(values: Sequence[Value]) -> tuple[Origin, ...]:
     return tuple(tuple(dict.fromkeys(pair for o in origins for pair in o)) for origins in by_dim)
 
 
-@rule("aten.cat", "aten.concat", "aten.concatenate")
+@rule("aten.cat", "aten.concat", "aten.concatenate", reads="tensors dim")
 def concatenated(call: Call) -> Value:
     """Append the segments of one dimension, unify the others."""
     rank = len(call.shapes[0])
@@ -118,7 +119,7 @@ def concatenated(call: Call) -> Value:
     return Value(tuple(dims), _shared_origins(values))
 
 
-@rule("aten.stack")
+@rule("aten.stack", reads="tensors dim")
 def stacked(call: Call) -> Value:
     """Put tensors side by side along a new dimension, whose positions are told apart by code."""
     values = call.values()
@@ -131,7 +132,7 @@ def stacked(call: Call) -> Value:
     return Value(tuple(dims), origins and (*origins[:dim], (), *origins[dim:]))
 
 
-@rule("aten.constant_pad_nd", "aten.pad")
+@rule("aten.constant_pad_nd", "aten.pad", reads="self pad mode value")
 def padded(call: Call) -> Value:
     """Surround a dimension with constants, which are segments of their own."""
     value, pad = call.value("self"), call.integers("pad")
@@ -157,7 +158,7 @@ def _pad(call: Call, layout: Layout, before: int, after: int, constant: bool) ->
     return concat((call.axes.fresh(max(before, 0)), kept, call.axes.fresh(max(after, 0))))
 
 
-@rule("aten.roll", "aten.flip")
+@rule("aten.roll", "aten.flip", reads="self shifts dims")
 def shuffled(call: Call) -> Value:
     """Freeze the dimensions whose positions change places."""
     value = call.value("self")
@@ -168,7 +169,7 @@ def shuffled(call: Call) -> Value:
     return Value(tuple(moved.get(dim, layout) for dim, layout in enumerate(value.dims)))
 
 
-@rule("aten.index_select")
+@rule("aten.index_select", reads="self dim index")
 def index_selected(call: Call) -> Value:
     """Look positions of one dimension up by index."""
     value, dim = call.along()
@@ -179,7 +180,7 @@ def index_selected(call: Call) -> Value:
     return _with_dim(Value(value.dims), dim, index.dims[0] if index.dims else ONE)
 
 
-@rule("aten.index")
+@rule("aten.index", reads="self indices")
 def indexed(call: Call) -> Value:
     """Look positions up by index tensors; the dimensions without one pass through."""
     value = call.value("self")
@@ -208,7 +209,7 @@ def indexed(call: Call) -> Value:
     return Value((*kept[:first], *new, *kept[first:]))
 
 
-@rule("aten.gather")
+@rule("aten.gather", reads="self dim index sparse_grad")
 def gathered(call: Call) -> Value:
     """Look positions of one dimension up, each by an index of its own.
 
@@ -250,7 +251,7 @@ def _constant_run(call: Call, value: Value, indices: Sequence[Value | None]) -> 
     return _with_dim(value, dim, parts[1])
 
 
-@rule("aten.embedding")
+@rule("aten.embedding", reads="weight indices padding_idx scale_grad_by_freq sparse")
 def embedded(call: Call) -> Value:
     """Look rows of a table up: its rows are frozen, its columns are produced."""
     weight, indices = call.value("weight"), call.value("indices")
@@ -259,7 +260,7 @@ def embedded(call: Call) -> Value:
     return Value((*indices.dims, *weight.dims[1:]))
 
 
-@rule("aten.unfold")
+@rule("aten.unfold", reads="self dimension size step")
 def windowed(call: Call) -> Value:
     """Cut a dimension into windows, whose positions become a last dimension."""
     reason = "windows slide over it"
@@ -273,7 +274,10 @@ def windowed(call: Call) -> Value:
 # ---- writing ------------------------------------------------------------------------------
 
 
-@rule(*aten("index_add index_copy index_reduce index_fill"))
+@rule(
+    *aten("index_add index_copy index_reduce index_fill"),
+    reads="self dim index source value alpha reduce include_self",
+)
 def written_by_index(call: Call) -> Value:
     """Write to positions of one dimension; in the others, position i goes to position i."""
     value, source = call.value("self"), call.optional("source")
@@ -291,7 +295,10 @@ def written_by_index(call: Call) -> Value:
     return Value(tuple(dims))
 
 
-@rule(*aten("scatter scatter_add scatter_reduce"))
+@rule(
+    *aten("scatter scatter_add scatter_reduce"),
+    reads="self dim index src value reduce include_self",
+)
 def written_each(call: Call) -> Value:
     """Write each entry to a position of one dimension that an index of its own names.
 

@@ -29,7 +29,8 @@ def aligned_blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
     *aten(
         "view reshape _unsafe_view _reshape_alias view_as reshape_as flatten unflatten "
         "ravel squeeze unsqueeze"
-    )
+    ),
+    reads="self other size shape sizes dim start_dim end_dim",
 )
 def reshaped(call: Call) -> Value:
     """Factor and merge axes block by block; a block that does not align is frozen."""
@@ -65,7 +66,7 @@ def _inferred(call: Call) -> int | None:
     return first + sizes.index(-1)
 
 
-@rule("aten.view.dtype")
+@rule("aten.view.dtype", reads="self")
 def reinterpreted(call: Call) -> tuple[Value, ...]:
     """Freeze: the numbers are read as numbers of another width."""
     return call.opaque("its memory is read as another type")
@@ -76,14 +77,14 @@ def _reordered(value: Value, order: Sequence[int]) -> Value:
     return Value(tuple(value.dims[dim] for dim in order), tuple(origins))
 
 
-@rule("aten.permute")
+@rule("aten.permute", reads="self dims")
 def permuted(call: Call) -> Value:
     """Reorder the dimensions."""
     value = call.value("self")
     return _reordered(value, call.integers("dims"))
 
 
-@rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
+@rule("aten.transpose", "aten.swapaxes", "aten.swapdims", reads="self dim0 dim1 axis0 axis1")
 def transposed(call: Call) -> Value:
     """Swap two dimensions."""
     value = call.value("self")
@@ -94,7 +95,7 @@ def transposed(call: Call) -> Value:
     return _reordered(value, order)
 
 
-@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint")
+@rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint", reads="self")
 def last_two_transposed(call: Call) -> Value:
     """Swap the last two dimensions (all of them for `numpy_T`, which equals it in rank two)."""
     value = call.value("self")
@@ -103,7 +104,7 @@ def last_two_transposed(call: Call) -> Value:
     return _reordered(value, (*order[:kept], *reversed(order[kept:])))
 
 
-@rule("aten.movedim", "aten.moveaxis")
+@rule("aten.movedim", "aten.moveaxis", reads="self source destination")
 def moved(call: Call) -> Value:
     """Move some dimensions to new places, keeping the order of the others."""
     value = call.value("self")
@@ -116,7 +117,7 @@ def moved(call: Call) -> Value:
     return _reordered(value, order)
 
 
-@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+@rule("aten.expand", "aten.expand_as", "aten.broadcast_to", reads="self other size")
 def expanded(call: Call) -> Value:
     """Give a new axis to each dimension of size one that is repeated."""
     value = call.values()[0]
@@ -124,7 +125,7 @@ def expanded(call: Call) -> Value:
     return Value(call.broadcast([value.dims], call.shapes[0]))
 
 
-@rule("aten.repeat", "aten.tile")
+@rule("aten.repeat", "aten.tile", reads="self repeats dims")
 def repeated(call: Call) -> Value:
     """Put a new axis of copies outside each repeated dimension."""
     value, repeats = call.value("self"), call.integers("repeats", "dims")
@@ -135,7 +136,7 @@ def repeated(call: Call) -> Value:
     return Value(tuple(call.axes.product((call.axes.fresh(n), layout)) for n, layout in pairs))
 
 
-@rule("aten.repeat_interleave.self_int")
+@rule("aten.repeat_interleave.self_int", reads="self dim repeats output_size")
 def repeated_inside(call: Call) -> Value:
     """Put a new axis of copies inside the repeated dimension."""
     value = call.value("self")

@@ -13,6 +13,7 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -243,12 +244,17 @@ def module_of(node: Node) -> str:
     return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
 
 
-def concrete(size: int | torch.SymInt) -> int | None:
-    """Return what a size is for the example inputs; None if it depends on their values."""
+def concrete(
+    size: int | torch.SymInt, sizes: Mapping[sympy.Basic, int] | None = None
+) -> int | None:
+    """Return what a size is for the example inputs; None if it depends on their values.
+
+    sizes: Numbers for the symbols of open sizes, in place of those of the example.
+    """
     if not isinstance(size, torch.SymInt):
         return size
-    known = size.node.hint
-    return known if isinstance(known, int) else None
+    known = size.node.expr.xreplace(sizes) if sizes else size.node.hint
+    return int(known) if isinstance(known, int | sympy.Integer) else None
 
 
 def varies(size: int | torch.SymInt) -> bool:

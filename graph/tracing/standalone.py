@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sympy
@@ -38,6 +39,10 @@ LARGEST = 2**16
 
 GUARDS = "_guards_fn"
 """The module in a program that checks the sizes of its inputs."""
+
+_PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
+
+_RESHAPES = ("aten.view.default", "aten.reshape.default", "aten.unflatten.int")
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -108,6 +113,46 @@ class Standalone:
         named = dict(zip(self.input_names, leaves, strict=True))
         return self.sizes.misfit(named) is None and self.sizes.broken(named) is None
 
+    def generic_sizes(self) -> dict[sympy.Basic, int]:
+        """Return sizes that the program takes and that no number in its code is likely to equal.
+
+        They are given by the symbol of each open size: a prime, or what the guards allow.
+        """
+        shapes = {
+            name: value.shape
+            for name, value in zip(self.input_names, self.inputs, strict=True)
+            if isinstance(value, Tensor)
+        }
+        opened: list[Any] = [size for shape in shapes.values() for size in shape if varies(size)]
+        found = {expression(s): s.node.hint for s in opened if expression(s).is_Symbol}
+
+        # A reshape that computes a size by division takes multiples alone.
+        reshaped = [
+            (before, after)
+            for node in self.module.graph.nodes
+            if str(node.target) in _RESHAPES
+            for before, after in [map(_count, (node.args[0].meta["val"], node.meta["val"]))]
+            if before != after
+        ]
+
+        def takes(sizes: Mapping[Any, Any]) -> bool:
+            made = {
+                name: SimpleNamespace(
+                    shape=tuple(int(expression(s).xreplace(sizes)) for s in shape)
+                )
+                for name, shape in shapes.items()
+            }
+            within = all(sizes[size] <= self.most.get(size, LARGEST) for size in sizes)
+            whole = all(one.xreplace(sizes) == other.xreplace(sizes) for one, other in reshaped)
+            return within and whole and self.sizes.broken(made) is None
+
+        for size, given in [*found.items()]:
+            for number in (*_PRIMES, *(given * prime for prime in _PRIMES), given + 1, given - 1):
+                if number not in found.values() and takes({**found, size: number}):
+                    found[size] = number
+                    break
+        return found
+
     @property
     def most_samples(self) -> int | None:
         """How many samples the program holds for; None for any number."""
@@ -121,6 +166,11 @@ class Standalone:
 def expression(size: Any) -> Any:
     """Return a number of a trace as an expression of sympy."""
     return size.node.expr if isinstance(size, SYMBOLIC) else sympy.sympify(size)
+
+
+def _count(tensor: Tensor) -> Any:
+    """Return the number of entries of a traced tensor as an expression of sympy."""
+    return math.prod(map(expression, tensor.shape))
 
 
 def export_standalone(

@@ -134,7 +134,7 @@ def test_kinds_are_those_of_what_computes_the_units():
 def test_a_user_rule_unfreezes_an_operator():
     kind, _ = FROZEN["unknown-operator"]
     rules = graph.DEFAULT_RULES.extended()
-    rules.rule("aten.fft_fft", "aten.real")(lambda call: call.value("self"))
+    rules.rule("aten.fft_fft", "aten.real", reads="self")(lambda call: call.value("self"))
     (group,) = graph.trace(kind(), (torch.randn(3, 4),), rules=rules).prunable
     assert group.name == "neurons"
     assert not graph.trace(kind(), (torch.randn(3, 4),)).prunable
@@ -150,7 +150,7 @@ def test_a_user_rule_unfreezes_an_operator():
 )
 def test_a_rule_that_is_wrong_is_named_with_operator_and_module(rule, message):
     rules = graph.DEFAULT_RULES.extended()
-    rules.rule("aten.linear")(rule)
+    rules.rule("aten.linear", reads="input weight bias")(rule)
     with pytest.raises(graph.RuleError, match=message):
         graph.trace(nn.Sequential(nn.Linear(4, 5)), (torch.randn(3, 4),), rules=rules)
 

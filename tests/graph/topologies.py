@@ -381,6 +381,21 @@ FROZEN = {
         _two_layers(lambda net, x: F.linear(net.enter(x), net.leave.weight.exp())),
         "aten.linear.default",
     ),
+    # Arguments that a rule does not read, and tensors that an operator writes to.
+    "summed-into": (
+        _between(lambda x: torch.sum(x[:, None], 1, out=torch.empty_like(x))),
+        "aten.sum.IntList_out",
+    ),
+    "squared-into": (
+        _between(lambda x: torch.mul(x, x, out=torch.zeros_like(x))),
+        "aten.mul.out",
+    ),
+    "statistics-of-a-batch": (
+        _between(lambda x: F.batch_norm(x, None, None, training=True)),
+        "aten.batch_norm.default",
+    ),
+    "dropped": (_between(lambda x: F.dropout(x, 0.5, training=True)), "aten.dropout.default"),
+    "randomly-leaky": (_between(lambda x: F.rrelu(x, training=True)), "aten.rrelu.default"),
     "overwritten-weight": (_overwritten_weight, "aten.fill_.Scalar"),
     "observed": (_observed, "output"),
 }

@@ -209,6 +209,28 @@ def test_the_certificate_says_what_is_equal_and_for_which_sizes():
     assert found.startswith("any batch of one or more, and x (any, 5, 6)")
 
 
+class Between(Net):
+    """Something is done to what is between the layers."""
+
+    def forward(self, x):
+        return self.b(self.after(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("between", "sizes"),
+    [
+        # Four runs of numbers, which are whole positions at multiples of four alone.
+        (lambda h: h.reshape(len(h), 4, -1).softmax(1).reshape(h.shape), "x (any, 8, 6)"),
+        (lambda h: h.flatten(0, 1).softmax(0).reshape(h.shape), "x (any, any, 6)"),
+        (lambda h: h.reshape(len(h), 2, -1, h.shape[-1]).flatten(1, 2), "x (any, any, 6)"),
+    ],
+)
+def test_sizes_that_units_depend_on_are_not_claimed(between, sizes):
+    net, x = Between(between).eval(), torch.randn(3, 8, 6)
+    (found,) = shrink(net, plan_of(net, inputs=(x,)), [(x,)]).certificate.structure.sizes
+    assert found == f"any batch of one or more, and {sizes}"
+
+
 def test_values_are_compared_that_only_inputs_of_other_sizes_read():
     net = Net(
         lambda net, y, x, w: y * net.scale if x.shape[1] > 16 else y, scale=nn.Buffer(torch.ones(7))
