@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 from osscar.base import timing
 from osscar.cli import main
 from osscar.cli.commands import app
+from osscar.proof import structural
+from osscar.proof.program import traced_as_open
+from osscar.proof.sizes import other_sizes
 from tests.osscar.interrupted_cases import tiny_model
 from tests.osscar.runs import Runs
 from tests.traced import once
@@ -20,7 +23,7 @@ from tests.traced import once
 _OF_STRUCTURE = frozenset(
     f"test_{what}"
     for what in (
-        *("changed_code", "equivalence", "experts", "forms", "feasibility", "integers"),
+        *("changed_code", "equivalence", "experts", "forms", "feasibility", "fuzz", "integers"),
         *("programs", "shrinking", "structural", "user_code"),
     )
 )
@@ -47,6 +50,13 @@ def runs() -> Runs:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a language model of two small layers, which nobody writes to."""
     return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def open_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave sizes open, and export for others, as for users."""
+    monkeypatch.setattr(structural, "other_sizes", other_sizes)
+    monkeypatch.setattr(structural, "traced_as_open", traced_as_open)
 
 
 @pytest.fixture

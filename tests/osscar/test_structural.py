@@ -23,8 +23,7 @@ from osscar.network.modules import full_name
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.proof.program import traced_as_open
-from osscar.proof.sizes import other_sizes, sizes_in_words
+from osscar.proof.sizes import sizes_in_words
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking import slice as slicing
 from osscar.shrinking.shrink import shrink
@@ -36,11 +35,7 @@ UNITS = 20
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def sizes_are_open(monkeypatch):
-    """Leave sizes open, and export for others, as for users."""
-    monkeypatch.setattr("osscar.proof.structural.other_sizes", other_sizes)
-    monkeypatch.setattr("osscar.proof.structural.traced_as_open", traced_as_open)
+pytestmark = pytest.mark.usefixtures("open_sizes")
 
 
 class Net(nn.Module):
