@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -26,7 +27,8 @@ _INSTALLED = (
 def imported(name: str, error: type[Exception]) -> Any:
     """Import what ``package.module:name`` or ``path/file.py:name`` stands for, inside `importable`.
 
-    Raises `error` if there is no such file, module or name, or the code of the file fails.
+    A file is run once, and again only if it has changed.  Raises `error` if there is no such file,
+    module or name, or the code of the file fails.
     """
     place, _, own = name.rpartition(":")
     if not place:
@@ -36,25 +38,44 @@ def imported(name: str, error: type[Exception]) -> Any:
     path = Path(place).expanduser()
     if not path.is_file():
         raise error(f"there is no file {place!r}")
-    spec = importlib.util.spec_from_file_location(_module_name(place), path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    return _named(own, _run(path.resolve(), place, error), place, error)
+
+
+def _run(path: Path, place: str, error: type[Exception]) -> ModuleType:
+    """Return the module that a file is, whose classes are the same whoever asks for them."""
+    name = f"osscar_user_{path.stem}_{_sha256(os.fsencode(path))[:12]}"
     with blamed(place, error):
-        spec.loader.exec_module(module)
-    return _named(own, module, place, error)
+        content = path.read_bytes()
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, _DIGEST) == _sha256(content):
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    setattr(module, _DIGEST, _sha256(content))
+    sys.modules[name] = module
+    try:
+        with blamed(place, error):
+            # Not by its loader, which tells what has changed by the size and the second.
+            exec(compile(content, path, "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+_DIGEST = "__osscar_digest__"
+"""What a module that was run from a file keeps of the content of that."""
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _named(own: str, module: ModuleType, place: str, error: type[Exception]) -> Any:
     if own and not hasattr(module, own):
         raise error(f"{place!r} has no {own!r}")
     return getattr(module, own, None)
-
-
-def _module_name(place: str) -> str:
-    """Return the name under which a file, or a module, is among those that are loaded."""
-    return f"osscar_user_{Path(place).stem}" if place.endswith(".py") else place
 
 
 def source_digests(code: Any) -> dict[str, str]:
@@ -66,16 +87,13 @@ def source_digests(code: Any) -> dict[str, str]:
     own = code.rpartition(":")[0] if isinstance(code, str) else getattr(code, "__module__", None)
     place = own if isinstance(own, str) else ""
     there = place if place.endswith(".py") and Path(place).is_file() else None
-    file = _own_file(there or getattr(sys.modules.get(_module_name(place)), "__file__", None))
+    file = _own_file(there or getattr(sys.modules.get(place), "__file__", None))
     if file is None:
         return {}
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     loaded = {file, *map(_own_file, files)}
     found = sorted(one for one in loaded if one is not None and file.parent in one.parents)
-    return {
-        one.relative_to(file.parent).as_posix(): hashlib.sha256(one.read_bytes()).hexdigest()
-        for one in found
-    }
+    return {one.relative_to(file.parent).as_posix(): _sha256(one.read_bytes()) for one in found}
 
 
 def _own_file(file: object) -> Path | None:

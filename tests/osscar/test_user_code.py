@@ -1,5 +1,7 @@
 """Models of a user's own code: importing it, and telling what is wrong with it."""
 
+import os
+import pickle
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ import osscar
 import solvers
 from osscar.base.errors import ModelError
 from osscar.models.load import load_model
+from solvers.own_code import imported
 from tests.graph.topologies import network
 
 NET = """
@@ -54,6 +57,37 @@ def test_code_finds_what_lies_around_it(place):
     (place / "blocks.py").unlink()  # and beside its file
     assert load_model("sub/osscar_test_mine.py:build").source.startswith("sub/")
     assert sys.path == before
+
+
+def test_a_file_is_one_module_whoever_names_it_and_two_of_one_name_are_two(place, monkeypatch):
+    text = "from torch import nn\n\nclass Net(nn.Linear):\n    gain = {}\n"
+    for gain, folder in enumerate((".", "sub")):
+        (place / folder / "one.py").write_text(text.format(gain))
+    (place / "linked.py").symlink_to("one.py")
+    names = ("one.py", "sub/one.py", "./one.py", str(place / "one.py"), "linked.py")
+    kinds = [imported(f"{name}:Net", ModelError) for name in names]
+    assert [kind.gain for kind in kinds] == [0, 1, 0, 0, 0]
+    assert len(set(kinds)) == 2
+    assert all(pickle.loads(pickle.dumps(kind)) is kind for kind in kinds)
+    monkeypatch.chdir(place / "sub")
+    assert imported("one.py:Net", ModelError) is kinds[1]
+
+
+def test_a_file_that_has_changed_is_run_again_and_one_that_failed_too(place):
+    file = place / "changing.py"
+    file.write_text("gain = 1")
+    stat = file.stat()
+    assert imported("changing.py:gain", ModelError) == 1
+    file.write_text("gain = 2")  # as long, and as old
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert imported("changing.py:gain", ModelError) == 2
+    for text, failure in (("gain = 3; 1 / 0", "ZeroDivisionError"), ("gain = = 3", "SyntaxError")):
+        file.write_text(text)
+        for _ in range(2):
+            with pytest.raises(ModelError, match=failure):
+                imported("changing.py:gain", ModelError)
+    file.write_text("gain = 4")
+    assert imported("changing.py:gain", ModelError) == 4
 
 
 @pytest.mark.parametrize(
