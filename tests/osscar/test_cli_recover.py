@@ -64,6 +64,18 @@ def read(file):
     return json.loads(Path(file).read_text())
 
 
+def check_card(directory, recovery):
+    """Check that a model card says of held-out samples what they decided, and the unit."""
+    card = (Path(directory) / "README.md").read_text()
+    assert f"On {recovery['held_out']} samples that no weight was trained on" in card
+    assert (
+        "These samples chose the step that was kept and whether the learning rate was lowered"
+        in card
+    )
+    assert f"to {recovery['after']:.4g} ({recovery['distance']['measure']})" in card
+    assert "trained nothing" not in card
+
+
 # ---- the whole way -----------------------------------------------------------------------
 
 
@@ -88,6 +100,7 @@ def test_what_was_recovered_is_nearer_of_the_same_shapes_and_says_what_it_has_se
     told = [f"{name}: {fact}" for name, fact in recovery_facts(recovery)]
     for line in (*told, "saved: small-recovered ("):
         assert line in out
+    check_card("small-recovered", recovery)
 
     old, new = weights("small"), weights("small-recovered")
     assert {n: (x.shape, x.dtype) for n, x in old.items()} == {
@@ -138,6 +151,7 @@ def test_one_run_prunes_and_recovers(run, tiny, tmp_path, monkeypatch):
     assert recovery["settings"]["steps"] == 4
     assert recovery["after"] < recovery["before"]
     assert all(f"{name}: {fact}" in out for name, fact in recovery_facts(recovery))
+    check_card("out", recovery)
     assert ", before the recovery" in out
     assert "pruned and recovered" in Path("out/report.html").read_text()
     parameters = sum(p.numel() for p in osscar.load("out").parameters())
