@@ -336,9 +336,8 @@ class _Rewriting(Interpreter):
         origin = self.shrunk.origins.get(node)
         if node.target in _OF_TENSORS:
             tensor, *dims = cast(tuple[Any, ...], node.args)
-            extents = self.shrunk.of(tensor)[0]
-            sizes = self.shrunk.origins[tensor].meta["val"].shape
-            return math.prod(_part(extents[d], sizes[d]) for d in dims or range(len(sizes)))
+            sizes = open_shape(self.shrunk, tensor)
+            return math.prod(sizes[d] for d in dims or range(len(sizes)))
         changed = [
             one.meta["val"]
             for one in node.all_input_nodes
@@ -362,6 +361,11 @@ class _Rewriting(Interpreter):
             return tuple(extent.kept for extent in self.shrunk.staying.of_tensor(name))
         held = self.shrunk.written(node)
         return tuple(held.shape) if isinstance(held, Tensor) else None
+
+
+def open_shape(shrunk: ShrunkGraph, node: Node) -> list[Any]:
+    """Return the shape of the tensor that a node returns, for all sizes that are open."""
+    return [*map(_part, shrunk.of(node)[0], shrunk.origins[node].meta["val"].shape)]
 
 
 def _part(extent: Extent, size: int | torch.SymInt) -> Any:

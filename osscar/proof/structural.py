@@ -11,6 +11,7 @@ its guards let pass.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -40,7 +41,14 @@ from osscar.offload.on_disk import OnDisk
 from osscar.proof.equivalence import runs
 from osscar.proof.literals import ShrunkGraph, arguments
 from osscar.proof.plan import Integer, PruningPlan, Structure
-from osscar.proof.program import exported, part_of, shrunk_graph, staying_of, traced_as_open
+from osscar.proof.program import (
+    exported,
+    open_shape,
+    part_of,
+    shrunk_graph,
+    staying_of,
+    traced_as_open,
+)
 from osscar.proof.sizes import other_sizes, sizes_in_words, untried_in_words
 
 
@@ -212,6 +220,8 @@ class _Comparison:
         self.operators = self.numbers = 0
         self.minded = set[Node]()
         """Values of which a copy is another one."""
+        self.same: dict[Node, Node] = {}
+        """What cannot be told from a value, with that value."""
         self.tensors: set[str] = set()
         self.differences: list[tuple[Node, str]] = []
 
@@ -252,9 +262,7 @@ class _Comparison:
             self.minded |= {*due.nodes, *made.nodes} if some is None else some
         inputs = (one.find_nodes(op="placeholder") for one in (made, due))
         self.pairs.update(zip(*inputs, strict=True))
-        steps, others = (
-            [node for node in _steps(one) if self._seen(node) is node] for one in (due, made)
-        )
+        steps, others = (self._steps(one) for one in (due, made))
         for step, other in zip(steps, others, strict=False):
             if step.target != other.target:
                 said = f"it calls {other.target}, and {step.target} is due"
@@ -262,7 +270,7 @@ class _Comparison:
                 return
             self.operators += 1
             self.pairs[other] = step
-            self._same(arguments(step), arguments(other), other)
+            self._same(self._arguments(step), self._arguments(other), other)
         if len(steps) != len(others):
             last = others[-1] if others else made.output_node()
             said = f"it calls {len(others)} operators, and {len(steps)} are due"
@@ -293,11 +301,63 @@ class _Comparison:
         elif type(due) is not type(made) or due != made:
             self._differ(node, due, made)
 
+    def _steps(self, graph: Graph) -> list[Node]:
+        """Return the calls that make the values of a graph, each value once."""
+        for node in graph.nodes:
+            known = self._known(node)
+            if known is not None:
+                self.same[node] = known
+        near, live = [node for node in graph.nodes if _has_effect(node)], set[Node]()
+        while near:
+            node = near.pop()
+            if node not in live:
+                live.add(node)
+                near += map(self._seen, node.all_input_nodes)
+        return [node for node in _steps(graph) if node in live]
+
+    def _known(self, node: Node) -> Node | None:
+        """Return the value before a node that it cannot be told from, if there is one.
+
+        That is what it copies, or what operators lead back to that keep all elements in order.
+        """
+        if str(node.target) in _COPIES and node not in self.minded:
+            return self._seen(node.all_input_nodes[0])
+        before, shape = node, None
+        while str(before.target) in _IN_ORDER and before not in self.minded:
+            shape = shape or self._shape(node)
+            before = self._seen(before.all_input_nodes[0])
+            earlier = self._shape(before)
+            if not shape or not earlier or math.prod(shape) != math.prod(earlier):
+                return None
+            if shape == earlier:
+                return before
+        return None
+
+    def _shape(self, node: Node) -> list[sympy.Basic] | None:
+        """Return the shape of a tensor for all sizes of the inputs; None where it is not known."""
+        if not isinstance(node.meta.get("val"), Tensor):
+            return None
+        if node.graph is self.made.module.graph:
+            return [expression(size) for size in node.meta["val"].shape]
+        if node not in self.due.origins:
+            return None
+        return [expression(one).xreplace(self.fixed) for one in open_shape(self.due, node)]
+
     def _seen(self, node: Node) -> Node:
-        """Return the value that a node is a copy of, where it cannot be told from that."""
-        while str(node.target) in _COPIES and node not in self.minded:
-            node = node.all_input_nodes[0]
-        return node
+        """Return the first value that a node cannot be told from."""
+        return self.same.get(node, node)
+
+    def _arguments(self, node: Node) -> dict[str, Any]:
+        """Return what a call is given, by name.
+
+        Attention does not group query heads that are as many as those of keys and values.
+        """
+        given = arguments(node)
+        if given.get("enable_gqa"):
+            shapes = (self._shape(given[name]) for name in ("query", "key", "value"))
+            heads = [shape[-3] if shape else None for shape in shapes]
+            given["enable_gqa"] = None in heads or len({*heads}) > 1
+        return given
 
     def _same_values(self, due: Node, made: Node, node: Node) -> None:
         """Compare two values that are no numbers: results of operators, or what is read."""
@@ -350,7 +410,11 @@ class _Comparison:
             if _is_number(one) and _is_number(other):
                 if not self._equal(one, other):
                     return False
-            elif not isinstance(other, Node) or self.pairs.get(other) is not one:
+            elif not (
+                isinstance(one, Node)
+                and isinstance(other, Node)
+                and self.pairs.get(self._seen(other)) is self._seen(one)
+            ):
                 return False
         return True
 
@@ -376,6 +440,15 @@ def by_construction(shrunk: ShrunkGraph) -> Structure:
 
 _PLAIN = (int, float, complex)
 _COPIES = frozenset({"aten.clone.default", "aten.contiguous.default", "aten.alias.default"})
+_IN_ORDER = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("view.default", "_unsafe_view.default", "reshape.default", "flatten.using_ints"),
+        *("unflatten.int", "unsqueeze.default", "squeeze.dim", "squeeze.dims", "squeeze.default"),
+        *("expand.default", "slice.Tensor", "repeat.default", "repeat_interleave.self_int"),
+    )
+)
+"""Operators whose results have the same elements in the same order, where they have as many."""
 
 
 def _has_effect(node: Node) -> bool:
@@ -446,7 +519,7 @@ def _shared_with(node: Node) -> list[Node]:
     """Return with what of that which an operator is given its result may share memory."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.all_input_nodes
-    if str(node.target) in _COPIES or _may_share(node):
+    if str(node.target) in _COPIES | _IN_ORDER or _may_share(node) or _is_idle(node):
         return node.all_input_nodes
     return _given(node, lambda one: one.alias_info is not None)
 
@@ -462,17 +535,22 @@ def _given(node: Node, which: Callable[[Any], bool]) -> list[Node]:
 def _may_share(node: Node) -> bool:
     """Whether a result shares memory with what its operator is given, or not, as no schema tells.
 
-    Operators that are made of others declare no memory that they share: dropout returns what it is
-    given in evaluation, and `reshape` copies where the order in memory asks for it.  Those with
-    kernels of their own declare it, but for `unsafe_split` and `lift`.
+    Operators that are made of others declare no memory that they share: `reshape` copies where the
+    order in memory asks for it.  Those with kernels of their own declare it, but for `unsafe_split`
+    and `lift`.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload) or _is_idle(node):
         return False
     name: str = node.target.name()  # type: ignore[no-untyped-call]
     if name.partition(".")[0].removeprefix("aten::") in _COMPUTED:
         return False
     composed: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, _COMPOSED)
     return composed or name.startswith(("aten::unsafe_", "aten::lift"))
+
+
+def _is_idle(node: Node) -> bool:
+    """Whether a node is dropout in evaluation, which returns what it is given."""
+    return node.target is torch.ops.aten.dropout.default and not arguments(node)["train"]
 
 
 def _same_tensors(one: Any, other: Any) -> bool:

@@ -14,6 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTBigCodeConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 import graph
 import osscar
@@ -420,6 +428,121 @@ def test_copies_count_where_what_they_share_memory_with_is_written_to(written):
         return
     with pytest.raises(StructureError):
         shrink(net, plan_of(net), [(X,)])
+
+
+# ---- what is the same by another program --------------------------------------------------
+
+IDENTITIES = {
+    "repeated heads": lambda y, one: y[:, None, :].expand(-1, one, -1, -1).reshape(y.shape),
+    "repeated features": lambda y, one: y.repeat_interleave(one, -1),
+    "repeated samples": lambda y, one: y.repeat(one, 1, 1),
+    "flattened": lambda y, one: y[::one].flatten(1).unflatten(1, y.shape[1:]).clone(),
+}
+OTHERS = {
+    "expanded by two": lambda y, one: y[..., None].expand(-1, -1, -1, 2).amax(-1),
+    "first position": lambda y, one: y[:, :one].expand(y.shape),
+    "another order": lambda y, one: y.transpose(1, 2).reshape(y.shape),
+    "interleaved": lambda y, one: torch.cat((y, y), -1)[..., ::2],
+}
+
+
+def on_one_side(after, smaller):
+    """Let a network, or the smaller one, do something more with its output."""
+    return Net(lambda net, y, x, w: after(y, 1) if (w < UNITS) is smaller else y).eval()
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("smaller", [False, True])
+@pytest.mark.parametrize("name", [*IDENTITIES, *OTHERS])
+def test_views_that_lead_back_are_the_identity_and_others_are_not(name, smaller):
+    net = on_one_side((IDENTITIES | OTHERS)[name], smaller)
+    if name in IDENTITIES:
+        assert shrink(net, plan_of(net), [(X,)]).certificate.structure.operators == 3
+        return
+    with pytest.raises(EquivalenceError):
+        shrink(net, plan_of(net), [(X,)])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_identity_that_copies_is_another_value_where_the_first_is_written_to(kept):
+    def after(net, y, x, w):
+        before = y.repeat(1, 1, 1) if kept or w == UNITS else y
+        y.add_(torch.where(is_rare(x), 1.0, 0.0))
+        return y * before
+
+    net = Net(after).eval()
+    if kept:
+        assert shrink(net, plan_of(net), [(X,)]).certificate.structure is not None
+        return
+    with pytest.raises(StructureError):
+        shrink(net, plan_of(net), [(X,)])
+
+
+_GROUPED = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
+_HEADS = {"num_attention_heads": 4, "head_dim": 8, "max_position_embeddings": 32}
+QUERIES = {
+    "llama": lambda kv: LlamaConfig(**_GROUPED, **_HEADS, num_key_value_heads=kv),
+    "qwen2": lambda kv: Qwen2Config(**_GROUPED, **_HEADS, num_key_value_heads=kv),
+    "gemma3": lambda kv: Gemma3TextConfig(
+        **_GROUPED, **_HEADS, num_key_value_heads=kv, query_pre_attn_scalar=8
+    ),
+    "falcon": lambda kv: FalconConfig(
+        hidden_size=32,
+        ffn_hidden_size=24,
+        num_hidden_layers=1,
+        vocab_size=40,
+        num_attention_heads=4,
+        **({} if kv == 1 else {"num_kv_heads": kv, "new_decoder_architecture": True}),
+    ),
+    "gpt_bigcode": lambda kv: GPTBigCodeConfig(
+        n_embd=32, n_inner=24, n_layer=1, n_head=4, n_positions=32, vocab_size=40
+    ),
+}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("family", QUERIES)
+def test_one_unit_of_attention_is_proved(family, pairs, attention, monkeypatch):
+    """One query head on a key-value head, which nobody repeats any more, or one such pair."""
+    monkeypatch.setattr("osscar.proof.structural.other_sizes", lambda *given: ())
+    config = QUERIES[family](pairs)
+    config._attn_implementation = attention
+    model = AutoModelForCausalLM.from_config(config).eval()
+    inputs = {"input_ids": torch.arange(20).view(2, 10) + 3}
+    groups = [g for g in graph.trace(model, inputs).prunable if g.kind is graph.UnitKind.HEADS]
+    assert [group.units for group in groups] == [4 if pairs == 1 or "big" in family else pairs]
+    plan = PruningPlan(tuple(GroupPlan.of(group, (1,)) for group in groups))
+    assert shrink(model, plan, [inputs]).certificate.structure is not None
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_heads_are_grouped_where_there_are_more_queries_than_keys(repeats, monkeypatch):
+    """Kernels group heads by a flag, which is nothing where there are as many."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, n * 4) for n in (4, 1, 1))
+            self.o = nn.Linear(16, 6)
+
+        def forward(self, x):
+            q, k, v = (
+                f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v)
+            )
+            grouped = q.shape[1] > repeats
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+            return self.o(y.transpose(1, 2).flatten(2))
+
+    net = Grouped().eval()
+    (group,) = (g for g in graph.trace(net, (X,)).prunable if g.units == 4)
+    plan = PruningPlan((GroupPlan.of(group, (0, 2)[:repeats]),))
+    if repeats == 1:
+        assert shrink(net, plan, [(X,)]).certificate.structure is not None
+        return
+    with pytest.raises(EquivalenceError):
+        shrink(net, plan, [(X,)])
 
 
 class Scaled(Net):
