@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from osscar.base.errors import DataError, first_line
-from osscar.base.files import file_digest, short_hash
+from osscar.base.files import short_hash
 from osscar.base.inputs import safe_repr, whole_number
 from osscar.base.memory import attempt
 from osscar.base.printable import listed, pluralize
@@ -140,13 +141,13 @@ class ImageSet(SampleSet):
         return self.preprocessing.sentence()
 
     def fingerprints(self) -> list[int]:
-        """Return a hash of each image as it is stored, to recognize it by."""
-        return [
-            int(file_digest(item)[:16], 16)
-            if isinstance(item, Path)
-            else short_hash(item.tobytes())
-            for item in self.items
-        ]
+        """Return a hash of the pixels of each image, to recognize it by in files of any format."""
+        return self._fingerprints
+
+    @cached_property
+    def _fingerprints(self) -> list[int]:
+        images = map(self.decoded, range(len(self)))
+        return [short_hash(f"{one.mode} {one.size} ".encode() + one.tobytes()) for one in images]
 
     def decoded(self, index: int) -> Any:
         """Return an image as PIL has it, in color or not, as the model reads it (DataError)."""

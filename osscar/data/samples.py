@@ -52,10 +52,13 @@ class SampleSet(ABC):
         """Return all of them as a model reads them, by position or by name, or one by one."""
 
     def fingerprints(self) -> list[int]:
-        """Return a hash of each sample, 64 bits, to recognize it by, whatever its number format."""
+        """Return a hash of each sample, 64 bits, to recognize it by, whatever its number format.
+
+        A batch of one is the sample in it, also among samples that each run alone.
+        """
         return [
-            digest_of(batch if self.alone else {name: t[0] for name, t in batch.items()})
-            for batch in self.batches(1)
+            digest_of({name: tensor[0] for name, tensor in one.items()} if batched(one) else one)
+            for one in self.batches(1)
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -223,6 +226,11 @@ def checked_numbers(name: str, given: Any, count: int) -> Tensor | None:
         if kind_of_numbers(found) == "whole" and fits:
             return found.to("cpu" if name == GROUPS else found.device, torch.int64)
     raise DataError(f"the {name} must be {count} whole numbers, one a sample, not {shown}")
+
+
+def batched(sample: Mapping[str, Tensor]) -> bool:
+    """Tell whether each tensor of a sample has one entry along the first dimension."""
+    return all(tensor.shape[:1] == (1,) for tensor in sample.values())
 
 
 def digest_of(sample: Mapping[str, Tensor]) -> int:
