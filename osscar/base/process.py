@@ -94,6 +94,14 @@ system by itself, and how many such blocks there may be."""
 
 _TRIM_USUALLY, _MMAP_USUALLY = 64 << 20, 1 << 16
 
+_large = 32 << 20
+"""Blocks from this size on are taken from the system by themselves.
+
+Once `mallopt` was called, glibc no longer raises this, and the free memory that is kept, with the
+blocks that are freed.  Both are then what it would have raised them to at most, so that a process
+in which something was timed is no slower than one of long standing.
+"""
+
 
 @cache
 def _glibc() -> tuple[ctypes.CDLL, ...]:
@@ -113,8 +121,10 @@ def give_back() -> None:
 
 def give_back_at_once() -> None:
     """Have tensors of 1 MB or more go back to the system whenever they are freed, from now on."""
+    global _large
+    _large = 1 << 20
     for libc in _glibc():
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(_MMAP_THRESHOLD, _large)
 
 
 @contextmanager
@@ -133,4 +143,5 @@ def memory_kept() -> Iterator[None]:
         for libc in _glibc():
             libc.mallopt(_MMAP_MAX, _MMAP_USUALLY)
             libc.mallopt(_TRIM_THRESHOLD, _TRIM_USUALLY)
+            libc.mallopt(_MMAP_THRESHOLD, _large)
         give_back()
