@@ -58,10 +58,10 @@ def python(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", ["mypy", "basedpyright"])
 def test_type_checkers_see_the_public_names(checker, python):
     pytest.importorskip(checker)
-    interpreter = {"mypy": "--python-executable", "pyright": "--pythonpath"}[checker]
+    interpreter = {"mypy": "--python-executable", "basedpyright": "--pythonpath"}[checker]
     command = [sys.executable, "-m", checker, interpreter, str(python), "use.py"]
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=python.parents[2], env=alone)
