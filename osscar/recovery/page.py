@@ -93,11 +93,11 @@ def recovery_facts(recovery: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"kept: {kept}; {recovery['seconds']:.1f} s",
     )
     yield "distance", str(Compared(**recovery["distance"]))
-    bf16 = chosen["mixed_precision"] == "bf16"
+    bf16, rank = chosen["mixed_precision"] == "bf16", recovery["settings"]["lora"]
     yield (
         "training",
         f"{recovery['trained']:,} weights"
-        f"{' (adapters, rank {})'.format(chosen['lora']) if chosen['lora'] else ''} on "
+        f"{f' (adapters, rank {rank})' if rank else ''} on "
         f"{pluralize(recovery['samples'], 'sample')}, matrix products in "
         f"{'bfloat16' if bf16 else 'the format of the weights'}",
     )

@@ -4,8 +4,7 @@ What is minimized is the divergence of the smaller model's predictions from the 
 (distillation: Hinton, Vinyals and Dean, 2015, at temperature 1), over the weights that pruning has
 left; widths, plan and form of the model stay as they are.
 
-A step is tried as is asked.  If it takes too much memory, micro-batches are halved, then
-activations are checkpointed (Chen et al., 2016), then adapters are trained.
+A step is tried first: if it takes too much memory, micro-batches are halved until it fits.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,7 @@ from osscar.base.errors import (
     ModelError,
     NoMemoryError,
     NonFiniteError,
-    OptionError,
     OsscarError,
-    first_line,
 )
 from osscar.base.inputs import parse_size
 from osscar.base.memory import (
@@ -41,6 +38,7 @@ from osscar.base.memory import (
     is_shortage,
     memory_for,
     memory_of,
+    shortage,
 )
 from osscar.base.printable import pluralize
 from osscar.base.ranks import ALONE, Ranks
@@ -68,7 +66,7 @@ from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
 from osscar.recovery.samples import Setup, samples_for
 from osscar.recovery.training import Check, Progress, RecoveryLog, Training, nearest
-from osscar.recovery.weights import adaptable, as_it_came, blocks, has_peft, trainable
+from osscar.recovery.weights import as_it_came, trainable
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
 from osscar.request import by_keywords
@@ -281,43 +279,32 @@ def check_trainable(model: nn.Module) -> None:
 def _training(
     setup: Setup, log: RecoveryLog | None, ranks: Ranks, tell: Callable[[str], None]
 ) -> Training:
-    """Set up the training with the options of its log, or those that fit on the first rank."""
-
-    def build(options: RecoveryRequest) -> Training:
-        training = Training(setup, options)
-        training.try_step()
-        return training
-
+    """Set up the training with what its log chose, or what fits on the first rank."""
     manifest = None if log is None else log.manifest()
     if manifest is None and ranks.alone:
-        return first_options_that_fit(setup, build, tell)
+        return training_that_fits(setup, tell)
 
     def choose() -> Any:
         if manifest is not None:
             return manifest.asked["chosen"]
-        return _chosen(first_options_that_fit(setup, build, tell).options)
+        return _chosen(training_that_fits(setup, tell).options)
 
     options = dataclasses.replace(setup.request, **ranks.broadcast("how to train", choose))
     return Training(setup, options, ranks)
 
 
-# ---- options that fit into memory ----------------------------------------------------------
+# ---- micro-batches that fit into memory -----------------------------------------------------
 
-CHOSEN = ("micro_batch_size", "checkpointing", "lora", "mixed_precision")
+CHOSEN = ("micro_batch_size", "mixed_precision")
 """The fields of a request that are chosen here unless they are given."""
-
-_RANK = 16
-"""Rank of the adapters that are trained if the weights do not fit."""
 
 _USED = 0.9
 """The share of free memory that a step may take: other processes may take some, and memory is
 looked at after each operator, which has made its result by then."""
 
 
-def first_options_that_fit(
-    setup: Setup, build: Callable[[RecoveryRequest], Training], tell: Callable[[str], None]
-) -> Training:
-    """Return what `build` makes, by trying a step, of the first options that fit into memory."""
+def training_that_fits(setup: Setup, tell: Callable[[str], None]) -> Training:
+    """Return a training of which a step was tried, in micro-batches that fit into memory."""
     asked, memory = setup.request, memory_of(device_of(setup.dense))
     memory.give_back()
     if asked.max_memory is not None:
@@ -328,54 +315,45 @@ def first_options_that_fit(
         limit = None if free is None else memory.resident() + int(_USED * free)
     half = multiplies_bfloat16(device_of(setup.dense))
     precision = asked.mixed_precision or ("bf16" if half else "no")
-    left, short = _options_by_memory(setup, precision), ""
-    while (options := next(left, None)) is not None:
+    size, short = _at_once(setup, precision), False
+    while True:
+        options = dataclasses.replace(asked, mixed_precision=precision, micro_batch_size=size)
         try:
             with nullcontext() if limit is None else _Limit(memory, limit):
-                built = build(options)
+                training = Training(setup, options)
+                training.try_step()
             if short:
-                tell(f"memory: trains with {_in_words(options)}, as more does not fit")
-            return built
+                tell(f"memory: trains with micro-batches of {size}, as more does not fit")
+            return training
         except (RuntimeError, MemoryError, OsscarError) as error:
             if is_shortage(error):
-                short = f"{_in_words(options)}: {first_line(error):.200}"
-            elif options.mixed_precision == "bf16" and asked.mixed_precision is None:
-                left = _options_by_memory(setup, "no")
-            elif not (short and isinstance(error, OptionError)):  # of what was not asked for
+                if size == 1 or asked.micro_batch_size is not None:
+                    raise shortage(
+                        error,
+                        f"a step of the recovery of {type(setup.model).__name__}, with "
+                        f"micro-batches of {size}",
+                        "pass checkpointing (`--checkpointing`), lora=16 (`--lora 16`) to train "
+                        "adapters in place of the weights, or a smaller micro_batch_size "
+                        "(`--micro-batch-size`); or give more memory (max_memory, `--max-memory`, "
+                        "of the whole process), or shorter or smaller samples",
+                    ) from error
+                size, short = size // 2, True
+            elif precision == "bf16" and asked.mixed_precision is None:
+                precision = "no"
+                size, short = _at_once(setup, precision), False
+            else:
                 raise
         gc.collect()
         memory.give_back()
-    raise NoMemoryError(
-        f"there is no memory for a step of the recovery of {type(setup.model).__name__}, with "
-        f"{short}; give more (max_memory, `--max-memory`, of the whole process), shorter or "
-        f"smaller samples, or "
-        "a machine with more memory"
-    )
 
 
-def _options_by_memory(setup: Setup, precision: Literal["bf16", "no"]) -> Iterator[RecoveryRequest]:
-    """Yield what is asked for, and then options that take less and less memory."""
-    asked, inputs = setup.request, setup.inputs
+def _at_once(setup: Setup, precision: str) -> int:
+    """Return how many samples of a step run at once, if they fit into memory."""
     # A CPU multiplies several windows in float32 no faster than one after the other.
-    alone = inputs.tokens and device_of(setup.dense).type == "cpu" and precision == "no"
-    at_once = 1 if inputs.alone else asked.micro_batch_size or (1 if alone else setup.size)
-    options = dataclasses.replace(asked, mixed_precision=precision, micro_batch_size=at_once)
-    yield options
-    while asked.micro_batch_size is None and at_once > 1:
-        at_once //= 2
-        options = dataclasses.replace(options, micro_batch_size=at_once)
-        yield options
-    if not options.checkpointing and blocks(setup.model):
-        options = dataclasses.replace(options, checkpointing=True)
-        yield options
-    if options.lora is None and has_peft() and adaptable(setup.model):
-        yield dataclasses.replace(options, lora=_RANK)
-
-
-def _in_words(options: RecoveryRequest) -> str:
-    adapters = "" if options.lora is None else f", adapters of rank {options.lora}"
-    checkpointed = ", checkpointed activations" if options.checkpointing else ""
-    return f"micro-batches of {options.micro_batch_size}{checkpointed}{adapters}"
+    cpu = device_of(setup.dense).type == "cpu" and precision == "no"
+    if setup.inputs.alone:
+        return 1
+    return setup.request.micro_batch_size or (1 if setup.inputs.tokens and cpu else setup.size)
 
 
 class _Limit(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -20,7 +20,8 @@ class RecoveryRequest:
         Samples in an optimizer step: 4 windows of text by default, or 64 of anything else.
     micro_batch_size
         Samples in one forward pass; the gradients of all passes of a step are added up.  By default
-        all samples of a step, or 1 window on a CPU that trains in float32.
+        all samples of a step, or 1 window on a CPU that trains in float32, halved until a step fits
+        into memory.
     learning_rate
         Peak learning rate of the optimizer; by default 2e-4 for text and 1e-3 for anything else.
         It is divided by ten if, after four steps or more, the held-out loss is higher than before
@@ -33,8 +34,6 @@ class RecoveryRequest:
         time.
     max_memory
         Memory that the process may take, such as ``8GB``; by default nine tenths of what is free.
-        If a step needs more, micro-batches are halved; if that is not enough, activations are
-        checkpointed, and at last adapters of rank 16 are trained in place of the weights.
     held_out
         Samples that are not trained on, and choose the step that is kept.  By default an eighth of
         all, at most 8 windows of text or 128 of anything else.  Copies of a

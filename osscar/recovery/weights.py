@@ -5,7 +5,6 @@ Adapters (LoRA: Hu et al., 2021) are peft's; once merged, nothing of them is lef
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 from collections import Counter
@@ -110,11 +109,6 @@ def as_saved(work: nn.Module, formats: Mapping[str, torch.dtype]) -> Iterator[No
 # ---- adapters ----------------------------------------------------------------------------
 
 
-def has_peft() -> bool:
-    """Whether the package that makes adapters is installed."""
-    return importlib.util.find_spec("peft") is not None
-
-
 def adaptable(model: nn.Module) -> list[str]:
     """Return the names of modules for adapters: of matrices that are neither shared nor frozen."""
     free = _not_frozen(model)
@@ -183,7 +177,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpointing(model: nn.Module) -> AbstractContextManager[None]:
-    """Let each block keep only its inputs for the backward pass, also in evaluation mode."""
+    """Let each block keep only its inputs for the backward pass (Chen et al., 2016)."""
     repeated = blocks(model)
     if not repeated:
         raise OptionError(

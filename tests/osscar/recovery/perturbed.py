@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from osscar.recovery.weights import has_peft
-
-needs_peft = pytest.mark.skipif(not has_peft(), reason="adapters need the extra osscar[recover]")
+needs_peft = pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None, reason="adapters need the extra osscar[recover]"
+)
 
 
 def net(seed: int = 0) -> nn.Module:

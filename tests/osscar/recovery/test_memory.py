@@ -1,4 +1,4 @@
-"""The way to train that fits into memory, and checkpointed activations."""
+"""Micro-batches that fit into memory, number formats, and checkpointed activations."""
 
 from __future__ import annotations
 
@@ -8,74 +8,56 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osscar.base.errors import DataError, OptionError
+from osscar.base.errors import DataError, NoMemoryError, OptionError
 from osscar.distance.distance import Likeness, Reference
 from osscar.network.modules import copied
 from osscar.recovery import recover as module
-from osscar.recovery.recover import Recovery, first_options_that_fit, recover_as_asked
+from osscar.recovery.recover import Recovery, recover_as_asked
 from osscar.recovery.request import RecoveryRequest
-from osscar.recovery.samples import Setup
 from osscar.recovery.training import Training
 from osscar.recovery.weights import blocks, checkpointing
 from tests.osscar.networks import images, small_net
-from tests.osscar.recovery.perturbed import needs_peft, numbers, perturbed
+from tests.osscar.recovery.perturbed import numbers, perturbed
 
-# ---- ways that need less -----------------------------------------------------------------
-
-
-def way(space: int, said: list[str], **asked: object) -> RecoveryRequest:
-    """Choose among steps that need 4 bytes a sample, and 100 of weights or 10 of adapters."""
-
-    def build(way: RecoveryRequest) -> RecoveryRequest:
-        passes = 4 * (way.micro_batch_size or 0) // (2 if way.checkpointing else 1)
-        if passes + (100 if way.lora is None else 10) > space:
-            raise MemoryError(f"of {space} bytes")
-        return way
-
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(2)))
-    setup = Setup(model, model, torch.zeros(64, 2), RecoveryRequest(batch_size=8, **asked))
-    return first_options_that_fit(setup, build, said.append)
+# ---- micro-batches that fit --------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize(
-    ("space", "micro", "checkpointed", "lora"),
-    [
-        (132, 8, False, None),
-        (104, 1, False, None),
-        (103, 1, True, None),
-        pytest.param(101, 1, True, 16, marks=needs_peft),
-    ],
-)
-def test_the_first_way_that_fits_is_taken_and_told(space, micro, checkpointed, lora):
-    said: list[str] = []
-    found = way(space, said)
-    assert (found.micro_batch_size, found.checkpointing, found.lora) == (micro, checkpointed, lora)
-    more = ", checkpointed activations" * checkpointed + ", adapters of rank 16" * bool(lora)
-    line = f"memory: trains with micro-batches of {micro}{more}, as more does not fit"
-    assert said == ([] if space == 132 else [line])
-
-
-def test_held_out_samples_run_as_many_at_once_as_fit_and_few_at_each_check(monkeypatch):
+def test_micro_batches_are_halved_until_a_step_fits_and_few_run_at_each_check(monkeypatch):
     dense, data = small_net(), images(90)
     sizes, compared, try_step = list[list[int]](), Reference.compared, Training.try_step
+    said: list[str] = []
 
     def watched(self: Reference, model: nn.Module) -> Likeness:
         sizes.append([*map(self.distance.inputs.count, self.batches)])
         return compared(self, model)
 
     def tried(self: Training) -> None:
-        if (self.options.micro_batch_size or 0) > 8:
+        if self.at_once > 8:
             raise MemoryError
         try_step(self)
 
     monkeypatch.setattr(Reference, "compared", watched)
     monkeypatch.setattr(Training, "try_step", tried)
-    asked = {"steps": 2, "learning_rate": 1e-4, "held_out": 42, "batch_size": 16, "device": "cpu"}
-    recovery = recover_as_asked(perturbed(dense), dense, data, RecoveryRequest(**asked))
+    asked = {"steps": 2, "learning_rate": 1e-4, "held_out": 42, "batch_size": 32, "device": "cpu"}
+    recovery = recover_as_asked(
+        perturbed(dense), dense, data, RecoveryRequest(**asked), tell=said.append
+    )
+    assert said == ["memory: trains with micro-batches of 8, as more does not fit"]
+    assert recovery.chosen["micro_batch_size"] == 8
     assert recovery.kept > 0
     all_of_them, few = [8] * 4 + [8, 2], [8] * 4
     assert sizes == [all_of_them, few, few, few, all_of_them]
+
+
+@pytest.mark.parametrize("asked", [{}, {"micro_batch_size": 4}, {"checkpointing": True}])
+def test_what_trains_is_never_chosen_by_memory_and_the_error_says_to_pass_it(asked):
+    dense = small_net()
+    request = RecoveryRequest(steps=1, batch_size=8, max_memory="1MB", device="cpu", **asked)
+    size = asked.get("micro_batch_size", 1)
+    with pytest.raises(
+        NoMemoryError, match=rf"micro-batches of {size} \(it takes more than 0.01GB.*lora=16"
+    ):
+        recover_as_asked(perturbed(dense), dense, images(24), request)
 
 
 # ---- number formats ----------------------------------------------------------------------
