@@ -410,34 +410,16 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 DEPENDS = "depends on the values in"
 """What errors say of code that reads numbers off tensors."""
 
-_HINTS = (
-    (
-        r"register_dataclass|register a pytree|not a known type|Unsupported input type",
-        "Only tensors, numbers, tuples, lists and dicts can be followed through inputs and "
-        "outputs. Register a dataclass of yours with torch.export.register_dataclass, any other "
-        "class with torch.utils._pytree.register_pytree_node.",
-    ),
-    (r"ScriptModule", "TorchScript cannot be read: pass the Python module from which it was made."),
-    (
-        r"quantized|PackedParams|__obj_flatten__",
-        "The packed weights of quantized layers cannot be cut: prune the floating-point model, "
-        "then quantize what is left of it.",
-    ),
-    (
-        r"data-dependent|DataDependent|GuardOnDataDependent",
-        f"Its control flow {DEPENDS} a tensor. Move the decision out of `forward`, "
-        "or give example inputs and options with which it is not taken.",
-    ),
-    (
-        r"mat1 and mat2|reduction dim|must match|size mismatch|[Ee]xpected|invalid for input|"
-        r"out of range",
-        "Its forward pass rejects the example inputs: check their shapes and types, and that the "
-        "model runs on them.",
-    ),
+_VALUES_HINT = (
+    f"Its control flow {DEPENDS} a tensor. Move the decision out of `forward`, or give example "
+    "inputs and options with which it is not taken."
 )
-_DEFAULT_HINT = (
-    "Check that the model runs on the example inputs; what most often helps is to avoid Python "
-    "side effects and calls into other libraries inside `forward`."
+_HINT = (
+    "Check that the model runs on the example inputs, and that these and its outputs are tensors, "
+    "numbers, tuples, lists and dicts, or classes registered with "
+    "torch.export.register_dataclass. Move side effects and calls into other libraries out of "
+    "`forward`; pass the Python module in place of TorchScript, and the floating-point model in "
+    "place of a quantized one."
 )
 CAPTURE_HINT = (
     "What torch.cond, torch.while_loop and the like call has to be captured whole: without side "
@@ -447,8 +429,8 @@ CAPTURE_HINT = (
 
 
 def _explained(error: Exception, model: torch.nn.Module) -> TraceError:
-    text = f"{type(error).__name__} {error}"
-    hint = next((hint for pattern, hint in _HINTS if re.search(pattern, text)), _DEFAULT_HINT)
+    by_values = re.search("data-?dependent", f"{type(error).__name__} {error}", re.IGNORECASE)
+    hint = _VALUES_HINT if by_values else _HINT
     if is_of_capture(error):
         hint = CAPTURE_HINT
     return TraceError(first_lines(error), failing_module(error.__traceback__, model), hint)

@@ -98,7 +98,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {reason_of(error)}{remedy(error)}")
+    return OutputError(
+        f"cannot write {path}: {reason_of(error)}; make room there, or write elsewhere"
+    )
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -161,18 +163,6 @@ _UNKNOWN = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 def reason_of(error: BaseException) -> str:
     """Return what the system says of an error, without number and path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def remedy(error: OSError) -> str:
-    """Return what to do about an error, as the end of a message; empty where that is not known."""
-    return _REMEDIES.get(error.errno or 0, "")
-
-
-_REMEDIES = {
-    errno.ENOSPC: "; make room there",
-    errno.EDQUOT: "; make room there",
-    errno.EFBIG: "; allow larger files (ulimit -f)",
-}
 
 
 @contextmanager

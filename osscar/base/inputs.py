@@ -120,31 +120,8 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
         found = error.errors(include_url=False)[0]
         shown = name.replace("_", "-") if name.isidentifier() else name
         option = ".".join(str(one) for one in (shown, *found["loc"]) if one != "[key]")
-        advice = found["msg"].removeprefix("Value error, ").replace("Input should be", "give")
-        if found["type"] in _ADVICE:
-            limits = found.get("ctx", {}).items()
-            digits = {key: f"{x:g}" if isinstance(x, float) else x for key, x in limits}
-            advice = _ADVICE[found["type"]].format_map(digits)
-        raise OptionError(f"{option} is {safe_repr(found['input'])}; {advice}") from error
-
-
-_ADVICE = {
-    "too_short": "give at least one",
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "give a whole number"),
-    "int_parsing_size": "give a whole number below 2^63",
-    **dict.fromkeys(("float_type", "float_parsing"), "give a number"),
-    "greater_than": "give more than {gt}",
-    "greater_than_equal": "give {ge} or more",
-    "less_than": "give less than {lt}",
-    "less_than_equal": "give {le} or less",
-    **dict.fromkeys(("bool_type", "bool_parsing"), "give True or False"),
-    "string_type": "give text",
-    "dict_type": "give a mapping",
-    "tuple_type": "give a tuple",
-    **dict.fromkeys(("sequence_str", "is_instance_of"), "give a list"),
-    "callable_type": "give a function",
-}
-"""What to give, by what pydantic calls the error; of other errors, its own words are shown."""
+        rule = found["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+        raise OptionError(f"{option} is {safe_repr(found['input'])}; {rule}") from error
 
 
 def bare(annotation: Any) -> Any:

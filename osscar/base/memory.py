@@ -158,11 +158,10 @@ def numbered(device: torch.device) -> torch.device:
 
 # ---- memory that is not there ------------------------------------------------------------
 
-_ON_DISK = "(where they do already, a smaller one keeps fewer of them in memory)"
-
 FOR_BATCHES = (
     "give smaller batches, shorter or fewer samples, a machine or a card with more memory, or "
-    f"max_memory (`--max-memory`), with which weights stay on disk {_ON_DISK}"
+    "max_memory (`--max-memory`), with which weights stay on disk (where they do already, a "
+    "smaller one keeps fewer of them in memory)"
 )
 """What helps where data run through a model."""
 
@@ -178,12 +177,6 @@ FOR_MATRICES = (
     "which weights stay on disk, or skip the group (skip, `--skip`)"
 )
 """What helps where a layer is measured and solved."""
-
-FOR_WEIGHTS = (
-    "give a smaller max_memory (`--max-memory`), so that fewer weights are cached, smaller batches "
-    "(batch_size, `--batch-size`), or device cpu (`--device cpu`) if that has more memory"
-)
-"""What helps where a weight is read that lies on disk."""
 
 
 def is_shortage(error: BaseException) -> bool:

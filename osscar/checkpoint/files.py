@@ -20,7 +20,6 @@ from osscar.base.files import (
     PARTIAL,
     fsync,
     reason_of,
-    remedy,
     remove_abandoned,
     resolved,
     temporary_sibling,
@@ -116,7 +115,8 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
             fsync(path.parent)
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {reason_of(error)}; it was left as it was{remedy(error)}"
+            f"cannot write {path}: {reason_of(error)}; it was left as it was; make room there, "
+            "or write elsewhere"
         ) from error
 
 
@@ -181,8 +181,9 @@ def check_output(
             os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=parent))
         free = shutil.disk_usage(parent).free
     except OSError as error:
-        reason = f"{reason_of(error)}{remedy(error)}"
-        raise OutputError(f"cannot write to {str(directory)!r}: {reason}") from error
+        raise OutputError(
+            f"cannot write to {str(directory)!r}: {reason_of(error)}; give another directory"
+        ) from error
     if needed_bytes > free:
         raise OutputError(
             f"cannot write {path}: it may take {needed_bytes / 1e6:,.0f} MB, and {parent} has "

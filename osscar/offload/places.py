@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from osscar.base.errors import FileError, ModelError, NonFiniteError, OutputError
-from osscar.base.memory import FOR_WEIGHTS, in_words, memory_for, memory_of, numbered
+from osscar.base.memory import in_words, memory_for, memory_of, numbered
 
 PIECE = 16 << 20
 """Bytes that are read at once."""
@@ -354,7 +354,12 @@ class WeightCache:
     def read(self, place: Place) -> Tensor:
         """Return the values at a place, read anew and not kept, so that they may be written to."""
         what = f"{place.stored.name!r} on {self.device} ({in_words(place.nbytes)}, read from disk)"
-        with memory_for(what, FOR_WEIGHTS):
+        advice = (
+            "give a smaller max_memory (`--max-memory`), so that fewer weights are cached, smaller "
+            "batches (batch_size, `--batch-size`), or device cpu (`--device cpu`) if that has more "
+            "memory"
+        )
+        with memory_for(what, advice):
             return place.read(self.device)
 
     def put(self, values: Tensor, name: str) -> Place:

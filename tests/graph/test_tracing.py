@@ -66,10 +66,6 @@ def branches(net, x):
     return torch.cond(x.sum() > 0, lambda x: x.double(), lambda x: x[:1], (x,))
 
 
-def _quantized():
-    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 5)), {nn.Linear})
-
-
 @pytest.mark.parametrize(
     ("build", "inputs", "said", "module"),
     [
@@ -77,12 +73,11 @@ def _quantized():
         (
             transformers_case("opt", num_hidden_layers=1).build,
             {"input_ids": torch.randn(2, 7)},
-            "check their shapes and types",
+            "runs on the example inputs",
             None,
         ),
         (returns_pair, (_ROWS,), "register_dataclass", None),
         (lambda: torch.jit.script(nn.Linear(4, 5)), (_ROWS,), "pass the Python module", None),
-        (_quantized, (_ROWS,), "prune the floating-point model", None),
         (branches, (_ROWS,), r"torch\.cond", None),
     ],
 )

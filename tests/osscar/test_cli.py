@@ -224,7 +224,7 @@ def asked_of(file, monkeypatch, *more):
 @pytest.mark.parametrize("length", [252, 300])
 def test_a_directory_whose_name_is_too_long_is_refused(length, run, tiny):
     status, _, err = run(*pruning(tiny, "--neurons", "0.5", "--out", "x" * length))
-    assert (status, err.strip().endswith("File name too long")) == (2, True)
+    assert (status, "File name too long" in err) == (2, True)
 
 
 def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path, monkeypatch):

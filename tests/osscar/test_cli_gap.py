@@ -96,7 +96,7 @@ def test_solve_shows_loss_bound_and_proof_and_what_was_not_recomputed(run, file,
 # ---- what is refused ---------------------------------------------------------------------
 
 BAD = [
-    (("gap", "demo", "--sparsity", "many"), "--sparsity is 'many'; give a number"),
+    (("gap", "demo", "--sparsity", "many"), "--sparsity is 'many'"),
     (("gap", "demo", "--backends", "nonsense"), "no backend 'nonsense'"),
     (("gap", "demo-heads-k4", "--samples", "3"), "--samples is 3; omit it: problem files"),
     (("solve", "text.safetensors"), "text.safetensors"),

@@ -139,7 +139,7 @@ def test_windows_begin_as_the_tokenizer_says(model):
 def test_what_cannot_be_scored_is_refused(model, tokenizer):
     for options, message in (
         ({"seqlen": 65}, "window of 65 tokens.*from 2, .* to 64"),
-        ({"batch_size": 0}, "batch_size, `--batch-size`. is 0; give 1 or more"),
+        ({"batch_size": 0}, "batch_size, `--batch-size`. is 0"),
     ):
         with pytest.raises(OptionError, match=message):
             measure_quality(model, tokenizer, TEXT, **options)

@@ -180,7 +180,7 @@ def test_a_disk_that_refuses_is_named_and_nothing_is_left(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OutputError, match=r"cannot write .*allow larger files"):
+        with pytest.raises(OutputError, match=r"cannot write .*File too large"):
             osscar.export_pt2(model, tmp_path / "net.pt2", example_inputs=x)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -299,7 +299,7 @@ def test_what_cannot_be_exported(uneven, tmp_path, monkeypatch):
             uneven,
             {"dtype": "q4_0"},
             errors.OptionError,
-            "dtype is 'q4_0'; give 'f32', 'f16' or 'bf16'",
+            "dtype is 'q4_0'; it must be 'f32', 'f16' or 'bf16'",
         ),
         (uneven, {"out": there}, errors.OutputError, "there already"),
         (

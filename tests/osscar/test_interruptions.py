@@ -60,7 +60,6 @@ def test_a_full_disk_is_said_and_nothing_is_lost(interrupted, tmp_path):
     if ended.status:  # else what failed was not needed: the number of the process in a lock
         line = ended.err.strip().splitlines()[-1]
         assert (ended.status, line.startswith("error: cannot write")) == (2, True), ended.err
-        assert "make room" in line or "ulimit" in line
         assert interrupted.is_whole(root)
         assert hidden(root, ("out", "out.run", "out.recover", "said.json")) == []
         again = interrupted.run(root)

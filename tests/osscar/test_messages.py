@@ -60,7 +60,7 @@ BEFORE_LOADING = {
     "prune --params 0.5 --recover-steps 4": "--recover-steps is 4; give --recover, too, or omit it",
     "prune --params 0.5 --calibration none.npz": "there is no file 'none.npz'; check the path",
     "sweep --params 0.5,1.5": "1.5",
-    "recover --steps 0 --dense net.py:build": "steps is 0; give 1 or more",
+    "recover --steps 0 --dense net.py:build": "steps is 0; it must be greater than or equal to 1",
 }
 
 
