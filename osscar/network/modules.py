@@ -66,6 +66,25 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return what tells a model from others of its code: parameters, and what buffers store.
+
+    Buffers of whole numbers, which passes may count up, and those that no file holds are left out.
+    """
+    state = model.state_dict(keep_vars=True).items()
+    return {
+        name: one
+        for name, one in state
+        if isinstance(one, Tensor) and one.layout is torch.strided
+        if isinstance(one, nn.Parameter) or one.is_floating_point() or one.is_complex()
+    }
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of all numbers of a model's weights, with their names and formats."""
+    return sha256_of(weights_of(model).items())
+
+
 def full_name(kind: type) -> str:
     """Return the name of a class by which users give one that they do not import."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -15,7 +15,7 @@ from torch import nn
 from osscar import __version__
 from osscar.allocation.limits import Budget
 from osscar.allocation.task import SkippedGroup
-from osscar.base.errors import first_line
+from osscar.base.errors import EquivalenceError, first_line
 from osscar.base.memory import attempt
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import directory as checkpoint
@@ -24,7 +24,7 @@ from osscar.checkpoint.directory import SavedCheckpoint
 from osscar.data.batches import as_inputs
 from osscar.distance.distance import Compared
 from osscar.evaluation.speed import measure_forward
-from osscar.network.modules import device_of
+from osscar.network.modules import device_of, digest_of_weights
 from osscar.offload.on_disk import is_on_disk
 from osscar.proof.lineage import Computed, data_record, lineage_of
 from osscar.proof.plan import Certificate, Form, PruningPlan
@@ -182,6 +182,19 @@ class PruningResult(Shown):
             **(measured(dense, self.model, calibration) if measure else {}),
         }
 
+    def check_tested(self) -> None:
+        """Refuse weights other than those that passed the test of a target (EquivalenceError)."""
+        target = self.target
+        if target is None or target.chosen is None:
+            return
+        due, found = target.attempts[target.chosen].weights, digest_of_weights(self.model)
+        if found != due:
+            raise EquivalenceError(
+                f"the model has other weights than that which passed the test of {target.quality} "
+                f"{target.most:g}: their digest is {found:.16}, and {due:.16} was tested; "
+                "osscar.save(result.model, directory) writes what was changed since, untested"
+            )
+
     def save(
         self,
         directory: str | os.PathLike[str],
@@ -194,8 +207,10 @@ class PruningResult(Shown):
         """Write the smaller model; see `osscar.save`.
 
         A report is written beside it as JSON; of one that `document` returned, also as a page, and
-        in the model card.
+        in the model card.  Of a quality target, only the weights that passed the test are written:
+        others are an EquivalenceError.
         """
+        self.check_tested()
         document = {} if report is None else report
         is_run = document.get("schema") == _SCHEMA
         return checkpoint.save(

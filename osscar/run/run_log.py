@@ -21,9 +21,12 @@ from pydantic import with_config
 from torch import Tensor, nn
 
 from osscar import __version__
+from osscar.base.files import atomic_write
 from osscar.base.json_files import STRICT
 from osscar.data.batches import ModelInputs
-from osscar.network.tensor_files import read_record, write_record
+from osscar.network.modules import weights_of
+from osscar.network.tensor_files import read_header, read_record, write_record, write_tensors
+from osscar.offload.on_disk import written
 from osscar.preparation.journal import Fingerprint, Journal, JournalManifest, own_code
 from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import GroupPlan
@@ -40,7 +43,7 @@ def run_manifest(request: PruningRequest, model: nn.Module, inputs: ModelInputs)
     # Through JSON, as it will be read back.
     asked = json.loads(json.dumps({**request.to_json(), **versions, "osscar": __version__}))
     asked |= own_code(*vars(request).values())
-    return JournalManifest("osscar.run-log/8", asked, Fingerprint.of(model, inputs))
+    return JournalManifest("osscar.run-log/9", asked, Fingerprint.of(model, inputs))
 
 
 @with_config({**STRICT, "arbitrary_types_allowed": True})
@@ -55,6 +58,8 @@ class LayerRecord:
     report: LayerReport
     weights: tuple[Tensor, ...]
 
+
+_TESTED = "tested.safetensors"
 
 _GROUPS = "[0-9][0-9][0-9][0-9][0-9].safetensors"
 
@@ -95,6 +100,19 @@ class RunLog(Journal):
         weights = {f"{number:05}": one for number, one in enumerate(record.weights)}
         words = dataclasses.replace(record, weights=())
         write_record(self._place(index), words, weights)
+
+    def keep_tested(self, model: nn.Module) -> None:
+        """Write the weights of the attempt's model, which has passed its test."""
+        self.make(".")
+        with atomic_write(self.directory / _TESTED) as partial:
+            write_tensors(partial, weights_of(model), {})
+
+    def put_back_tested(self, model: nn.Module) -> None:
+        """Give the attempt's model, which was made again, the weights that were tested."""
+        for name, stored in read_header(self.directory / _TESTED).items():
+            module, _, tensor = name.rpartition(".")
+            with written(model.get_submodule(module), tensor) as values:
+                values.copy_(stored.read((), values.device))
 
     def _read(self, index: int) -> LayerRecord:
         words, weights = read_record(self._place(index), LayerRecord)

@@ -8,10 +8,12 @@ good (`osscar.run.target_search`), and has no say in what is tried, or in which 
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from osscar.evaluation.confidence import (
     fewest_samples,
     usual_samples,
 )
+from osscar.network.modules import digest_of_weights
 from osscar.recovery.recover import Recovery
 from osscar.request import BudgetKind, PruningRequest, QualityTarget, TargetKind
 from osscar.run.chain import PreparedRun, prepare, prune_prepared, widths
@@ -80,8 +83,12 @@ def prune_to_target(
     """Find the smallest model within the quality target of a request, as `prune_as_asked` does.
 
     `recover` is called on the model of each attempt before it is measured; its model is that of the
-    result.
+    result.  Without a log, a temporary one keeps the attempts, whose models are not all in memory.
     """
+    if log is None and ranks.first:
+        with tempfile.TemporaryDirectory(prefix="osscar-") as place:
+            log = RunLog(Path(place) / "run")
+            return prune_to_target(model, calibration, request, log, ranks, tell, recover)
     start = time.perf_counter()
     calibration = read_once(model, calibration)
     inputs = as_inputs(model, calibration)
@@ -111,7 +118,7 @@ def prune_to_target(
     scores, same = measure == "nats", measure == pruned.distance.measure
     result = replace(
         pruned,
-        model=pruned.model if recovery is None else recovery.model,
+        model=_model(pruned, recovery),
         target=report,
         distance=pruned.distance.measured(likeness.distance if same else None),
         divergence=likeness.distance if scores else None,
@@ -122,7 +129,14 @@ def prune_to_target(
         seconds=seconds,
         stages=spent.of(seconds),
     )
+    if ranks.first:  # the others save nothing
+        result.check_tested()
     return result, recovery
+
+
+def _model(pruned: PruningResult, recovery: Recovery | None) -> nn.Module:
+    """Return the model of an attempt."""
+    return pruned.model if recovery is None else recovery.model
 
 
 def usual_draw(target: QualityTarget) -> int:
@@ -208,10 +222,13 @@ class _Search:
             if log is not None:
                 log.remove()  # it is of no use to another target
             raise self._failure(report)
-        found = best.get(report.chosen)  # unless what was chosen since failed, or a run was killed
-        return found or self._made(
-            report.chosen + 1, self.attempts[report.chosen].limit, budget
-        ), report
+        found = best.get(report.chosen)
+        if found is None:  # what was chosen since failed, or a run was killed
+            number = report.chosen + 1
+            found = self._made(number, self.attempts[report.chosen].limit, budget)
+            if log is not None:
+                log.attempt(number).put_back_tested(_model(*found))
+        return found, report
 
     def _attempt(self, number: int, limit: float, budget: Budget) -> tuple[Made | None, Attempt]:
         """Make a model, and measure it; a size whose model or outputs overflow has no measure."""
@@ -219,19 +236,30 @@ class _Search:
         try:
             with ranks.alike("an attempt"):
                 made = pruned, recovery = self._made(number, limit, budget)
-                model = pruned.model if recovery is None else recovery.model
-                lost = ranks.broadcast("its quality", partial(self._measured, model))
+                measure = partial(self._measured, number, _model(pruned, recovery))
+                lost = ranks.broadcast("its quality", measure)
         except NonFiniteError:
             return None, Attempt(limit, limit, None)
         assert pruned.budget is not None
         return made, Attempt(limit, pruned.budget.of(self._kind).reached, *lost)
 
     @timed(Stage.PRUNED)
-    def _measured(self, model: nn.Module) -> tuple[Bounded, Bounded | None]:
-        """Measure a model on the samples of the search, and where it is good on those of tests."""
-        measured = self.searched.measure(model)
-        good = measured.bound <= self.target.most
-        return measured, self.tested.measure(model) if good else None
+    def _measured(
+        self, number: int, model: nn.Module
+    ) -> tuple[Bounded, Bounded | None, str | None]:
+        """Measure a model on the samples of the search, and where it is good on those of tests.
+
+        Where it passes, keep its weights on disk; return their digest.
+        """
+        measured, most = self.searched.measure(model), self.target.most
+        if measured.bound > most:
+            return measured, None, None
+        tested = self.tested.measure(model)
+        if tested.bound > most:
+            return measured, tested, None
+        assert self.prepared.log is not None
+        self.prepared.log.attempt(number).keep_tested(model)
+        return measured, tested, digest_of_weights(model)
 
     def _failure(self, report: TargetReport) -> RequestError:
         """Say that no model is within the target, which is nearest, and what would help."""

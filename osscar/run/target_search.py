@@ -76,12 +76,14 @@ class Attempt:
     limit, reached: The size that was allowed, and the one that came out.
     measured: The quality lost on the samples of the search; None where outputs overflow.
     tested: The same on samples that choose nothing; None where the search found too much lost.
+    weights: SHA-256 of all weights of the model that passed the test; None where none did.
     """
 
     limit: float
     reached: float
     measured: Bounded | None
     tested: Bounded | None = None
+    weights: str | None = None
 
     def good(self, most: float) -> bool:
         """Whether the bound of the search is within a target."""

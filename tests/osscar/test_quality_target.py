@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import osscar
 from benchmarks.target_bounds import CASES, FRONTIER, searches
 from osscar.allocation.costs import Cost
-from osscar.base.errors import DataError, NonFiniteError, RequestError
+from osscar.base.errors import DataError, EquivalenceError, NonFiniteError, RequestError
 from osscar.data.parts import in_parts
 from osscar.data.samples import IGNORED
 from osscar.evaluation.confidence import (
@@ -26,12 +26,13 @@ from osscar.evaluation.confidence import (
     fewest_samples,
     usual_samples,
 )
-from osscar.network.modules import count_parameters
+from osscar.network.modules import count_parameters, digest_of_weights
 from osscar.network.operations import count_flops
 from osscar.request import PruningRequest, QualityTarget, TargetKind
-from osscar.run import chain
+from osscar.run import chain, target
 from osscar.run.prune import prune_as_asked
 from osscar.run.run_log import RunLog
+from osscar.run.target import prune_to_target
 from osscar.run.target_search import (
     MOST_ATTEMPTS,
     SURE,
@@ -335,6 +336,98 @@ def test_a_search_that_was_killed_repeats_no_attempt_and_ends_with_the_same_bits
     assert (again.target, again.plan) == (whole.target, whole.plan)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+def shaken(model):
+    """Change weights by what graphics cards do, which add up in any order."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 1e-6)
+    return model
+
+
+@pytest.fixture
+def between_fails(monkeypatch, tmp_path):
+    """Let the first size pass its test, then a smaller one, and fail the third, between them.
+
+    Return the digests of what was tested, and the folder of temporary files.
+    """
+    monkeypatch.setattr("osscar.run.target_search.MOST_ATTEMPTS", 3)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    due = [(0.3, 0.35), (0.3, 0.35), (0.8, 0.95), (0.8, 0.9), (0.6, 0.7), (0.8, 1.2)]
+    digests = []
+
+    def measure(self, model):
+        value, bound = due[len(digests)]
+        digests.append(digest_of_weights(model))
+        return Bounded(0.01 * value, 0.01 * bound, 16)
+
+    monkeypatch.setattr(Judge, "measure", measure)
+    return digests, tmp_path
+
+
+BETWEEN = PruningRequest(max_divergence=0.01, round_to=1, backend="magnitude", device="cpu", seed=2)
+
+
+def reached(report):
+    return [round(one.reached) for one in report.attempts]
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_the_model_that_passed_its_test_is_returned_and_no_other_is_saved(recovers, between_fails):
+    digests, place = between_fails
+
+    def recover(pruned, data, attempt):
+        asked = {"steps": 1, "batch_size": 4, "seed": len(digests), "device": "cpu"}  # not repeated
+        return osscar.recover(pruned, dense, data, **asked)
+
+    dense = two_groups()
+    result, _ = prune_to_target(dense, images(64), BETWEEN, recover=recover if recovers else None)
+    first, second, third = reached(result.target)
+    assert second < third < first
+    assert result.target.chosen == 0
+    assert len(set(digests[::2])) == 3
+    assert result.target.attempts[0].weights == digests[1] == digest_of_weights(result.model)
+    assert [one.weights for one in result.target.attempts[1:]] == [digests[3], None]
+    assert not [*place.iterdir()]
+    shaken(result.model)
+    with pytest.raises(EquivalenceError, match="other weights than that which passed the test"):
+        result.save(place / "small")
+    assert not [*place.iterdir()]
+
+
+def test_weights_that_were_tested_are_returned_where_a_machine_repeats_no_bits(
+    between_fails, monkeypatch
+):
+    digests, place = between_fails
+    original, log = target.prune_prepared, RunLog(place / "log")
+
+    def once_more(*given):
+        if len(digests) == 4:
+            raise Killed
+        return original(*given)
+
+    monkeypatch.setattr(target, "prune_prepared", once_more)
+    with pytest.raises(Killed):
+        prune_as_asked(two_groups(), images(64), BETWEEN, log)
+
+    def otherwise(*given):
+        result = original(*given)
+        shaken(result.model)
+        return result
+
+    monkeypatch.setattr(target, "prune_prepared", otherwise)
+    result = prune_as_asked(two_groups(), images(64), BETWEEN, log)
+    assert result.target.chosen == 0
+    assert digest_of_weights(result.model) == digests[1]
+
+
+def test_nothing_is_left_of_a_search_without_a_log_that_fails(between_fails, monkeypatch):
+    digests, place = between_fails
+    monkeypatch.setattr(target, "digest_of_weights", lambda model: digests[9])
+    with pytest.raises(IndexError):
+        prune_as_asked(two_groups(), images(64), BETWEEN)
+    assert not [*place.iterdir()]
 
 
 @pytest.mark.slow
