@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ def _words(least: int, conditions: Sequence[str], noun: str = "") -> str:
     They hold for those of the example.
     """
     many, most = noun and f" {noun}s", least + _beyond(conditions)
-    codes = [compile(one, "<guard>", "eval") for one in conditions]
-    good = [n for n in range(least, most + 1) if all(eval(code, {"n": n}) for code in codes)]
+    good = [*_meeting(least, conditions)]
     low, high = good[0], good[-1]
     lowest = f"{_number(low)}{noun and f' {noun}' if low == 1 else many}"
     if high == low:
@@ -53,16 +53,24 @@ def _words(least: int, conditions: Sequence[str], noun: str = "") -> str:
     return said + (f" but not {' or '.join(gaps)}" if gaps else "")
 
 
+def _meeting(least: int, conditions: Sequence[str]) -> Iterator[int]:
+    """Yield for which n from `least` on conditions hold, up to where none changes."""
+    codes = [compile(one, "<guard>", "eval") for one in conditions]
+    for n in range(least, least + _beyond(conditions) + 1):
+        if all(eval(code, {"n": n}) for code in codes):
+            yield n
+
+
 def _beyond(conditions: Sequence[str]) -> int:
     """Return a number beyond which none of some polynomials changes its sign."""
     numbers = ([max(2, int(one)) for one in _NUMBER.findall(code)] for code in conditions)
     return max((2 * math.prod(some) + 2 for some in numbers), default=2)
 
 
-def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> str:
-    """Say for which inputs two programs hold; `samples` are the fewest of a batch."""
+def _conditions(programs: Sequence[Standalone]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return under which conditions on one size n alone programs hold, by its place, and others."""
     of_sizes, others = dict[str, list[str]](), list[str]()
-    for guard in dict.fromkeys((*dense.sizes.guards, *made.sizes.guards)):
+    for guard in dict.fromkeys(guard for one in programs for guard in one.sizes.guards):
         places = set(_PLACE.findall(guard))
         place = min(places, default="")
         code = guard.replace(place, "n")
@@ -70,6 +78,22 @@ def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> 
             of_sizes.setdefault(place, []).append(code)
         elif not _ALIKE.fullmatch(guard):
             others.append(_MULTIPLE.sub(r"\1 is a multiple of \2", guard))
+    return of_sizes, others
+
+
+def only_sizes(*programs: Standalone) -> dict[str, int]:
+    """Return which sizes of inputs can be but one number where programs hold, by their places."""
+    found = {}
+    for place, conditions in _conditions(programs)[0].items():
+        first, *others = islice(_meeting(1, conditions), 2)
+        if not others:
+            found[place] = first
+    return found
+
+
+def sizes_in_words(dense: Standalone, made: Standalone, *, samples: int = 1) -> str:
+    """Say for which inputs two programs hold; `samples` are the fewest of a batch."""
+    of_sizes, others = _conditions((dense, made))
     said, given = list[str](), list[str]()
     for name, value in zip(dense.input_names, dense.inputs, strict=True):
         if not isinstance(value, Tensor):

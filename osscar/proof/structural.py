@@ -49,7 +49,7 @@ from osscar.proof.program import (
     staying_of,
     traced_as_open,
 )
-from osscar.proof.sizes import other_sizes, sizes_in_words, untried_in_words
+from osscar.proof.sizes import only_sizes, other_sizes, sizes_in_words, untried_in_words
 
 
 class StructureError(EquivalenceError):
@@ -216,7 +216,7 @@ class _Comparison:
         self.symbols: dict[sympy.Basic, sympy.Basic] = {}
         """What the open sizes of the smaller model's program are in that of the dense one."""
         self.fixed: dict[sympy.Basic, sympy.Basic] = {}
-        """Open sizes of the dense program that the other one has a number for."""
+        """Open sizes of the dense program that can be but one number where both programs hold."""
         self.operators = self.numbers = 0
         self.minded = set[Node]()
         """Values of which a copy is another one."""
@@ -227,11 +227,15 @@ class _Comparison:
 
     def run(self) -> None:
         """Compare inputs, operators in the order in which they run, and outputs."""
-        for theirs, ours in zip(self.due.traced.standalone.inputs, self.made.inputs, strict=True):
+        dense = self.due.traced.standalone
+        only = only_sizes(dense, self.made)
+        for name, theirs, ours in zip(
+            dense.input_names, dense.inputs, self.made.inputs, strict=True
+        ):
             if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
-                for size, other in zip(theirs.shape, ours.shape, strict=True):
-                    self._bind(expression(size), expression(other))
-        if self.due.traced.standalone.structure != self.made.structure:
+                for dim, pair in enumerate(zip(theirs.shape, ours.shape, strict=True)):
+                    self._bind(*map(expression, pair), only.get(f"{name}.shape[{dim}]"))
+        if dense.structure != self.made.structure:
             raise StructureError(
                 "the smaller model's output has another structure than the dense one's"
             )
@@ -247,12 +251,14 @@ class _Comparison:
             module = f"module {name!r}" if name else "the model"
             raise StructureError(f"{module} {said}: {self.differences[0][1]}", by_module)
 
-    def _bind(self, size: sympy.Basic, other: sympy.Basic) -> None:
-        """Note that a size of an input of both programs is the same."""
+    def _bind(self, size: sympy.Basic, other: sympy.Basic, only: int | None) -> None:
+        """Note that a size of an input of both programs is the same, and what alone it can be."""
         if other.is_Symbol and other not in self.symbols:
             self.symbols[other] = size
         elif size.is_Symbol and size != (known := other.xreplace(self.symbols)):
             self.fixed[size] = known
+        if size.is_Symbol and only is not None:
+            self.fixed[size] = sympy.Integer(only)
 
     def _graphs(self, due: Graph, made: Graph) -> None:
         """Compare two graphs, which lose what nobody reads."""
@@ -338,10 +344,18 @@ class _Comparison:
         if not isinstance(node.meta.get("val"), Tensor):
             return None
         if node.graph is self.made.module.graph:
-            return [expression(size) for size in node.meta["val"].shape]
+            return [self._made(size) for size in node.meta["val"].shape]
         if node not in self.due.origins:
             return None
-        return [expression(one).xreplace(self.fixed) for one in open_shape(self.due, node)]
+        return [self._due(size) for size in open_shape(self.due, node)]
+
+    def _due(self, size: Any) -> Any:
+        """Return a number of the dense program, in open sizes of its inputs."""
+        return expression(size).xreplace(self.fixed)
+
+    def _made(self, size: Any) -> Any:
+        """Return a number of the smaller model's program, in open sizes of the dense one's."""
+        return expression(size).xreplace(self.symbols).xreplace(self.fixed)
 
     def _seen(self, node: Node) -> Node:
         """Return the first value that a node cannot be told from."""
@@ -393,8 +407,7 @@ class _Comparison:
         one, other = (x.meta["val"] if isinstance(x, Node) else x for x in (due, made))
         if isinstance(one, _PLAIN) and isinstance(other, _PLAIN):
             return repr(one) == repr(other)  # -0.0 is not 0.0, and 1 is not 1.0
-        first = expression(one).xreplace(self.fixed)
-        second = expression(other).xreplace(self.symbols).xreplace(self.fixed)
+        first, second = self._due(one), self._made(other)
         if free_unbacked_symbols(second):  # a number read from a tensor, whose name tells nothing
             return False
         conditions = isinstance(first, Boolean) or isinstance(second, Boolean)

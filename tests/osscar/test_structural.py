@@ -21,6 +21,8 @@ from transformers import (
     GPTBigCodeConfig,
     LlamaConfig,
     Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import graph
@@ -31,7 +33,7 @@ from osscar.network.modules import full_name
 from osscar.proof.equivalence import masked
 from osscar.proof.lineage import lineage_of
 from osscar.proof.plan import GroupPlan, PruningPlan
-from osscar.proof.sizes import sizes_in_words
+from osscar.proof.sizes import only_sizes, sizes_in_words
 from osscar.proof.structural import StructureError, dense_programs
 from osscar.shrinking import slice as slicing
 from osscar.shrinking.shrink import shrink
@@ -515,6 +517,30 @@ def test_one_unit_of_attention_is_proved(family, pairs, attention, monkeypatch):
     assert [group.units for group in groups] == [4 if pairs == 1 or "big" in family else pairs]
     plan = PruningPlan(tuple(GroupPlan.of(group, (1,)) for group in groups))
     assert shrink(model, plan, [inputs]).certificate.structure is not None
+
+
+@pytest.mark.slow
+def test_one_head_is_proved_for_one_token_too():
+    """Whose only length is a number to the dense program, and to that of one head an open size."""
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 12, "d_kv": 4, "num_layers": 1}
+    config = T5Config(**sizes, num_heads=4, decoder_start_token_id=1)
+    model = T5ForConditionalGeneration(config).eval()
+    inputs = {name: torch.arange(14).view(2, 7) for name in ("input_ids", "decoder_input_ids")}
+    groups = [g for g in graph.trace(model, inputs).prunable if g.kind is graph.UnitKind.HEADS]
+    plan = PruningPlan(tuple(GroupPlan.of(group, (3,)) for group in groups[:1]))
+    with pytest.warns(UserWarning, match="nothing is proved for decoder_input_ids of size 1"):
+        found = shrink(model, plan, [inputs]).certificate.structure
+    assert [" one token," in size for size in found.sizes] == [False, True]
+
+
+def test_sizes_that_can_be_but_one_number():
+    ids, x = torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 3)
+    programs = [
+        SimpleNamespace(input_names=("ids", "x"), inputs=(ids, x), sizes=Sizes({}, guards))
+        for guards in (("1 >= ids.shape[1]", "x.shape[0] > 2"), ("x.shape[0] * x.shape[0] < 16",))
+    ]
+    assert only_sizes(programs[0]) == {"ids.shape[1]": 1}
+    assert only_sizes(*programs) == {"ids.shape[1]": 1, "x.shape[0]": 3}
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
