@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args, get_origi
 from annotated_types import Interval
 
 from osscar.base.errors import OptionError, OsscarError
-from osscar.base.files import digest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -144,7 +144,7 @@ NATS, RELATIVE = "nats", "relative"
 
 @dataclass(frozen=True)
 class OwnDistance:
-    """A distance that the caller's code measures; `source` is its name, with its file's digest.
+    """A distance that the caller's code measures; `source` is its name, with that of its file.
 
     The function is called with what the smaller model returns for a batch, what the dense one
     does, and the batch, a dict of tensors by argument name.  It returns one number a sample,
@@ -156,16 +156,14 @@ class OwnDistance:
     source: str
 
     @classmethod
-    def of(cls, function: Callable[..., Any], name: str = "") -> OwnDistance:
-        """Name a function, after its file if it has one."""
-        known = name or getattr(function, "__qualname__", type(function).__name__)
+    def of(cls, function: Callable[..., Any]) -> OwnDistance:
+        """Name a function as one gives it in this directory, after its file if it has one."""
+        known = getattr(function, "__qualname__", type(function).__name__)
         try:
-            file = Path(inspect.getsourcefile(inspect.unwrap(function)) or "")
-            content = file.read_bytes()
-        except (TypeError, OSError):  # built in, an object, or typed into a prompt
-            return cls(function, known)
-        source = f"{file.name}:{known.rpartition(':')[2]} (sha256 {digest(content)[:16]})"
-        return cls(function, source)
+            file = inspect.getsourcefile(inspect.unwrap(function)) or ""
+        except TypeError:  # built in, or an object
+            file = ""
+        return cls(function, f"{os.path.relpath(file)}:{known}" if os.path.isfile(file) else known)
 
     def __str__(self) -> str:
         return self.source
@@ -175,21 +173,51 @@ def read_distance(value: Any) -> Any:
     """Read ``"nats"``, ``"relative"``, ``"file.py:function"``, or a function."""
     if isinstance(value, OwnDistance) or (isinstance(value, str) and value in (NATS, RELATIVE)):
         return value
-    function, name = value, ""
+    function = value
     if isinstance(value, str) and ":" in value:
         from solvers.own_code import importable, imported  # loads torch
 
         with importable(value):
-            function, name = imported(value, OptionError), value
+            function = imported(value, OptionError)
     if not callable(function):
         raise ValueError(
             "give 'nats', 'relative', file.py:function, or a function of (outputs, dense outputs, "
             "batch) that returns one number a sample"
         )
-    return OwnDistance.of(function, name)
+    return OwnDistance(function, value) if isinstance(value, str) else OwnDistance.of(function)
 
 
 AnyDistance: TypeAlias = str | Callable[..., Any] | OwnDistance | None
 """What `read_distance` takes, or nothing."""
 
 DistanceOption: TypeAlias = Annotated[AnyDistance, Read(read_distance)]
+
+
+# ---- files of code in settings that are kept ---------------------------------------------
+
+
+_CODE = ("backend", "distance")
+"""Settings that may be ``file.py:name``."""
+
+
+def opened_from(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings whose files of code, named as in a folder, open from anywhere."""
+    return _with_files(settings, lambda file: folder / file.expanduser())
+
+
+def named_from(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a document for a folder, in which files of code that open from anywhere are named."""
+    place = folder.expanduser().resolve()
+
+    def named(file: Path) -> str:
+        return os.path.relpath(file.resolve(), place) if file.is_absolute() else str(file)
+
+    return {**document, "settings": _with_files(document["settings"], named)}
+
+
+def _with_files(settings: Mapping[str, Any], named: Callable[[Path], Any]) -> dict[str, Any]:
+    def changed(value: Any) -> Any:
+        file, _, own = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        return f"{named(Path(file))}:{own}" if file.endswith(".py") else value
+
+    return {name: changed(one) if name in _CODE else one for name, one in settings.items()}

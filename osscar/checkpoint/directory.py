@@ -342,7 +342,7 @@ def model_card(
         made=list(_made(model, lineage, pruning)),
         divergence=pruning.get("divergence"),
         judged=pluralize(held, "held-out sample") if held else "calibration data",
-        recovery=report["recovery"] if recovers else None,
+        recovery=report.get("recovery") if recovers else None,
     )
     return card
 

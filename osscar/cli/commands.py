@@ -21,6 +21,7 @@ from cyclopts.config import Dict
 
 from osscar import __version__
 from osscar.base.errors import OptionError, first_line
+from osscar.base.inputs import opened_from
 from osscar.base.process import handling, unwinds
 from osscar.base.timing import Stage, profiled, timed
 from osscar.cli.common import err
@@ -75,7 +76,7 @@ def _options(path: Path) -> dict[str, Any]:
         raise OptionError(f"{path} holds no options by name; write lines such as sparsity = 0.3")
     if str(found.get("schema", "")).startswith(_REPORT):
         try:
-            found = _of_report(found)
+            found = _of_report(found, path.parent)
         except (LookupError, TypeError, AttributeError) as error:
             raise OptionError(f"{path} is no report of a run: {first_line(error)}") from error
     known = {name.replace("_", "-"): value for name, value in found.items()}
@@ -84,9 +85,10 @@ def _options(path: Path) -> dict[str, Any]:
     return known
 
 
-def _of_report(report: dict[str, Any]) -> dict[str, Any]:
+def _of_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the options of a run that are not empty, and how its samples were drawn."""
-    settings, drawn, recovery = report["settings"], report["calibration"], report.get("recovery")
+    settings = opened_from(report["settings"], folder.absolute())
+    drawn, recovery = report["calibration"], report.get("recovery")
     asked = {**settings, **{name: drawn.get(name) for name in ("samples", "seqlen")}}
     if recovery:
         asked |= {"recover": True, "recover_steps": recovery["settings"]["steps"]}

@@ -20,6 +20,7 @@ from osscar import __version__
 from osscar.base import files
 from osscar.base.errors import BusyError, OptionError, OsscarError, OutputError, RanksError
 from osscar.base.files import file_target, resolved
+from osscar.base.inputs import named_from
 from osscar.base.printable import capitalized, printable
 from osscar.report.sections import Section
 from osscar.report.shown import print_section
@@ -111,7 +112,8 @@ def document(kind: str, version: int, content: Mapping[str, Any]) -> dict[str, A
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write a document whole or not at all; nothing if `path` is None."""
     if path is not None:
-        files.write_json(path, content)
+        known = named_from(content, path.parent) if "settings" in content else content
+        files.write_json(path, known)
 
 
 def check_json_path(

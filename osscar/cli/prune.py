@@ -9,6 +9,7 @@ from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.files import resolved
+from osscar.base.inputs import named_from
 from osscar.base.ranks import together
 from osscar.base.timing import Stage, timed
 from osscar.checkpoint.directory import SavedCheckpoint, renew_report
@@ -144,7 +145,8 @@ def _saved(
         saved = result.save(path, tokenizer=loaded.companion, report=content, overwrite=overwrite)
     with timed(Stage.REPORT):  # whatever becomes of it, the model is saved
         content |= measured(loaded.model, result.model, data)
-        renew_report(saved, content, prune_page(content, saved.path.name))
+        report = named_from(content, saved.path)
+        renew_report(saved, report, prune_page(report, saved.path.name))
     write_copy(options, content, saved)
     return content, saved
 

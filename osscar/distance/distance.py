@@ -21,7 +21,7 @@ from graph.tracing.preserve import without_cache
 from osscar.base.errors import NonFiniteError, OptionError
 from osscar.base.inputs import NATS, RELATIVE, AnyDistance, OwnDistance, safe_repr
 from osscar.base.json_files import STRICT
-from osscar.base.printable import listed, pluralize
+from osscar.base.printable import listed, pluralize, published
 from osscar.base.ranks import ALONE, Ranks
 from osscar.data.batches import ModelInputs
 from osscar.data.reader import Batch, to_model
@@ -128,7 +128,7 @@ class Distance:
         model from itself is not zero.
         """
         if isinstance(asked, OwnDistance):
-            own = cls(inputs, Compared("own", asked.source, _GIVEN), function=asked)
+            own = cls(inputs, Compared("own", published(asked.source), _GIVEN), function=asked)
             result = _run(dense, batch, source=inputs.source)
             zero = own.each(result, fresh(result), batch).abs().max()
             if not zero <= _ZERO:

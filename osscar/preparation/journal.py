@@ -45,7 +45,7 @@ def own_code(*code: Any) -> dict[str, str]:
     """Return the digests of files of a user's own code, of a backend, a model or a function."""
     found: dict[str, set[str]] = {}
     for one in code:
-        for name, digest in source_digests(one).items():
+        for name, digest in source_digests(getattr(one, "function", one)).items():
             found.setdefault(f"the content of {name}", set()).add(digest[:16])
     return {name: " ".join(sorted(digests)) for name, digests in found.items()}
 

@@ -16,6 +16,7 @@ from osscar import __version__
 from osscar.allocation.limits import Budget
 from osscar.allocation.task import SkippedGroup
 from osscar.base.errors import EquivalenceError, first_line
+from osscar.base.inputs import named_from, opened_from
 from osscar.base.memory import attempt
 from osscar.base.printable import pluralize, published
 from osscar.checkpoint import directory as checkpoint
@@ -137,7 +138,7 @@ class PruningResult(Shown):
             "schema": _SCHEMA,
             "osscar_version": __version__,
             "model": lineage_of(self.model).source or type(self.model).__name__,
-            "settings": self.request.to_json(),
+            "settings": opened_from(self.request.to_json(), Path.cwd()),
             "form": str(self.form),
             "own_code": builder_of(self.model) is None,
             "inputs": _as_json(self.plan.traced),
@@ -213,11 +214,13 @@ class PruningResult(Shown):
         self.check_tested()
         document = {} if report is None else report
         is_run = document.get("schema") == _SCHEMA
+        if is_run:
+            document = named_from(document, Path(directory))
         return checkpoint.save(
             self.model,
             directory,
             tokenizer=tokenizer,
-            report=report,
+            report=report and document,
             page=prune_page(document, Path(directory).name) if is_run else None,
             dtype=dtype,
             overwrite=overwrite,

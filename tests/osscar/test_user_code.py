@@ -1,5 +1,6 @@
 """Models of a user's own code: importing it, and telling what is wrong with it."""
 
+import json
 import os
 import pickle
 import sys
@@ -11,8 +12,12 @@ from torch import nn
 import osscar
 import solvers
 from osscar.base.errors import ModelError
+from osscar.cli.commands import app
+from osscar.cli.options import request_of
 from osscar.models.load import load_model
-from solvers.own_code import imported
+from osscar.preparation.journal import own_code
+from osscar.request import PruningRequest
+from solvers.own_code import importable, imported
 from tests.graph.topologies import network
 
 NET = """
@@ -27,6 +32,7 @@ def net(channels=3):
     )
 """
 MINE = """
+import json
 import sys
 import torch
 from torch import nn
@@ -173,3 +179,46 @@ def test_a_backend_of_ones_own_is_named_as_models_are(tmp_path, monkeypatch, run
     assert "own/mine.py:First" in (tmp_path / "study" / "report.html").read_text()
     with pytest.raises(solvers.BackendError, match=r"ZeroDivisionError.*line 1 of .*broken\.py"):
         solvers.make_backend("broken.py:First")
+
+
+# ---- a run with code of one's own is repeated ---------------------------------------------
+
+OWN = "def far(found, dense, batch):\n    return (found - dense).square().flatten(1).mean(1)\n"
+
+
+def repeated(report, monkeypatch):
+    """The request that `osscar prune` makes of a report."""
+    asked = []
+    monkeypatch.setattr("osscar.cli.commands._run", lambda *words: asked.append(words[-1]))
+    app(["prune", "demo", "--config", str(report), "--out", "x"])
+    return request_of(asked[0], PruningRequest)
+
+
+@pytest.mark.parametrize("given", ["name", "absolute", "function"])
+def test_a_report_names_code_so_that_it_opens_from_any_directory(given, tmp_path, monkeypatch):
+    for folder in ("own", "elsewhere", "runs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "own" / "mine.py").write_text(BACKEND)
+    (tmp_path / "own" / "scores.py").write_text(SCORES)
+    (tmp_path / "own" / "far.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    place = {"name": "own", "absolute": str(tmp_path / "own"), "function": "own"}[given]
+    distance = f"{place}/far.py:far"
+    if given == "function":
+        with importable(distance):
+            distance = imported(distance, ModelError)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    asked = {"neurons": 4, "backend": f"{place}/mine.py:First", "device": "cpu"}
+    result = osscar.prune(model, torch.randn(64, 4), distance=distance, **asked)
+    result.save("runs/small", report=result.record())
+    report = tmp_path / "runs" / "small" / "osscar_report.json"
+    for file in ("osscar_report.json", "report.html", "README.md"):
+        assert str(tmp_path) not in (report.parent / file).read_text()
+    assert json.loads(report.read_text())["settings"]["distance"] == "../../own/far.py:far"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = repeated(report, monkeypatch)
+    here = torch.ones(2, 3)
+    assert found.distance.function(here, here - 1, {}).tolist() == [1, 1]
+    assert found.backend == str(tmp_path / "runs" / "small" / "../../own/mine.py:First")
+    assert solvers.make_backend(found.backend).select
+    assert own_code(found.distance) == own_code(result.request.distance) != {}
