@@ -207,12 +207,12 @@ class PruningResult(Shown):
     ) -> SavedCheckpoint:
         """Write the smaller model; see `osscar.save`.
 
-        A report is written beside it as JSON; of one that `document` returned, also as a page, and
-        in the model card.  Of a quality target, only the weights that passed the test are written:
-        others are an EquivalenceError.
+        A report, by default the `record`, is written beside it as JSON; of one that `document`
+        returned, also as a page, and in the model card.  Of a quality target, only the weights that
+        passed the test are written: others are an EquivalenceError.
         """
         self.check_tested()
-        document = {} if report is None else report
+        document = self.record() if report is None else report
         is_run = document.get("schema") == _SCHEMA
         if is_run:
             document = named_from(document, Path(directory))
@@ -220,7 +220,7 @@ class PruningResult(Shown):
             self.model,
             directory,
             tokenizer=tokenizer,
-            report=report and document,
+            report=document,
             page=prune_page(document, Path(directory).name) if is_run else None,
             dtype=dtype,
             overwrite=overwrite,

@@ -229,3 +229,19 @@ def test_models_that_are_swapped_are_not_recovered():
             ModelError, match="the second model is the smaller one, or was pruned more often"
         ):
             osscar.recover(larger, smaller, X, steps=4)
+
+
+@pytest.mark.parametrize("name", ["llama", "own code"])
+def test_what_python_saves_tells_how_much_left_unless_another_report_is_given(name, runs, tmp_path):
+    result = runs[name].result
+    result.save(tmp_path / "small")
+    report = json.loads((tmp_path / "small" / "osscar_report.json").read_text())
+    assert report["layers"] == json.loads(json.dumps(result.record()["layers"]))
+    assert (tmp_path / "small" / "report.html").is_file()
+    removed = 1 - result.parameters_after / result.parameters_before
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f" without {removed:.1%} of its parameters" in card
+    assert "neurons 1/2" in card or "neurons 4" in card  # what was asked for
+    result.save(tmp_path / "other", report={"mine": 1})
+    assert json.loads((tmp_path / "other" / "osscar_report.json").read_text()) == {"mine": 1}
+    assert not (tmp_path / "other" / "report.html").exists()
