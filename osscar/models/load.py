@@ -27,7 +27,7 @@ from osscar.data.preprocessing import (
 from osscar.data.reader import TOKENS, Batch, Reader, to_model
 from osscar.models.libraries import fill, load_of_library, preprocessing_of, read_state
 from osscar.models.loaded import LoadedModel
-from osscar.models.names import DEMO, LIBRARIES, ModelKind, directory_of, kind_of
+from osscar.models.names import DEMO, LIBRARIES, ModelKind, at_revision, directory_of, kind_of
 from osscar.models.pretrained import class_names, image_processor, load_language_model, transform_of
 from osscar.network.modules import check_finite_weights, check_usable, in_evaluation, uncompiled
 from osscar.network.tensor_files import read_headers
@@ -40,6 +40,7 @@ from solvers.own_code import blamed, importable, imported
 def load_model(
     name: str | Path,
     *,
+    revision: str | None = None,
     weights: str | Path | None = None,
     pretrained: bool = True,
     dense: str | None = None,
@@ -60,6 +61,9 @@ def load_model(
         own, ``module:function`` or ``file.py:function``, that returns a model, (model, example
         inputs), or (model, example inputs, transform).  The first that fits is taken: ``./demo`` is
         a directory.
+    revision
+        The branch, tag or commit of a Hugging Face id, which may also be in the name, as
+        ``ID@REVISION``.  Reports have the commit that was loaded.
     weights
         A ``.safetensors`` file, or a state dict that ``torch.load`` reads with ``weights_only``,
         alone or as the only one among the entries of a dictionary, for a model of torchvision, timm
@@ -101,7 +105,7 @@ def load_model(
         If weights are left out, or are one entry of their file, or the tokenizer has far fewer
         tokens than the model.
     """
-    text = os.fspath(name)
+    text = os.fspath(name) if revision is None else at_revision(os.fspath(name), revision)
     stated = None if preprocessing is None else as_preprocessing(preprocessing, "the caller")
     target = resolve_device(device)
     number_format = resolve_dtype(dtype, target)

@@ -26,7 +26,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from osscar.base import timing
-from osscar.base.errors import FileError, ModelError, OsscarError, first_line, optional
+from osscar.base.errors import (
+    FileError,
+    ModelError,
+    OptionError,
+    OsscarError,
+    first_line,
+    optional,
+)
 from osscar.base.files import cache_directory, file_digest, temporary_sibling
 from osscar.base.json_files import read_json
 from osscar.base.memory import attempt
@@ -140,8 +147,8 @@ DEMO_CALIBRATION, DEMO_HELD_OUT = (
 _REGISTERED = (DEMO, *PACKAGED_MODELS)
 """Names that stand for what comes with OSSCAR."""
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-"""What ids of the hub look like; only old ones have no owner in front."""
+_HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w.-]+)?)(?:@([\w./-]+))?")
+"""What ids of the hub look like, perhaps at a revision; only old ones have no owner in front."""
 
 _HUB_TEXT = [
     f"*.{end}" for end in ("json", "txt", "model", "jinja", "py", "tiktoken", "bpe", "codes")
@@ -184,8 +191,8 @@ def kind_of(name: str | Path) -> ModelKind:
     """Tell what a name stands for; nothing is built.
 
     Names of models that come with OSSCAR or a library come before directories, which are meant by
-    ``./demo``.  The files of an id of the hub are fetched but for its weights, as its config tells
-    what the model reads.
+    ``./demo``, and so are those with an ``@`` in them.  The files of an id of the hub, perhaps
+    ``ID@REVISION``, are fetched but for its weights, as its config tells what the model reads.
 
     Examples
     --------
@@ -236,8 +243,10 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
         raise ModelError(f"{name!r} is a file; give {give}")
     nor = ""
     try:
-        if _HUB_ID.fullmatch(name):
-            return _fetched(name, weights), f"Hugging Face {name}"
+        if found := _HUB_ID.fullmatch(name):
+            path = _fetched(found[1], found[2], weights)
+            commit = f"@{path.name}" if path.parent.name == "snapshots" else ""
+            return path, f"Hugging Face {found[1]}{commit}"
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         nor = ", and the Hugging Face hub does not give a model of that name: "
         nor += f"{first_line(error):.300}"
@@ -247,9 +256,23 @@ def directory_of(name: str, *, weights: bool = True) -> tuple[Path, str]:
     )
 
 
+def at_revision(name: str, revision: str) -> str:
+    """Return the name of a model of the hub at a branch, a tag or a commit."""
+    local = name in _REGISTERED or os.path.exists(os.path.expanduser(name))
+    both = f"{name}@{revision}"
+    if local or "@" in name or not _HUB_ID.fullmatch(both):
+        raise OptionError(
+            f"revision is {revision!r}, and {name!r} is no Hugging Face id, which alone has "
+            "revisions; omit it"
+        )
+    return both
+
+
 @functools.cache
-def _fetched(name: str, weights: bool) -> Path:
+def _fetched(name: str, revision: str | None, weights: bool) -> Path:
     """Return the files of an id of the hub: of its newest version, or those fetched before."""
     wanted = _HUB_FILES if weights else _HUB_TEXT
     ignored = ["*/*", "consolidated*"]  # other formats, and the same weights once more
-    return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored)
+    )

@@ -135,7 +135,8 @@ def test_a_classifier_in_a_directory_is_saved_and_scored_by_name(vit, tmp_path):
 def test_an_id_of_the_hub_is_a_directory_that_is_fetched(vit, monkeypatch):
     asked = []
 
-    def download(name, allow_patterns, ignore_patterns):
+    def download(name, revision, allow_patterns, ignore_patterns):
+        assert revision is None
         asked.append((name, any(fnmatch("model.safetensors", one) for one in allow_patterns)))
         assert not any(fnmatch("pytorch_model.bin", one) for one in allow_patterns)
         return str({"someone/a-vit": vit, "someone/an-opt": DEMO_DIRECTORY}[name])
