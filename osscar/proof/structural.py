@@ -233,8 +233,9 @@ class _Comparison:
             dense.input_names, dense.inputs, self.made.inputs, strict=True
         ):
             if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
-                for dim, pair in enumerate(zip(theirs.shape, ours.shape, strict=True)):
-                    self._bind(*map(expression, pair), only.get(f"{name}.shape[{dim}]"))
+                for dim, (size, other) in enumerate(zip(theirs.shape, ours.shape, strict=True)):
+                    alone = only.get(f"{name}.shape[{dim}]")
+                    self._bind(expression(size), expression(other), alone)
         if dense.structure != self.made.structure:
             raise StructureError(
                 "the smaller model's output has another structure than the dense one's"
