@@ -376,40 +376,46 @@ def drawn(seed: int, all_of: list[Any]) -> Program:
     torch.manual_seed(seed)
     program = Program(rng.choice((4, 6, 8, 12))).double().eval()
     makers = (_called, _called, _called, _drawn_layer, _moved, _moved)
-    wanted = rng.randint(1, 5)
+    wanted, values = rng.randint(1, 5), _values(program)
     for _ in range(60):
         if len(program.steps) == wanted:
             break
         kept = len(program.said), len(program.layers), len(program.tensors)
         try:
             with torch.no_grad():
-                values = [program.enter(inputs(*EXAMPLE))]
-                for step in program.steps:
-                    values.append(step(program, values))
                 made = rng.choice(makers)(rng, program, values, all_of)
+                program.steps.append(_as_float(made))
                 program.eval()
-                result = made(program, [*values[:-1], values[-1].clone()])
-            if not isinstance(result, Tensor) or result.is_complex():
-                raise Unfit("no tensor of real numbers")
-            if not (result.numel() and result.double().abs().max() < MOST):
+                tried = _values(program)
+            if not tried[-1].numel() or not tried[-1].abs().max() < MOST:
                 raise Unfit("numbers that are not finite, or large")
         except (Unfit, RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
-            del program.said[kept[0] :]
+            del program.said[kept[0] :], program.steps[len(values) - 1 :]
             program.layers = program.layers[: kept[1]]
             program.tensors = nn.ParameterList([*program.tensors][: kept[2]])
             continue
-        program.steps.append(_as_float(made))
-    with torch.no_grad():
-        values = [program.enter(inputs(*EXAMPLE))]
-        for step in program.steps:
-            values.append(step(program, values))
+        values = tried
     if values[-1].dim():
         program.leave = nn.Linear(values[-1].shape[-1], 5).double()
     return program.eval()
 
 
+@torch.no_grad()
+def _values(program: Program) -> list[Tensor]:
+    values = [program.enter(inputs(*EXAMPLE))]
+    for step in program.steps:
+        values.append(step(program, values))
+    return values
+
+
 def _as_float(step: Step) -> Step:
-    return lambda net, values: step(net, values).to(torch.float64)
+    def real(net: Program, values: list[Tensor]) -> Tensor:
+        result = step(net, values)
+        if not isinstance(result, Tensor) or result.is_complex():
+            raise Unfit("no tensor of real numbers")
+        return result.to(torch.float64)
+
+    return real
 
 
 @dataclass
