@@ -25,7 +25,9 @@ from torch.utils import _pytree as pytree
 import graph
 from osscar.base.errors import CheckpointError, EquivalenceError, OsscarError, warn
 from osscar.base.memory import attempt
+from osscar.base.printable import listed
 from osscar.checkpoint.builders import builder_of, cast
+from osscar.checkpoint.left_behind import Left, left_behind
 from osscar.checkpoint.reading import load
 from osscar.checkpoint.streamed import read_streamed
 from osscar.checkpoint.validation import vocabulary_of
@@ -57,6 +59,7 @@ class Task:
     kind: The class of transformers that reads it, beside `osscar.load`; None if that alone does.
     dense: For code of a user's own, the dense model with any weights.
     ceiling: How much memory may be taken; None for what is read whole.
+    ran: Whether passes may have left in the dense model what one that is built anew does not have.
     """
 
     directory: Path
@@ -64,6 +67,7 @@ class Task:
     dense: nn.Module | None
     ceiling: int | None
     device: torch.device
+    ran: bool
     expected: Expected
 
     def check(self) -> None:
@@ -77,6 +81,29 @@ class Task:
             ) from tried.error
         for outputs, digests in found:
             self.expected.compare(outputs, digests)
+        if self.ran and self.dense is not None and self.expected.inputs:
+            self._check_new(self.dense, self.expected.inputs)
+
+    def _check_new(self, dense: nn.Module, inputs: tuple[Inputs, ...]) -> None:
+        """Compare what is read with a dense model in which no pass has left anything."""
+        given = pytree.tree_map_only(Tensor, lambda x: x.to(device_of(dense)), inputs)
+        left = left_behind(dense, given)
+        differing = [one for one in left if self._differs(dense, [one])]
+        if differing or (left and self._differs(dense, left)):
+            raise EquivalenceError(
+                f"a pass before the pruning has left {listed(list(map(str, differing or left)))}, "
+                "and a new dense model, which has not run, comes to other outputs; prune one that "
+                "has not run"
+            )
+
+    def _differs(self, dense: nn.Module, left: Sequence[Left]) -> bool:
+        new = copied(dense)
+        for one in left:
+            one.remove(new)
+        with attempt() as tried:  # the code may be anyone's
+            model = load(self.directory, dtype=torch.float32, dense=new).to(self.device)
+            self.expected.compare(*self.expected.found_in(model, self.device))
+        return tried.failed
 
     def _models(self) -> Iterator[nn.Module]:
         dtype = torch.float32
@@ -280,7 +307,8 @@ def read_back(model: nn.Module, path: Path, kind: str | None, expected: Expected
     cache, kind = weight_cache(model), kind if hasattr(transformers, str(kind)) else None
     dense = _dense_of(model) if cache is None and builder_of(model) is None else None
     ceiling = None if cache is None else cache.ceiling
-    task = Task(path, kind, dense, ceiling, device_of(model), expected)
+    ran = not lineage_of(model).source  # else whoever reads it has the code that builds it
+    task = Task(path, kind, dense, ceiling, device_of(model), ran, expected)
     try:
         try:
             elsewhere(task, model)

@@ -24,7 +24,7 @@ Attribute: TypeAlias = tuple[str, str]
 """The name of a module, and of one of its attributes or buffers."""
 
 _MISSING = object()
-_CONTAINERS = (dict, list, set)
+CONTAINERS = (dict, list, set)
 _OWN = frozenset(vars(nn.Module()))
 """What every module has, such as its tables of parameters and hooks."""
 
@@ -46,9 +46,8 @@ class ModelState:
     def _attributes(self) -> Iterator[tuple[Attribute, Any]]:
         """Yield what modules hold now, but for parameters and modules."""
         for name, module in self._modules.items():
-            for key, value in {**vars(module), **module._buffers}.items():
-                if key not in _OWN:
-                    yield (name, key), value
+            for key, value in attributes_of(module).items():
+                yield (name, key), value
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -60,7 +59,7 @@ class ModelState:
         containers = [
             (attribute, value, items_of(value))
             for attribute, (value, _) in self._held.items()
-            if isinstance(value, _CONTAINERS)
+            if isinstance(value, CONTAINERS)
         ]
         values = dict(self._attributes())
         buffers = (buffer for module in names for buffer in module.buffers(recurse=False))
@@ -97,7 +96,7 @@ class ModelState:
                 continue
             if isinstance(model, GraphModule) and key not in module._buffers:
                 continue  # a program has no other attributes that passes write
-            store = _store(module, key)
+            store = store_of(module, key)
             if (name, key) not in self._held:
                 store.pop(key, None)
                 continue
@@ -106,7 +105,7 @@ class ModelState:
             if isinstance(now, Tensor) and isinstance(first, Tensor) and now.shape == first.shape:
                 with torch.no_grad():
                     now.copy_(first)
-            elif isinstance(now, _CONTAINERS) and type(now) is type(first):
+            elif isinstance(now, CONTAINERS) and type(now) is type(first):
                 refill(now, items_of(first))  # others may hold the same one
             else:
                 store[key] = _copied(first)
@@ -135,7 +134,7 @@ class PassState:
             value
             for module in modules.values()
             for key, value in vars(module).items()
-            if key not in _OWN and isinstance(value, _CONTAINERS)
+            if key not in _OWN and isinstance(value, CONTAINERS)
         ]
         self._initial = self._read()
 
@@ -149,7 +148,7 @@ class PassState:
         """Write values, as `take` returned them."""
         rest = iter(values)
         for module, key in self._attributes:
-            store, value = _store(module, key), next(rest)
+            store, value = store_of(module, key), next(rest)
             store[key] = value
             if value is _MISSING:
                 del store[key]
@@ -161,13 +160,19 @@ class PassState:
 
     def _read(self) -> list[Any]:
         return [
-            *(_store(module, key).get(key, _MISSING) for module, key in self._attributes),
+            *(store_of(module, key).get(key, _MISSING) for module, key in self._attributes),
             *(items_of(container) for container in self._containers),
             *(buffer.clone() for buffer in self._buffers),
         ]
 
 
-def _store(module: nn.Module, key: str) -> dict[str, Any]:
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds, but for parameters and modules."""
+    held = {**vars(module), **module._buffers}
+    return {key: value for key, value in held.items() if key not in _OWN}
+
+
+def store_of(module: nn.Module, key: str) -> dict[str, Any]:
     """Return which of a module's tables holds an attribute."""
     tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
     return next((table for table in tables if key in table), vars(module))
@@ -177,7 +182,7 @@ def _copied(value: Any) -> Any:
     """Return what a value is now, should something be written to it."""
     if isinstance(value, Tensor):
         return value if value.is_inference() else value.detach().clone()
-    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+    return copy.copy(value) if isinstance(value, CONTAINERS) else value
 
 
 def version_of(tensor: Tensor) -> int:

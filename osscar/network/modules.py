@@ -180,9 +180,15 @@ _LIBRARIES = frozenset(
 )
 
 
+def own_classes(module: nn.Module) -> list[type]:
+    """Return the classes of a user's own that a module is of."""
+    kinds = type(module).__mro__
+    return [kind for kind in kinds if kind.__module__.split(".")[0] not in _LIBRARIES]
+
+
 def own_methods(model: nn.Module) -> tuple[str, ...]:
     """Return what a class of a user's own does besides `forward`, such as `generate`."""
-    own = [kind for kind in type(model).__mro__ if kind.__module__.split(".")[0] not in _LIBRARIES]
+    own = own_classes(model)
     names = (name for kind in own for name, one in vars(kind).items() if inspect.isfunction(one))
     return tuple(
         name

@@ -96,12 +96,54 @@ def test_what_passes_of_a_run_keep_in_modules_is_in_no_smaller_model(kind, tmp_p
     torch.testing.assert_close(again(X), result.model(X))
 
 
-def test_a_number_of_an_earlier_pass_is_seen_when_the_checkpoint_is_read(tmp_path):
-    net = Lazy()
+class InDict(Net):
+    def __init__(self):
+        super().__init__()
+        self.known = {}
+
+    def norm(self, h):
+        return self.known.setdefault("norm", h.shape[-1]) ** 0.5
+
+
+class ByName(Net):
+    def norm(self, h):
+        if not hasattr(self, "width") or self.width is None:
+            setattr(self, "width", torch.tensor(float(h.shape[-1])))  # noqa: B010
+        return self.width**0.5
+
+
+class Counts(Net):
+    """Keeps what changes no output, or is no pass's."""
+
+    def __init__(self, count=5):
+        super().__init__()
+        self.count, self.seen = count, None
+
+    def norm(self, h):
+        if self.count is None:
+            self.count = h.shape[-1]
+        self.seen = len(h)
+        return self.count**0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [(Lazy, "count = 32"), (InDict, "known = {'norm': 32}"), (ByName, "width =")]
+)
+def test_what_an_earlier_pass_has_left_is_not_saved(kind, named, tmp_path):
+    net = nn.Sequential(nn.Identity(), kind())
     net(X)
-    saved = osscar.prune(net, X, **FEW).save(tmp_path / "small")
-    with pytest.raises(CheckpointError, match="differ from those of the model"):
-        osscar.load(saved.path, dense=Lazy())
+    result = osscar.prune(net, X, **FEW)
+    with pytest.raises(EquivalenceError, match=rf"was not kept: .* left {named}.* in module '1'"):
+        result.save(tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_passes_leave_is_saved_where_a_new_model_computes_the_same(tmp_path):
+    net = Counts()
+    net(X)
+    result = osscar.prune(net, X, **FEW)
+    again = osscar.load(result.save(tmp_path / "small").path, dense=Counts())
+    torch.testing.assert_close(again(X), result.model(X))
 
 
 def test_other_code_is_refused_in_every_number_format(tmp_path):
