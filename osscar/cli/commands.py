@@ -107,8 +107,14 @@ def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[Swee
     """Return the request (or its `ArgumentsAlone`) at the first point, and all points."""
     given = {kind: text for kind in BudgetKind if (text := getattr(options, kind)) is not None}
     lists = {kind: text for kind, text in given.items() if "," in text or len(given) == 1}
+    if not given:
+        raise OptionError(
+            "a sweep needs a list of values for a budget, and none is given; give one, such as "
+            f"--sparsity {BudgetKind.SPARSITY.examples} "
+            f"({', '.join(f'--{kind}' for kind in BudgetKind)})"
+        )
     if len(lists) != 1:
-        named = " and ".join(f"--{kind}" for kind in lists or given or BudgetKind)
+        named = " and ".join(f"--{kind}" for kind in lists or given)
         raise OptionError(
             f"{named}: a sweep goes over one of the budgets; give a list for one of them, such as "
             f"--sparsity {BudgetKind.SPARSITY.examples}, and single values for others"

@@ -52,6 +52,7 @@ def test_a_message_is_the_same_on_the_command_line_and_in_python(run):
 
 
 BEFORE_LOADING = {
+    "sweep": "a sweep needs a list of values for a budget, and none is given; give one, such as",
     "prune --memory 0.5": "give the context, too",
     "prune --max-top1-drop 2% --max-divergence 0.1": "takes one quality target",
     "prune": "nothing to prune: give a budget",
