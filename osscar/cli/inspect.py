@@ -10,7 +10,7 @@ import torch
 from graph import UnitKind
 from osscar.allocation.costs import Cost, count
 from osscar.allocation.task import PruningTask
-from osscar.base.errors import OptionError
+from osscar.base.errors import DataError, OptionError
 from osscar.base.files import write_bytes
 from osscar.base.printable import are, pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
@@ -18,6 +18,7 @@ from osscar.cli.opening import quiet, stated_preprocessing
 from osscar.cli.options import InspectOptions, refuse
 from osscar.data.batches import SAMPLES_AT_ONCE, WINDOWS_AT_ONCE
 from osscar.data.samples import SampleList, TensorSet
+from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.network.modules import count_parameters
@@ -98,27 +99,31 @@ def run(model: str, options: InspectOptions) -> None:
 
 def _data(loaded: LoadedModel, options: InspectOptions) -> Any:
     """Return inputs to prepare a model with: where it is timed, of the form of a batch."""
-    if loaded.example is None:
-        raise OptionError(
-            f"the inputs of {loaded.source} are not known: let the code return (model, example "
-            "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
-        )
+    example = loaded.example
+    if example is None:
+        try:
+            example = example_for(loaded.model)  # of the size in its config
+        except DataError:
+            raise OptionError(
+                f"the inputs of {loaded.source} are not known: let the code return (model, example "
+                "inputs), or give --image-size CxHxW, the channels first, such as 3x32x32"
+            ) from None
     if loaded.tokenizer is None:
         refuse(options, ("seqlen",), f"{loaded.source} reads no text; omit it")
     source = f"the example inputs of {loaded.source}"
-    lengths = {name: len(tensor) for name, tensor in loaded.example.items() if tensor.ndim}
-    differ = len(set(lengths.values())) > 1 or len(lengths) < len(loaded.example)
+    lengths = {name: len(tensor) for name, tensor in example.items() if tensor.ndim}
+    differ = len(set(lengths.values())) > 1 or len(lengths) < len(example)
     if differ and options.times:
         raise OptionError(
             f"--times takes batches, and {source} differ along the first dimension, as those of a "
             f"graph do ({lengths}); omit it"
         )
     if differ:
-        return SampleList(source, [loaded.example])
+        return SampleList(source, [example])
     if not options.times:
-        return TensorSet(source, loaded.example)
+        return TensorSet(source, example)
     if loaded.tokenizer is not None:
         windows = options.batch_size or WINDOWS_AT_ONCE
         return torch.zeros(windows, options.seqlen or loaded.window_length, dtype=torch.int64)
     rows = torch.arange(options.batch_size or SAMPLES_AT_ONCE)
-    return {name: tensor[rows % len(tensor)] for name, tensor in loaded.example.items()}
+    return {name: tensor[rows % len(tensor)] for name, tensor in example.items()}

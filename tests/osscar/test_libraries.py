@@ -1,12 +1,15 @@
 """Models of torchvision, timm and the hub that read images, by name."""
 
 import functools
+import json
+import shutil
 from fnmatch import fnmatch
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -152,3 +155,22 @@ def test_an_id_of_the_hub_is_a_directory_that_is_fetched(vit, monkeypatch):
     assert streamed.source == "Hugging Face someone/an-opt"
     both = ["someone/a-vit", "someone/an-opt"]
     assert asked == [(name, whole) for whole in (False, True) for name in both]
+
+
+@pytest.mark.parametrize("sides", [32, [32, 48]])
+def test_a_classifier_without_a_processor_is_inspected_at_the_size_of_its_config(
+    sides, vit, tmp_path, run
+):
+    place = tmp_path / "vit"
+    shutil.copytree(vit, place)
+    (place / "preprocessor_config.json").unlink()
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "image_size": sides}))
+    patches = 2 * 2 if sides == 32 else 2 * 3
+    table = "vit.embeddings.position_embeddings"
+    weights = load_file(place / "model.safetensors")
+    weights[table] = torch.zeros(1, 1 + patches, 16, dtype=torch.float16)
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    status, out, err = run("inspect", place)
+    assert (status, "heads" in out, "neurons" in out) == (0, True, True), err
+    assert run("inspect", place, "--times", "--batch-size", 2)[0] == 0
