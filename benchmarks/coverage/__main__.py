@@ -30,11 +30,11 @@ import torch
 import transformers
 
 from benchmarks.coverage import peer, row
-from benchmarks.coverage.case import Made, NotBuilt
 from benchmarks.coverage.lists import LISTS, SHEET
 from benchmarks.coverage.page import put_table, sheet
 from benchmarks.measuring import rows_in
 from osscar.base.files import write_json
+from tests.zoo.case import Made, NotBuilt
 
 SECONDS = 120
 """CPU time that either tool has for one model."""

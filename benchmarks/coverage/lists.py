@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage import images, shrunken
-from benchmarks.coverage.case import Inputs, Made, first_that_runs
 from tests.graph import blocks, topologies
 from tests.osscar import programs
 from tests.osscar.networks import small_net
+from tests.zoo import images, shrunken
+from tests.zoo.case import Inputs, Made, first_that_runs
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.coverage.case import Made
 from benchmarks.coverage.row import by_name
+from tests.zoo.case import Made
 
 
 def outcome(made: Made) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import graph
-from benchmarks.coverage.case import Inputs, Made
 from graph import CouplingGroup, DependencyGraph
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import OsscarError, first_line
@@ -28,6 +27,7 @@ from osscar.request import PruningRequest
 from osscar.run.chain import shrunk
 from osscar.run.feasibility import feasible_groups
 from tests.osscar.programs import without_units
+from tests.zoo.case import Inputs, Made
 
 ALLOWED = {"float64": 1e-4, "float32": 1e-3}
 """Largest difference in the comparison, as a share of the largest output; models round to float32

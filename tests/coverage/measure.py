@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 import graph
-from benchmarks.coverage.case import Inputs
 from benchmarks.coverage.row import half_of
 from graph import DependencyGraph
 from osscar.proof.equivalence import masked, proof_outputs
 from osscar.shrinking.shrink import Proof, shrink
+from tests.zoo.case import Inputs
 
 LEAST_EFFECT = 1e-4
 """How far masking has to move the outputs, as a share of the largest, for the proof to mean

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.coverage import row as rows
-from benchmarks.coverage import shrunken
 from benchmarks.coverage.lists import LISTS, SHEET
 from benchmarks.coverage.page import put_table, sheet
+from tests.zoo import shrunken
 
 _IDLE = "masking moves the outputs too little"
 

@@ -9,8 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import graph
-from benchmarks.coverage.case import Inputs
-from benchmarks.coverage.images import make_timm
 from graph.tracing.preserve import without_cache
 from osscar.allocation.costs import CountedCost, operations
 from osscar.data.reader import Reader
@@ -18,6 +16,8 @@ from osscar.network.operations import _passed_over as passed_over
 from osscar.network.operations import count_flops
 from osscar.shrinking.slice import slice_units
 from tests.zoo import transformers_case
+from tests.zoo.case import Inputs
+from tests.zoo.images import make_timm
 
 from .measure import half_of
 

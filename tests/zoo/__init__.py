@@ -12,10 +12,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from benchmarks.coverage import shrunken
-from benchmarks.coverage.case import Inputs, Made
 from tests.graph.blocks import BLOCKS
 from tests.graph.topologies import PRUNABLE, randomized
+from tests.zoo import shrunken
+from tests.zoo.case import Inputs, Made
 
 
 @dataclass(frozen=True)

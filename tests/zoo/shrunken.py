@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from benchmarks.coverage.case import Inputs, Made, NotBuilt, alive, check_size, first_that_runs
+from tests.zoo.case import Inputs, Made, NotBuilt, alive, check_size, first_that_runs
 
 HEADS = (
     *("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM"),

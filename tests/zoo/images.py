@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage.case import Inputs, Made, NotBuilt, check_size, first_that_runs
+from tests.zoo.case import Inputs, Made, NotBuilt, check_size, first_that_runs
 
 _SIZES = (
     *((64, 96), (96, 128), (128, 192)),
