@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from osscar.base.errors import DataError, ModelError, warn
+from osscar.base.errors import DataError, ModelError
 from osscar.base.printable import pluralize
 from osscar.cli.common import check_files, document, say, show, write_json
 from osscar.cli.opening import chat_template_unused, held_out, quiet, stated_preprocessing
@@ -25,7 +25,7 @@ from osscar.export.open_program import example_for
 from osscar.models.load import load_model
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import ModelKind, kind_of
-from osscar.proof.lineage import Computed, lineage_of, why_not_dense
+from osscar.proof.lineage import Computed, lineage_of
 from osscar.proof.seen import refuse_overlap
 from osscar.shrinking.shrink import prove
 
@@ -35,7 +35,7 @@ def run(model: str, options: EvalOptions) -> None:
     dense, weights = options.dense, options.weights
     check_files(options, model)
     if dense is None:
-        refuse(options, ("prove",), "give --dense MODEL, too, or omit it")
+        refuse(options, ("prove", "other_dense"), "give --dense MODEL, too, or omit it")
     load = {name: getattr(options, name) for name in ("device", "dtype", "trust_remote_code")}
     sort = kind_of(model)
     elsewhere = dense is not None and kind_of(dense).takes_weights and not sort.takes_weights
@@ -64,15 +64,9 @@ def run(model: str, options: EvalOptions) -> None:
         comparison, structure = None, None
         if dense is not None:
             original = _original(loaded, dense, data, weights, load)
-            other = why_not_dense(loaded.model, original.model)
-            if other is not None:
-                warn(
-                    f"{dense} is not the dense model that this one was pruned from: {other}; give "
-                    "the same weights and code to measure what pruning changed"
-                )
             if isinstance(data, TextSet):
                 data.check_same_tokens(original.tokenizer)
-            how["dense_path"] = original.path
+            how |= {"dense_path": original.path, "other_dense": options.other_dense}
             comparison = compare(loaded.model, original.model, data, **how)
             if options.prove:
                 structure = prove(loaded.model, original.model, example_for(loaded.model))

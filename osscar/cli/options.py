@@ -62,7 +62,7 @@ _GROUPS = {
     "target correction_weight batch_norm baselines time_limit gap_tolerance jobs ray",
     "Advanced: training": "learning_rate lora micro_batch_size checkpointing mixed_precision "
     "augment recover_steps",
-    "Advanced: model": "dtype device max_memory form dense prove trust_remote_code",
+    "Advanced: model": "dtype device max_memory form dense other_dense prove trust_remote_code",
     "Advanced: output": "config overwrite restart json",
 }
 """Under which titles help shows options, in this order: what people use first, then the rest."""
@@ -301,6 +301,8 @@ class EvalOptions(OpenOptions, ScoreOptions):
     """Images or other samples to score, drawn at random.  [default: all]"""
     dense: str | None = None
     """Dense model to compare with.  If MODEL was pruned from code of your own, this builds it."""
+    other_dense: bool = False
+    """Compare with --dense even if MODEL was not pruned from it."""
     prove: bool = False
     """Prove again that the code of MODEL equals that of --dense without the removed units."""
     seqlen: int | None = None

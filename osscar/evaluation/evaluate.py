@@ -23,6 +23,7 @@ from osscar.evaluation.speed import (
 )
 from osscar.network.modules import count_parameters, device_of, evaluating
 from osscar.network.operations import count_flops
+from osscar.proof.lineage import check_dense
 from osscar.report.sections import Section, Table
 from osscar.report.shown import Shown
 
@@ -162,6 +163,7 @@ def compare(
     repetitions: int = 5,
     path: str | Path | None = None,
     dense_path: str | Path | None = None,
+    other_dense: bool = False,
 ) -> Comparison:
     """Measure a model and its dense original on the same data, and time them in turns.
 
@@ -173,12 +175,17 @@ def compare(
         As `evaluate` takes them; windows of text fit both models.
     path, dense_path
         The directories of the models, whose sizes are reported.
+    other_dense
+        Whether to compare with a model that the first one was not pruned from, as far as that is
+        known.
 
     Raises
     ------
     OsscarError
-        As `evaluate`; and a ModelError if the two return other tensors.
+        As `evaluate`; and a ModelError if the two return other tensors, or the first was pruned
+        from another model than the second.
     """
+    check_dense(model, dense, other=other_dense)
     pair = [(model, path), (dense, dense_path)]
     mine, theirs = _evaluate_all(pair, data, batch_size, new_tokens, repetitions)
     return Comparison.of(mine, theirs)

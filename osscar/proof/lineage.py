@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,10 +23,17 @@ from osscar.base.devices import FLOATS, NUMBERS
 from osscar.base.errors import ModelError, first_line
 from osscar.base.json_files import STRICT
 from osscar.base.memory import attempt
-from osscar.base.printable import published
+from osscar.base.printable import pluralize, published
 from osscar.network.model_state import model_state
-from osscar.network.modules import copied, count_parameters, device_of, number_format, sha256_of
-from osscar.offload.on_disk import is_on_disk, values_of
+from osscar.network.modules import (
+    copied,
+    count_parameters,
+    device_of,
+    number_format,
+    sha256_of,
+    weights_of,
+)
+from osscar.offload.on_disk import OnDisk, is_on_disk, values_of
 from osscar.proof.equivalence import Inputs, by_name, outputs_or_none, proof_outputs, to_device
 from osscar.proof.plan import Certificate, PruningPlan
 from osscar.proof.seen import Calibration
@@ -276,15 +284,47 @@ def note_dense(model: nn.Module, dense: nn.Module) -> None:
 
 def why_not_dense(model: nn.Module, dense: nn.Module) -> str | None:
     """Say what tells that a model was not pruned from another; None if it may have been."""
-    known, weights = lineage_of(model).dense, weights_digest(dense)
-    alike = [one for one in known if weights in ("", one.weights) or not one.weights]
-    strays = [
-        None if one.sample is None else strays_from(one.sample, dense, FLOATS.get(one.computed))
-        for one in alike
-    ]
-    if None in strays or not known:
-        return None
-    return strays[0] if strays else "its weights differ from those recorded at pruning"
+    why = None
+    for one in lineage_of(model).dense:
+        computed = FLOATS.get(one.computed)
+        found = weights_digest(dense, computed)
+        if "" in (found, one.weights) or found == one.weights:
+            strays = None if one.sample is None else strays_from(one.sample, dense, computed)
+            if strays is None:
+                return None
+            why = strays
+        why = why or _differing(dense, found, one.weights)
+    return why
+
+
+def _differing(dense: nn.Module, weights: str, recorded: str) -> str:
+    """Say which weights of a model differ from those that were recorded, by two digests."""
+    names = [*weights_of(dense)]
+    mine, theirs = (re.findall(f".{{{_DIGITS}}}", one) for one in (weights, recorded))
+    if len(mine) != len(theirs):
+        return (
+            f"it has {pluralize(len(mine), 'tensor')} of weights, and {len(theirs)} were recorded"
+        )
+    differ = [n for n, a, b in zip(names, mine, theirs, strict=True) if a != b]
+    return (
+        f"{len(differ)} of {pluralize(len(names), 'tensor')} of its weights differ from those "
+        f"recorded at pruning, such as {differ[0]!r}"
+    )
+
+
+def check_dense(model: nn.Module, dense: nn.Module, *, other: bool = False) -> None:
+    """Refuse a dense model that another was not pruned from, unless an `other` is meant.
+
+    Whoever takes a dense model for its weights calls this.  `osscar.load` and `osscar.prove` take
+    it for its code alone: what they make of that is compared with what was recorded.
+    """
+    why = None if other else why_not_dense(model, dense)
+    if why is not None:
+        raise ModelError(
+            f"the smaller model was not pruned from this {type(dense).__name__}: {why}; give the "
+            "dense model that it came from, with the same code and weights (`--weights`, where "
+            "code builds it), or say that another one is meant (other_dense, `--other-dense`)"
+        )
 
 
 def strays_from(sample: Sample, model: nn.Module, dtype: torch.dtype | None = None) -> str | None:
@@ -308,23 +348,52 @@ def are_swapped(model: nn.Module, dense: nn.Module) -> bool:
     return often[1] > often[0] or count_parameters(dense) < count_parameters(model)
 
 
-def weights_digest(model: nn.Module) -> str:
+_DIGITS = 8
+"""Of the digest of one tensor."""
+
+_FEW, _COLUMNS = 4096, 64
+"""Numbers of a tensor that its digest reads, and in how many columns at most."""
+
+
+def weights_digest(model: nn.Module, computed: torch.dtype | None = None) -> str:
     """Return what tells a model's weights from others, whatever format and device they are in.
 
-    All numbers of all parameters, and of buffers with fractions, count.  It is empty where they are
-    not what is stored, but rounded to a coarser format.
+    It has eight digits for each tensor (`weights_of`), which depend on its shape and on 4,096 of
+    its numbers at even distances, or all of a smaller one: so it takes hundredths of a second, and
+    of what lies on disk a part is read.  A change of a share p of a large tensor is not seen with
+    probability (1 - p)^4096; what the model returns is compared as well.  It is that of the weights
+    in the format that a model is `computed` in, and empty where they were rounded to a coarser one.
     """
     stored = stored_dtype(model)
-    finer = torch.promote_types(stored, torch.float32)
-    if number_format(model) not in (finer, stored):
+    own = number_format(model)
+    if own is None or own not in (torch.promote_types(stored, torch.float32), stored):
         return ""
-    tensors = (
-        values_of(one).to(finer) if one.is_floating_point() else one
-        for one in model.state_dict(keep_vars=True).values()
-        if isinstance(one, Tensor) and one.layout is torch.strided
-        if isinstance(one, nn.Parameter) or one.is_floating_point() or one.is_complex()
-    )
-    return sha256_of((str(index), one) for index, one in enumerate(tensors))[:16]
+    computed = computed or own
+    if torch.promote_types(own, computed) != own:
+        return ""
+    finer = torch.promote_types(computed, torch.float32)
+    digests = list[str]()
+    for one in weights_of(model).values():
+        few = _few(one)
+        if one.is_floating_point():
+            few = (few if computed == own else few.to(computed)).to(finer)
+        digests.append(sha256_of([(str(tuple(one.shape)), few)])[:_DIGITS])
+    return "".join(digests)
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor that its digest reads."""
+    if tensor.numel() <= _FEW:
+        return values_of(tensor)
+    length, *rest = tensor.shape
+    width = math.prod(rest)
+    columns = torch.arange(min(width, _COLUMNS)) * width // min(width, _COLUMNS)
+    count = min(length, _FEW // len(columns))
+    rows = torch.arange(count) * length // count
+    if isinstance(tensor, OnDisk):
+        tensor, rows = tensor.cache.rows(tensor.place, rows), torch.arange(count)
+    at = (rows[:, None], *(torch.unravel_index(columns, tuple(rest)) if rest else ()))
+    return tensor.detach()[tuple(index.to(tensor.device) for index in at)]
 
 
 def stored_dtype(model: nn.Module) -> torch.dtype:

@@ -57,10 +57,10 @@ from osscar.offload.on_disk import is_on_disk
 from osscar.preparation.journal import Fingerprint, JournalManifest, own_code
 from osscar.proof.lineage import (
     are_swapped,
+    check_dense,
     data_record,
     lineage_of,
     note_calibration,
-    why_not_dense,
 )
 from osscar.recovery.page import sections
 from osscar.recovery.request import RecoveryRequest
@@ -158,7 +158,8 @@ def recover_as_asked(
     smaller
         What `osscar.prune` returned, or its model, or what `osscar.load` read.
     dense
-        The model that it was pruned from.
+        The model that it was pruned from; another one, such as a larger teacher, with
+        `other_dense`.
     data
         In any of the forms that `osscar.prune` takes, without labels.  A part of it is held out.
         Of a loader or a data set as many samples are read, and kept in memory, as the steps need;
@@ -206,14 +207,13 @@ def recover_as_asked(
     model: Any = smaller if isinstance(smaller, nn.Module) else getattr(smaller, "model", smaller)
     for one in (model, dense):
         check_trainable(one)
-    other = why_not_dense(model, dense)
-    if are_swapped(model, dense):
-        other = "the second model is the smaller one, or was pruned more often"
-    if other is not None:
+    if are_swapped(model, dense) and not request.other_dense:
         raise ModelError(
-            f"the smaller model was not pruned from this {type(dense).__name__}: {other}; give the "
-            "smaller one first, and then the dense model that it came from, with the same code"
+            f"the smaller model was not pruned from this {type(dense).__name__}: the second model "
+            "is the smaller one, or was pruned more often; give the smaller one first, and then "
+            "the dense model that it came from"
         )
+    check_dense(model, dense, other=request.other_dense)
     windows, samples = (samples_for(request, windows=kind) for kind in (True, False))
     data = read_once(dense, data, windows=windows, samples=samples)
     with (

@@ -47,6 +47,8 @@ class RecoveryRequest:
         outputs, batch) that returns one number a sample, also as ``file.py:function``.  By default
         ``nats`` if an output has class scores, by the labels, its name, its values or the model,
         else ``relative``.
+    other_dense
+        Train towards another model than the one that the smaller was pruned from.
     mixed_precision
         Number format of matrix products: ``bf16``, or ``no`` for the format of the weights.  By
         default ``bf16`` if the processor has instructions for it.
@@ -71,6 +73,7 @@ class RecoveryRequest:
     held_out: Annotated[int | None, count_from(1)] = None
     augment: Literal["flip-shift", "none"] | None = None
     distance: DistanceOption = None
+    other_dense: bool = False
     mixed_precision: Literal["bf16", "no"] | None = None
     device: Annotated[str, Read(str)] = "auto"
     seed: Annotated[int, count_from(0)] = 0
