@@ -11,6 +11,7 @@ that a family asks to keep.  `torch.nn.Module.to` would round all of it, and pos
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,7 +27,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
-from osscar.base.errors import CheckpointError, import_timm, import_torchvision, warn
+from osscar.base.errors import (
+    CheckpointError,
+    ModelError,
+    import_timm,
+    import_torchvision,
+    warn,
+)
 from osscar.base.json_files import STRICT, validated
 from osscar.checkpoint import modeling_pruned
 from osscar.checkpoint.files import CONFIG_FILE, MANIFEST_FILE, Manifest
@@ -37,7 +44,13 @@ from osscar.checkpoint.hf_config import (
     class_of,
     is_any_shape,
 )
-from osscar.checkpoint.validation import EmptyOnMeta, check_config, check_tensors, structure
+from osscar.checkpoint.validation import (
+    EmptyOnMeta,
+    check_config,
+    check_tensors,
+    offline,
+    structure,
+)
 from osscar.network.detectors import DetectorNetwork
 from osscar.network.modules import identity_of, number_format
 from osscar.network.tensor_files import read_headers
@@ -65,10 +78,11 @@ class TransformersOrigin:
             kind = getattr(modeling_pruned, str(names[0] if isinstance(names, list) else names))
             return cls(kind, kind.config_class.from_pretrained(path, local_files_only=True))
         try:
-            # False, not None: without an answer transformers asks standard input for one.
-            config = AutoConfig.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
+            with offline():
+                # False, not None: without an answer transformers asks standard input for one.
+                config = AutoConfig.from_pretrained(
+                    path, local_files_only=True, trust_remote_code=False
+                )
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
@@ -166,8 +180,21 @@ _DETECTION = "torchvision.models.detection"
 class LibraryOrigin(Origin):
     """A model of torchvision or timm by name and options; of a detector its `DetectorNetwork`."""
 
+    def check(self) -> None:
+        """Refuse a name that the library does not list (ModelError): that of a hub, or a path."""
+        name, bare = self.name, self.name.partition(".")[0]
+        if self.library == "torchvision":
+            known = import_torchvision("models").list_models()
+        elif bare in (known := import_timm().list_models()) and name != bare:
+            known = import_timm().list_pretrained(f"{bare}.*")  # behind the dot are weights
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see its list_models()"
+            raise ModelError(f"{self.library} has no model {name!r:.200}; {hint}")
+
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Build the model with random weights; none are fetched."""
+        self.check()
         if self.library == "timm":
             model = import_timm().create_model(self.name, pretrained=False, **self.options)
         else:
@@ -211,7 +238,12 @@ def read_builder(
     if origin is None:
         return None, plans
     if origin.library != TransformersOrigin.library:
-        return LibraryOrigin(**vars(origin)), plans
+        built = LibraryOrigin(**vars(origin))
+        try:
+            built.check()
+        except ModelError as error:
+            raise CheckpointError(f"{path / MANIFEST_FILE} names no model: {error}") from error
+        return built, plans
     found = TransformersOrigin.of_directory(path)
     if manifest is None and is_any_shape(found.config):
         warn(

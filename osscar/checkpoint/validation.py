@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -30,10 +31,22 @@ from osscar.proof.lineage import LINEAGE, strays_from
 
 
 @contextmanager
-def readable(path: object) -> Iterator[None]:
-    """Raise what libraries make of a damaged description as a CheckpointError."""
+def offline() -> Iterator[None]:
+    """Let libraries ask the hub for nothing that a file names."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def readable(path: object) -> Iterator[None]:
+    """Raise what libraries make of a damaged description as a CheckpointError; `offline`."""
+    try:
+        with offline():
+            yield
     except DESCRIPTION_ERRORS as error:
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read: {first_line(error):.500}"
@@ -45,8 +58,20 @@ def readable(path: object) -> Iterator[None]:
 _REFUSED = {
     "quantization_config": "its weights are quantized, which cannot be pruned: dequantize it first",
     "transformers_weights": "it names another file of weights; rename that to model.safetensors",
+    "configuration_files": "it names other files that are read in its place; rename one of these",
 }
-_KERNEL = re.compile(r"_implementation(\.|$)")
+
+_ELSEWHERE = tuple(
+    (re.compile(field), re.compile(value), what)
+    for field, value, what in (
+        (r"_implementation(\.|$)", "/", "code that would be fetched and run"),
+        (r"(^|\.)(architecture|backbone)$", "[/:]", "a model that is no name of its library's"),
+        (r"(model_args|_kwargs)\.(pretrained|checkpoint|cache)", "", "weights that lie elsewhere"),
+        (r"(^|\.)fast_tokenizer_files$", r"[/\\]", "a file that lies elsewhere"),
+    )
+)
+"""Fields, their values, and what these would have libraries fetch, or read outside of a directory.
+"""
 
 
 def check_config(path: Path) -> dict[str, Any]:
@@ -56,16 +81,21 @@ def check_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is an adapter; merge it into its model first")
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json; it is not a checkpoint")
-    config = read_json(file, dict[str, Any])
+    config = check_fields(file)
     for name, why in _REFUSED.items():
         if config.get(name) is not None:
             raise CheckpointError(f"{file} has a {name}: {why}")
-    for name, value in _fields(config):
-        if isinstance(value, str) and "/" in value and _KERNEL.search(name):
-            raise CheckpointError(
-                f"{file} has {name} {value!r:.60}, code that would be fetched and run; remove it"
-            )
     return config
+
+
+def check_fields(file: Path) -> dict[str, Any]:
+    """Return a file that a library reads, unless it names what lies elsewhere."""
+    content = read_json(file, dict[str, Any])
+    for name, value in _fields(content):
+        for field, values, what in _ELSEWHERE:
+            if value and field.search(name) and values.search(str(value)):
+                raise CheckpointError(f"{file} has {name} {value!r:.60}, {what}; remove it")
+    return content
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

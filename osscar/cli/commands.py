@@ -12,6 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -89,6 +90,10 @@ def _of_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the options of a run that are not empty, and how its samples were drawn."""
     settings = opened_from(report["settings"], folder.absolute())
     drawn, recovery = report["calibration"], report.get("recovery")
+    if others := settings.keys() - {one.name for one in fields(PruningRequest)}:
+        raise OptionError(
+            f"the settings of the report have {', '.join(sorted(others))}, which are none of a run"
+        )
     asked = {**settings, **{name: drawn.get(name) for name in ("samples", "seqlen")}}
     if recovery:
         asked |= {"recover": True, "recover_steps": recovery["settings"]["steps"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -41,7 +40,7 @@ def load_of_library(name: str, weights: str | Path | None, pretrained: bool) -> 
     library: Library = "timm" if prefix == _TIMM else "torchvision"
     options = {} if library == _TIMM else dict(_OPTIONS.get(own, {}))
     origin = LibraryOrigin(library, own, options)
-    _check_known(origin)
+    origin.check()
     random = weights is None and not pretrained
     if random:
         model = origin.build().eval()
@@ -91,19 +90,6 @@ def preprocessing_of(origin: LibraryOrigin, model: nn.Module) -> AnyPreprocessin
         std=tuple(map(float, preset.std)),
         interpolation=preset.interpolation.value,
     )
-
-
-def _check_known(origin: LibraryOrigin) -> None:
-    """Refuse a name that the library does not have; the part behind a dot is of timm's weights."""
-    name, bare = origin.name, origin.name.partition(".")[0]
-    if origin.library != _TIMM:
-        known = import_torchvision("models").list_models()
-    elif bare in (known := import_timm().list_models()) and name != bare:
-        known = import_timm().list_pretrained(f"{bare}.*")
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see its list_models()"
-        raise ModelError(f"{origin.library} has no model {name!r}; {hint}")
 
 
 def _task(origin: LibraryOrigin) -> str:

@@ -5,6 +5,7 @@ Weights are read from safetensors only, never from pickles, and remote code runs
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from osscar.checkpoint.builders import TransformersOrigin
 from osscar.checkpoint.files import read_manifest
 from osscar.checkpoint.hf_config import SHAPES
 from osscar.checkpoint.streamed import number_format_of, read_streamed
-from osscar.checkpoint.validation import OTHERS, check_causal, check_config, note_manifest, readable
+from osscar.checkpoint.validation import (
+    OTHERS,
+    check_causal,
+    check_config,
+    check_fields,
+    note_manifest,
+    offline,
+    readable,
+)
 from osscar.data.preprocessing import Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of
@@ -33,7 +42,7 @@ from osscar.proof.lineage import lineage_of, note
 _MOST_PADDED = 0.9
 """The least share of a model's tokens that its own tokenizer has: tables are padded by a little."""
 
-_PROCESSOR_FILE = "preprocessor_config.json"
+_PROCESSOR_FILE, _TOKENIZER_FILE = "preprocessor_config.json", "tokenizer_config.json"
 
 
 # ---- language models ---------------------------------------------------------------------
@@ -103,7 +112,7 @@ def _load_stock(
 ) -> tuple[nn.Module, torch.dtype]:
     """Read a model as transformers does; return the number format in which it lies there, too."""
     # A config whose numbers make no sense raises whatever it meets.
-    with attempt(OsscarError) as tried:
+    with nullcontext() if trust_remote_code else offline(), attempt(OsscarError) as tried:
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
@@ -129,9 +138,14 @@ def _load_stock(
     return model, number_format_of(config, read_headers(path) or {})
 
 
-def _load_tokenizer(path: Path, source: str, **options: Any) -> Any:
-    with attempt() as tried:  # the library of tokenizers raises plain exceptions, and panics
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+def _load_tokenizer(path: Path, source: str, *, trust_remote_code: bool, **options: Any) -> Any:
+    if (path / _TOKENIZER_FILE).is_file():
+        check_fields(path / _TOKENIZER_FILE)
+    with nullcontext() if trust_remote_code else offline(), attempt() as tried:
+        # The library of tokenizers raises plain exceptions, and panics.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, **options
+        )
         if tokenizer("text")["input_ids"]:  # without files, transformers builds an empty one
             return tokenizer
     reason = first_line(tried.error) if tried.failed else "it gives no tokens"
@@ -165,6 +179,7 @@ def image_processor(path: Path) -> Any:
     """Return the image processor of a classifier in a directory; None if there is none."""
     if not (path / _PROCESSOR_FILE).is_file():
         return None
+    check_fields(path / _PROCESSOR_FILE)
     with readable(path / _PROCESSOR_FILE):
         return transformers.AutoImageProcessor.from_pretrained(
             path, local_files_only=True, trust_remote_code=False

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import with_config
+from pydantic import NonNegativeInt, StringConstraints, with_config
 from torch import Tensor, nn
 
 from graph.tracing.preserve import forget_cached
@@ -178,6 +178,11 @@ LINEAGE = "osscar_lineage"
 
 Library: TypeAlias = Literal["transformers", "torchvision", "timm"]
 
+_Option: TypeAlias = Annotated[
+    str, StringConstraints(pattern="^(num_classes|transform_input|aux_logits|init_weights)$")
+]
+"""All that a model is built with beside its name; others of the libraries read files."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -185,7 +190,7 @@ class Origin:
 
     library: Library
     name: str = ""
-    options: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
+    options: Mapping[_Option, bool | NonNegativeInt] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
