@@ -22,6 +22,9 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Of the types that JSON has, none is taken for another; no field is missing or left over.
 """
 
+MOST_NUMBERS = 2**26
+"""The most that a tensor has which is made by what a file says of it, whoever has written that."""
+
 _SHOWN = 60
 """Characters of an offending value that a message shows."""
 

@@ -47,6 +47,7 @@ from osscar.checkpoint.hf_config import (
 from osscar.checkpoint.validation import (
     EmptyOnMeta,
     check_config,
+    check_room,
     check_tensors,
     offline,
     structure,
@@ -55,7 +56,7 @@ from osscar.network.detectors import DetectorNetwork
 from osscar.network.modules import identity_of, number_format
 from osscar.network.tensor_files import read_headers
 from osscar.proof.lineage import Library, Origin, lineage_of, note, stored_dtype
-from osscar.proof.plan import PruningPlan
+from osscar.proof.plan import Number, PruningPlan
 from osscar.proof.program import ProgramModule
 
 
@@ -119,7 +120,9 @@ class TransformersOrigin:
         """
         stored = None if trust else read_headers(path)
         if stored is not None:  # else transformers will say so
-            check_tensors(structure(self.build), stored, path)
+            empty = structure(self.build, stored)
+            check_tensors(empty, stored, path)
+            check_room(empty, path)
         return self.kind.from_pretrained(
             path,
             dtype=dtype or "auto",
@@ -152,13 +155,16 @@ class TransformersOrigin:
             generation.save_pretrained(path)
 
 
+_Numbers: TypeAlias = Number | list[Number]
+
+
 @with_config(STRICT)
 @dataclass(frozen=True)
 class _Shapes:
     """A table of shapes in a config, as `modeling_pruned` reads it."""
 
     tensors: dict[str, list[NonNegativeInt]]
-    numbers: dict[str, dict[str, Any]]
+    numbers: dict[str, dict[str, _Numbers | dict[str, _Numbers]]]
 
 
 def _keep_formats(model: PreTrainedModel) -> None:

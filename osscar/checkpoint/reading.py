@@ -6,6 +6,8 @@ Nothing is unpickled, and no code in a directory is run.
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,7 +21,13 @@ from osscar.base.errors import AdapterError, CheckpointError, OptionError
 from osscar.base.inputs import safe_repr
 from osscar.checkpoint.builders import Builder, TransformersOrigin, cast, read_builder, tensors_of
 from osscar.checkpoint.files import read_manifest
-from osscar.checkpoint.validation import check_tensors, note_manifest, readable
+from osscar.checkpoint.validation import (
+    check_room,
+    check_tensors,
+    note_manifest,
+    readable,
+    structure,
+)
 from osscar.network.modules import check_finite_weights, check_usable, copied, identity_of
 from osscar.network.tensor_files import WEIGHTS_FILE, read_headers
 from osscar.proof.lineage import remember_structure
@@ -88,8 +96,8 @@ def load(
         if isinstance(builder, TransformersOrigin) and not plans:
             model = builder.read_stock(path, dtype)
         else:
-            model = _dense(path, builder, dtype, dense)
             stored = read_headers(path) or {}
+            model = _dense(path, builder, dtype, dense, stored)
             fold(model, stored)  # what the pruned model has as a plain weight
             try:
                 for plan in plans:
@@ -108,7 +116,11 @@ def load(
 
 
 def _dense(
-    path: Path, builder: Builder | None, dtype: torch.dtype | None, given: nn.Module | None
+    path: Path,
+    builder: Builder | None,
+    dtype: torch.dtype | None,
+    given: nn.Module | None,
+    stored: Sized,
 ) -> nn.Module:
     """Return a dense model; plans need its number format, as traces of programs hold that."""
     if given is not None:
@@ -116,6 +128,7 @@ def _dense(
         remember_structure(model)
         return model
     if builder is not None:
+        check_room(structure(partial(builder.build, dtype), stored), path)
         return builder.build(dtype)
     raise CheckpointError(
         f"{path} holds a model of your own code, and no code: give what builds the dense "

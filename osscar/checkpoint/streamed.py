@@ -43,7 +43,7 @@ def read_streamed(path: Path, cache: WeightCache, dtype: torch.dtype | None = No
                 f"needs; {_ELSEWHERE}"
             )
         build = partial(builder.build, dtype or number_format_of(builder.config, stored))
-        model = structure(build, computed=True)
+        model = structure(build, stored, computed=True)
         for plan in plans:
             slice_units(model, plan)
     check_tensors(model, stored, path)

@@ -6,8 +6,10 @@ tensors that the headers of the weights name.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,24 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from osscar.base.errors import CheckpointError, ModelError, first_line
 from osscar.base.json_files import read_json
+from osscar.base.memory import available_memory
 from osscar.checkpoint.files import CONFIG_FILE, Manifest
 from osscar.checkpoint.hf_config import DESCRIPTION_ERRORS
-from osscar.network.modules import context_length, device_of
+from osscar.network.modules import context_length, device_of, example_length
 from osscar.network.predictions import named_logits
 from osscar.offload.on_disk import is_on_disk
 from osscar.offload.places import StoredTensor
 from osscar.proof.equivalence import call
-from osscar.proof.lineage import LINEAGE, strays_from
+from osscar.proof.lineage import LINEAGE, Drawn, strays_from
 
 
 @contextmanager
@@ -73,6 +80,13 @@ _ELSEWHERE = tuple(
 """Fields, their values, and what these would have libraries fetch, or read outside of a directory.
 """
 
+_MOST_COUNTED = 2**24
+"""The most that a whole number in a config counts, of layers, classes or channels: libraries make
+lists as long."""
+
+_NO_COUNT = re.compile(r"theta|base|scal|factor|freq|position|length|window|context|ctx|seq|seed")
+"""Fields of whole numbers that are none, or how many positions a model takes."""
+
 
 def check_config(path: Path) -> dict[str, Any]:
     """Return ``config.json``, unless of an adapter, quantized, or with code to be fetched."""
@@ -88,13 +102,15 @@ def check_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_fields(file: Path) -> dict[str, Any]:
-    """Return a file that a library reads, unless it names what lies elsewhere."""
+def check_fields(file: Path, most: int = _MOST_COUNTED) -> dict[str, Any]:
+    """Return a file that a library reads, unless it names what lies elsewhere, or is too large."""
     content = read_json(file, dict[str, Any])
     for name, value in _fields(content):
         for field, values, what in _ELSEWHERE:
             if value and field.search(name) and values.search(str(value)):
                 raise CheckpointError(f"{file} has {name} {value!r:.60}, {what}; remove it")
+        if type(value) is int and abs(value) > most and not _NO_COUNT.search(name):
+            raise CheckpointError(f"{file} has {name} {value}, more than {most:,}; correct it")
     return content
 
 
@@ -125,13 +141,58 @@ class EmptyOnMeta(TorchFunctionMode):
         return func(*args, **(options | {"device": "meta"} if func in self._WAITING else options))
 
 
-def structure(build: Callable[[], nn.Module], *, computed: bool = False) -> nn.Module:
-    """Build a model on 'meta'; `computed` gives values to what waits for no weights."""
-    if not computed:
-        with suppress(NotImplementedError), torch.device("meta"):
-            return build()  # but RegNet computes its widths with tensors, which need values
-    with EmptyOnMeta():
-        return build()
+def structure(
+    build: Callable[[], nn.Module], stored: Sized, *, computed: bool = False
+) -> nn.Module:
+    """Build a model on 'meta'; `computed` gives values to what waits for no weights.
+
+    Raises a CheckpointError if it has more parts than a model of which so many tensors are stored.
+    """
+    with _counting(_FEW_PARTS + _PARTS * len(stored)):
+        if not computed:
+            with suppress(NotImplementedError), torch.device("meta"):
+                return build()  # but RegNet computes its widths with tensors, which need values
+        with EmptyOnMeta():
+            return build()
+
+
+_FEW_PARTS, _PARTS = 2**12, 2**9
+"""Modules and parameters of any model, and more for each tensor that is stored: of hundreds of
+experts some may be left."""
+
+
+@contextmanager
+def _counting(most: int) -> Iterator[None]:
+    """Refuse to build without end, whatever asks for so many layers."""
+    left = itertools.count(most, -1)
+
+    def count(*_: object) -> None:
+        if not next(left):
+            raise CheckpointError(
+                f"the model has more than {most:,} modules and parameters, and few tensors are "
+                "stored; correct its description, or download the checkpoint again"
+            )
+
+    hooks = (
+        register_module_parameter_registration_hook(count),
+        register_module_module_registration_hook(count),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_room(model: nn.Module, path: Path) -> None:
+    """Refuse a model on 'meta' for which there is no memory, before any of it is taken."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    needed, free = sum(t.numel() * t.element_size() for t in tensors), available_memory()
+    if free is not None and needed > free:
+        raise CheckpointError(
+            f"the model that {path} describes takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} "
+            "are free; free some, or download the checkpoint again if it should be smaller"
+        )
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor], path: Path) -> None:
@@ -178,6 +239,14 @@ def note_manifest(model: nn.Module, manifest: Manifest | None, source: str) -> N
         return
     setattr(model, LINEAGE, manifest.lineage)
     sample = manifest.lineage.sample
+    if sample is not None and vocabulary_of(model) is not None:
+        # As `save` draws it; what more tokens would take nobody knows.
+        most, drawn = example_length(model), sample.inputs.values()
+        if any(math.prod(x.shape) > most for x in drawn if isinstance(x, Drawn)):
+            raise CheckpointError(
+                f"{source} records an input of more than {most} tokens; download the checkpoint "
+                "again"
+            )
     strays = None if sample is None else strays_from(sample, model)
     if strays is not None:
         raise CheckpointError(

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from osscar.base.errors import DataError, OptionError, first_line, import_torchvision
 from osscar.base.inputs import Read, check_fields, safe_repr
-from osscar.base.json_files import STRICT, validated
+from osscar.base.json_files import MOST_NUMBERS, STRICT, validated
 from osscar.base.memory import attempt
 from osscar.base.printable import published
 from osscar.data.reader import Batch, Reader
 from osscar.proof.lineage import Lineage
 
-_LARGEST_SIDE = 2**14
+LARGEST_SIDE = math.isqrt(MOST_NUMBERS)
+"""Of images, in pixels."""
 
 OPTIONS = "`--mean`, `--std`, `--image-size` and `--no-normalize` (preprocessing= in Python)"
 
@@ -29,8 +30,8 @@ OPTIONS = "`--mean`, `--std`, `--image-size` and `--no-normalize` (preprocessing
 def _size(value: Any) -> Any:
     sides = tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value,)
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if not whole or not 1 <= min(sides) <= max(sides) <= _LARGEST_SIDE:
-        raise ValueError(f"give pixels, from 1 to {_LARGEST_SIDE}, or a height and a width")
+    if not whole or not 1 <= min(sides) <= max(sides) <= LARGEST_SIDE:
+        raise ValueError(f"give pixels, from 1 to {LARGEST_SIDE}, or a height and a width")
     return sides if len(sides) == 2 else sides[0]
 
 

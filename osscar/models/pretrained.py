@@ -31,7 +31,7 @@ from osscar.checkpoint.validation import (
     offline,
     readable,
 )
-from osscar.data.preprocessing import Transform
+from osscar.data.preprocessing import LARGEST_SIDE, Transform
 from osscar.models.loaded import LoadedModel
 from osscar.models.names import directory_of
 from osscar.network.modules import check_finite_weights, check_usable, example_length
@@ -179,7 +179,7 @@ def image_processor(path: Path) -> Any:
     """Return the image processor of a classifier in a directory; None if there is none."""
     if not (path / _PROCESSOR_FILE).is_file():
         return None
-    check_fields(path / _PROCESSOR_FILE)
+    check_fields(path / _PROCESSOR_FILE, most=LARGEST_SIDE)
     with readable(path / _PROCESSOR_FILE):
         return transformers.AutoImageProcessor.from_pretrained(
             path, local_files_only=True, trust_remote_code=False

@@ -15,13 +15,14 @@ from math import isfinite
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import NonNegativeInt, StringConstraints, with_config
+from annotated_types import Interval, Predicate
+from pydantic import AfterValidator, StringConstraints, with_config
 from torch import Tensor, nn
 
 from graph.tracing.preserve import forget_cached
 from osscar.base.devices import FLOATS, NUMBERS
 from osscar.base.errors import ModelError, first_line
-from osscar.base.json_files import STRICT
+from osscar.base.json_files import MOST_NUMBERS, STRICT
 from osscar.base.memory import attempt
 from osscar.base.printable import pluralize, published
 from osscar.network.model_state import model_state
@@ -40,9 +41,6 @@ from osscar.proof.seen import Calibration
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-_MOST = 2**26
-"""The most that an input has."""
-
 _VALUES, _OUTPUTS = 32, 16
 """How many numbers of an output are recorded, and of how many outputs: 10 kB at most."""
 
@@ -52,6 +50,9 @@ in; 5e-3 in float32 and float64, where kernels of two machines differ by 1e-6 fo
 by 1e-3 for those of many layers."""
 
 
+_Count: TypeAlias = Annotated[int, Interval(ge=1, le=MOST_NUMBERS)]
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A tensor that an input consists of: number k of n is ``low + (high - low) frac(k phi)``.
@@ -59,8 +60,8 @@ class Drawn:
     Whole numbers are rounded down, and `high` is among them.
     """
 
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[_Count, ...]
+    dtype: Annotated[str, Predicate(NUMBERS.__contains__)]
     low: float
     high: float
 
@@ -122,29 +123,41 @@ class Output:
 Argument: TypeAlias = Drawn | bool | int | float | None
 
 
+def _fits(inputs: Mapping[str, Argument]) -> bool:
+    """Whether an input may be drawn; a number in it counts, as code may make a size of it."""
+    sizes = (math.prod(x.shape) if isinstance(x, Drawn) else x for x in inputs.values())
+    return sum(abs(size) for size in sizes if isinstance(size, int)) <= MOST_NUMBERS
+
+
+def _checked(inputs: Mapping[str, Argument]) -> Mapping[str, Argument]:
+    if not _fits(inputs):
+        raise ValueError(f"an input has at most {MOST_NUMBERS:,} numbers")
+    return inputs
+
+
 @dataclass(frozen=True)
 class Sample:
     """An input by the names of the arguments, and what a model returned on it when it was saved."""
 
-    inputs: Mapping[str, Argument]
+    inputs: Annotated[Mapping[str, Argument], AfterValidator(_checked)]
     outputs: tuple[Output, ...] = ()
 
     @classmethod
     def like(cls, inputs: Mapping[str, Any]) -> Sample | None:
-        """Return the form of inputs; None if some are neither tensors nor numbers."""
+        """Return the form of inputs; None if some are neither tensors nor numbers, or too large."""
         known: dict[str, Argument] = {}
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 kind = str(value.dtype).removeprefix("torch.")
                 plain = value.layout is torch.strided and not value.is_meta
-                if kind not in NUMBERS or not plain or not 0 < value.numel() <= _MOST:
+                if kind not in NUMBERS or not plain or not 0 < value.numel() <= MOST_NUMBERS:
                     return None
                 known[name] = Drawn.like(value)
             elif isinstance(value, bool | int | float | None):
                 known[name] = value
             else:
                 return None
-        return cls(known)
+        return cls(known) if _fits(known) else None
 
     def drawn(self) -> dict[str, Any]:
         """Make the input, on the CPU."""
@@ -190,7 +203,7 @@ class Origin:
 
     library: Library
     name: str = ""
-    options: Mapping[_Option, bool | NonNegativeInt] = field(default_factory=dict)
+    options: Mapping[_Option, bool | _Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

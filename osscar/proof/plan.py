@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
@@ -15,7 +16,7 @@ from pydantic import AfterValidator, with_config
 from torch import Tensor
 
 from graph.groups import CouplingGroup, Role, Slot, UnitKind
-from osscar.base.json_files import STRICT
+from osscar.base.json_files import MOST_NUMBERS, STRICT
 
 _MOST = 2**31
 """No dimension of a tensor has as many entries."""
@@ -25,6 +26,9 @@ _Identifier: TypeAlias = Annotated[str, Predicate(str.isidentifier)]
 
 def _checked_group(group: GroupPlan) -> GroupPlan:
     kept = group.kept
+    for slot in group.slots:
+        if min(slot.dim, slot.offset, slot.units - 1, slot.outer - 1, slot.inner - 1) < 0:
+            raise ValueError(f"group {group.name!r} has no such units in {slot.tensor!r}")
     ascending = all(a < b for a, b in itertools.pairwise(kept))
     if not kept or not ascending or not 0 <= kept[0] <= kept[-1] < group.units < _MOST:
         raise ValueError(f"group {group.name!r} keeps units that it does not have")
@@ -70,7 +74,8 @@ class GroupPlan:
         return count * len(self.kept) // self.units
 
 
-_Number: TypeAlias = Annotated[int, Interval(gt=-_MOST, lt=_MOST)]
+Number: TypeAlias = Annotated[int, Interval(gt=-_MOST, lt=_MOST)]
+"""A whole number that a module keeps."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Integer:
 
     module: str
     attribute: _Identifier
-    value: _Number | tuple[_Number, ...]
+    value: Number | tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,12 @@ def _checked_input(given: TracedInput) -> TracedInput:
     return given
 
 
+def _checked_inputs(given: tuple[TracedInput, ...]) -> tuple[TracedInput, ...]:
+    if sum(math.prod(one.shape) for one in given) > MOST_NUMBERS:
+        raise ValueError(f"a model is traced with at most {MOST_NUMBERS:,} numbers")
+    return given
+
+
 @with_config(STRICT)
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
@@ -131,7 +142,10 @@ class PruningPlan:
 
     groups: tuple[Annotated[GroupPlan, AfterValidator(_checked_group)], ...]
     integers: tuple[Integer, ...] = ()
-    traced: tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...] = ()
+    traced: Annotated[
+        tuple[Annotated[TracedInput, AfterValidator(_checked_input)], ...],
+        AfterValidator(_checked_inputs),
+    ] = ()
 
     def __repr__(self) -> str:
         kept = ", ".join(f"{g.name} {len(g.kept)} of {g.units}" for g in self.groups[:3])

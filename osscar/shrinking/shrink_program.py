@@ -14,6 +14,7 @@ from graph.extents import TracedProgram
 from graph.tracing.preserve import preserved
 from osscar.base.errors import AdapterError, EquivalenceError, OptionError, first_line
 from osscar.base.inputs import safe_repr
+from osscar.base.json_files import MOST_NUMBERS
 from osscar.base.memory import attempt
 from osscar.network.model_state import model_state
 from osscar.network.modules import evaluating
@@ -145,6 +146,8 @@ class ProgramTrial:
     def __init__(
         self, model: nn.Module, example: Mapping[str, Tensor], inputs: Sequence[Inputs]
     ) -> None:
+        if sum(x.numel() for x in example.values()) > MOST_NUMBERS:  # which no reader draws
+            raise AdapterError(f"a model is traced with at most {MOST_NUMBERS:,} numbers")
         self.model = model
         self.example = in_format_of(example, model)
         self.inputs = [in_format_of(one, model) for one in inputs]

@@ -1,7 +1,7 @@
 """Files that strangers give: whatever they hold, a reader returns, or raises an error of ours.
 
 Checkpoints whose weights are of other shapes than their config asks for are refused before these
-are allocated; for names see `tests/osscar/test_named_elsewhere.py`.
+are allocated; see `tests/osscar/test_sizes_in_files.py`, and for names `test_named_elsewhere.py`.
 """
 
 import contextlib
