@@ -106,9 +106,8 @@ def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: flo
         return ""
     request = PruningRequest(groups=halves, device="cpu", batch_norm="keep")
     task = PruningTask(prepared, request)
-    form, skipped = feasible_groups(task)
-    task = dataclasses.replace(task, form=form, skipped=skipped)
-    left = {group.name for group in skipped}
+    task = dataclasses.replace(task, **vars(feasible_groups(task)))
+    left = {group.name for group in task.skipped}
     plan = half_of(g for g in prepared.traced.prunable if g.name not in left)
     dense = copy.deepcopy(prepared.model)
     began = time.process_time()
@@ -117,7 +116,7 @@ def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: flo
     row |= {
         "outcome": "some_left" if left else "whole",
         "parameters_after": sum(p.numel() for p in smaller.parameters()),
-        "form": str(form),
+        "form": str(task.form),
         "program": "compared" if certificate.structure is None else "proved",
         "seconds": f"{now - start:.1f}",
         "shrink_seconds": f"{now - began:.1f}",
@@ -125,10 +124,10 @@ def halved(row: Row, told: list[str], prepared: Prepared, made: Made, start: flo
     if certificate.structure is None:
         told.append(f"compared, not proved: {certificate.unproved}")
     # A program may keep the sizes it was traced with, but for the number of samples.
-    fresh = _fresh(by_name(made.model, made.inputs[0 if form is Form.EXPORTED else 1]))
+    fresh = _fresh(by_name(made.model, made.inputs[0 if task.form is Form.EXPORTED else 1]))
     failure = compared(row, told, (made.model, dense, smaller), plan, fresh)
-    if skipped:
-        told.append(f"skipped: {_times(f'{group.reason:.300}' for group in skipped)}")
+    if task.skipped:
+        told.append(f"skipped: {_times(f'{group.reason:.300}' for group in task.skipped)}")
     names = {group.name for group in prepared.traced.prunable}
     refused = [group.frozen[0].reason for group in whole if group.frozen and group.name in names]
     told += [f"not refitted by osscar.prune: {_times(refused)}"] if refused else []

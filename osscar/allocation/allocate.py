@@ -40,7 +40,7 @@ from osscar.allocation.measured import (
 )
 from osscar.allocation.search import Chosen, Search, equal_shares
 from osscar.allocation.speedup import Kept, Proposal, WholeModels
-from osscar.allocation.task import PruningTask, possible_counts, possible_widths, why_frozen
+from osscar.allocation.task import PruningTask, possible_counts, why_frozen
 from osscar.allocation.times import time_operators
 from osscar.base.errors import NonFiniteError, RequestError
 from osscar.base.printable import listed, pluralize
@@ -115,7 +115,10 @@ class Sharing:
                 if curve.measured
             },
             widths={
-                g.name: Width(str(g.kind), g.units, kept.get(g.name, g.units), lost.get(g.name))
+                g.name: Width(
+                    *(str(g.kind), g.units, kept.get(g.name, g.units), lost.get(g.name)),
+                    least=self.task.narrowest.get(g.name),
+                )
                 for g in self.task.groups
                 if g in self.task.shared or g in self.task.streams
             },
@@ -315,7 +318,8 @@ def _timed(
     best = _closest(fitting(by_times, 6), distance)
     if curves is not None:
         first = sharings[0] if best is None else replace(best.sharing, widths=None)
-        anyhow = {g.name: possible_widths(g, replace(task.widths, round_to=1)) for g in task.shared}
+        any_width = replace(task.widths, round_to=1)
+        anyhow = {group.name: task.possible(group, any_width) for group in task.shared}
         auto = task.widths.round_to == AUTO
         others = [replace(first, widths=anyhow), first] if auto else [first]
         best = _closest(fitting(((one, by_operations(one)) for one in others), 2), distance, best)

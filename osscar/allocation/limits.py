@@ -15,7 +15,7 @@ from torch import nn
 import graph
 from osscar.allocation.costs import ROUNDING, Cost, CountedCost, count, weights
 from osscar.allocation.serving import serving_memory
-from osscar.allocation.task import PruningTask
+from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.base.json_files import STRICT
 from osscar.base.printable import engineering
@@ -34,12 +34,14 @@ class Width:
 
     kept: How many of its `units` stay.
     predicted: Its part of the predicted distance.
+    least: The fewest units that its code takes, where budgets could choose fewer.
     """
 
     kind: str
     units: int
     kept: int
     predicted: float | None = None
+    least: int | None = None
 
 
 @with_config(STRICT)
@@ -118,6 +120,8 @@ class Allocated:
 
     keep: Mapping[str, int]
     budget: Budget | None = None
+    skipped: tuple[SkippedGroup, ...] = ()
+    """Groups that were given fewer units than their code takes, as was seen then: they keep all."""
 
 
 # ---- what they allow ---------------------------------------------------------------------

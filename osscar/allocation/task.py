@@ -6,8 +6,8 @@ import fnmatch
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -196,6 +196,8 @@ class PruningTask:
     """What of the model is shrunk, as was found on trial."""
     skipped: tuple[SkippedGroup, ...] = ()
     """The groups that cannot lose units in this form, in the order of the model."""
+    narrowest: Mapping[str, int] = field(default_factory=dict)
+    """The fewest units of groups that budgets can choose, where code was seen to take no fewer."""
     matrix_bytes: int = 0
     """Memory that a cache of weights on disk leaves to the problem of a layer; 0 without one."""
     times: CountedCost | None = None
@@ -321,8 +323,13 @@ class PruningTask:
         for group in self.shared:
             any_width = by_time and group.units * unit_width(group) <= SMALL
             widths = replace(self.widths, round_to=1) if any_width else self.widths
-            found[group.name] = possible_widths(group, widths)
+            found[group.name] = self.possible(group, widths)
         return found
+
+    def possible(self, group: CouplingGroup, widths: Widths) -> NDArray[np.int64]:
+        """Return which of some widths a group may have, ascending: those that its code takes."""
+        found = possible_widths(group, widths)
+        return found[found >= self.narrowest.get(group.name, 1)]
 
     @property
     def least(self) -> dict[str, int]:

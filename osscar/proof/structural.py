@@ -234,8 +234,8 @@ class _Comparison:
         ):
             if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
                 for dim, (size, other) in enumerate(zip(theirs.shape, ours.shape, strict=True)):
-                    alone = only.get(f"{name}.shape[{dim}]")
-                    self._bind(expression(size), expression(other), alone)
+                    number = only.get(f"{name}.shape[{dim}]")
+                    self._bind(expression(size), expression(other), number)
         if dense.structure != self.made.structure:
             raise StructureError(
                 "the smaller model's output has another structure than the dense one's"

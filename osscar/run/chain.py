@@ -10,17 +10,19 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graph.tracing.preserve import cache_as
-from osscar.allocation.allocate import Measuring, allocate, measured_once
+from osscar.allocation.allocate import Choosing, Measuring, allocate, measured_once
 from osscar.allocation.limits import Allocated, Allowance, counted_again, goal
+from osscar.allocation.measured import Curve, measured_curves
 from osscar.allocation.serving import check_served
-from osscar.allocation.task import PruningTask
+from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.devices import resolve_device
 from osscar.base.errors import EquivalenceError, ModelError, RequestError, gathered_warnings, warn
 from osscar.base.memory import FOR_BATCHES, memory_for
@@ -41,6 +43,7 @@ from osscar.run.feasibility import (
     feasible_groups,
     in_words,
     includes_program_only_groups,
+    refused_widths,
     tell_lost,
 )
 from osscar.run.groups import prune_groups
@@ -110,12 +113,9 @@ def prepare(
             tasks = [PruningTask(prepared, one) for one in (request, *others)]
             bytes_left = max(map(matrix_bytes, tasks))
             with timed(Stage.TRIAL):
-                form, skipped = ranks.broadcast(
-                    "what can follow", lambda: feasible_groups(tasks[0])
-                )
+                found = ranks.broadcast("what can follow", lambda: feasible_groups(tasks[0]))
             task, *several = (
-                dataclasses.replace(one, form=form, skipped=skipped, matrix_bytes=bytes_left)
-                for one in tasks
+                dataclasses.replace(one, **vars(found), matrix_bytes=bytes_left) for one in tasks
             )
             with timed(Stage.DENSE):
                 note_dense(prepared.model, model)
@@ -146,6 +146,7 @@ def prune_prepared(
     task = dataclasses.replace(run.task, prepared=prepared, request=request)
     parameters, bfloat16 = count_parameters(prepared.model), task.in_bfloat16
     allocated = widths(run, task)
+    task = dataclasses.replace(task, skipped=(*task.skipped, *allocated.skipped))
     records = prune_groups(task, allocated.keep, run.committed, run.log)
     plan = PruningPlan(tuple(record.plan for record in records))
     model, proof, batch_norms = shrunk(task, plan, run.statistics)
@@ -191,16 +192,33 @@ def widths(run: PreparedRun, task: PruningTask) -> Allocated:
     )
     if noted is not None:
         return noted
-    try:
+    curves: dict[str, Curve] = {}
 
-        def within_reach(allowed: Sequence[Allowance]) -> None:
-            needed = in_bytes(MemoryNeeds.from_task(task).least)
-            run.tell(f"{goal(task, allowed)}; takes about {needed} of memory")
+    def within_reach(allowed: Sequence[Allowance]) -> None:
+        needed = in_bytes(MemoryNeeds.from_task(task).least)
+        run.tell(f"{goal(task, allowed)}; takes about {needed} of memory")
 
-        found = allocate(task, run.measuring, within_reach)
-    except RequestError as error:
-        also = f"; {in_words(task.skipped)}" if task.skipped else ""
-        raise type(error)(f"{error}{also}") from error
+    def measuring(task: PruningTask, choose: Choosing) -> Mapping[str, Curve]:
+        if not curves:
+            curves.update((run.measuring or measured_curves)(task, choose))
+        return curves
+
+    dropped: tuple[SkippedGroup, ...] = ()
+    while True:  # until code takes the widths that are chosen; fewer groups have a choice each time
+        try:
+            found = allocate(task, measuring, within_reach)
+        except RequestError as error:
+            also = f"; {in_words(task.skipped)}" if task.skipped else ""
+            raise type(error)(f"{error}{also}") from error
+        with timed(Stage.TRIAL):
+            late = task.prepared.ranks.broadcast(
+                "what can follow", partial(refused_widths, task, found.keep)
+            )
+        if not late:
+            break
+        warn(f"{in_words(late)}, since their code does not take the widths chosen for them")
+        task, dropped = replace(task, skipped=(*task.skipped, *late)), (*dropped, *late)
+    found = replace(found, skipped=dropped)
     if log is not None:
         log.write(ALLOCATION, found)
     return found

@@ -3,15 +3,17 @@
 Whether the code around a group works without some of its units is a matter of structure, which
 neither weights nor the choice of units change.  One small trial of all groups together says so for
 most models; where it fails, halves of them are tried, so that what cannot follow is skipped by
-name.
+name.  Of groups that share a budget, every other one of a form is tried with the fewest units that
+budgets could choose; where code does not take so few, the fewest that it takes are looked for.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,15 +33,27 @@ from osscar.preparation.prepare import Prepared
 from osscar.proof.plan import Form, GroupPlan, PruningPlan
 from osscar.proof.structural import DensePrograms
 from osscar.request import PruningRequest
-from osscar.shrinking.shrink import Feasibility, rehearse
+from osscar.shrinking.shrink import Feasibility, form_of, rehearse
 from osscar.shrinking.shrink_program import ProgramTrial
 from osscar.shrinking.slice import is_list
 
 _MOST_TOLD = 8
 
 
-def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
-    """Return the form in which a model is shrunk, and the groups that are skipped, in model order.
+@dataclass(frozen=True)
+class Feasible:
+    """The form in which a model is shrunk, the groups that are skipped, and the fewest of others.
+
+    They are fields of a task.
+    """
+
+    form: Form
+    skipped: tuple[SkippedGroup, ...]
+    narrowest: Mapping[str, int]
+
+
+def feasible_groups(task: PruningTask) -> Feasible:
+    """Return the form in which a model is shrunk, and which groups can follow, down to what width.
 
     Halving skips as few groups as it can; of several forms the first with the fewest is taken.  If
     none can follow, it is an AdapterError.
@@ -53,8 +67,13 @@ def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
     reasons |= _tried_routed(task, routed)
     inside = _in_members(prepared, [group for group in routed if group.name not in reasons])
     traced = [group for group in going if not group.kind.routed and group.name not in inside]
-    form, trial = _tried_traced(task, traced)
-    reasons |= trial.reasons
+    form, narrowest = Form.EAGER, dict[str, int]()
+    takes_few = _takes_few(task, traced)
+    if not takes_few:
+        form, trial = _tried_traced(task, traced)
+        reasons |= trial.reasons
+        if takes_few is not None and form is Form.EAGER:
+            narrowest = _narrowest(task, [g for g in traced if g.name not in trial.reasons])
     left = _skipped(asked, reasons)
     if len(left) == tried > 0:
         raise AdapterError(_refusal(left, request))
@@ -69,7 +88,28 @@ def feasible_groups(task: PruningTask) -> tuple[Form, tuple[SkippedGroup, ...]]:
         )
     elif refused:
         warn(f"{in_words(refused)}; the report and result.skipped say why")
-    return form, (*left, *_skipped(prepared.groups, inside))
+    if narrowest:
+        least = [f"{name!r} {units}" for name, units in narrowest.items()]
+        warn(
+            "code does something else with fewer units, so that a budget leaves at least: "
+            f"{listed(least, _MOST_TOLD, '; ')}"
+        )
+    return Feasible(form, (*left, *_skipped(prepared.groups, inside)), narrowest)
+
+
+def refused_widths(task: PruningTask, keep: Mapping[str, int]) -> tuple[SkippedGroup, ...]:
+    """Return the groups whose code does not take the widths that were chosen for them.
+
+    What is proved here of modules is not proved again when units are chosen.  In a program sizes
+    follow by construction; routed groups are masked.
+    """
+    groups = [group for group in task.shared if keep.get(group.name, group.units) < group.units]
+    others = [g for g in task.groups if g.name in keep and g not in groups]
+    if task.form is not Form.EAGER or not groups or any(g.kind.routed for g in others):
+        return ()
+    with _trying(task, Form.EAGER) as trial:
+        trial.grown(_arbitrary(others, keep), _arbitrary(groups, keep))
+    return _skipped(groups, trial.reasons)
 
 
 def tell_lost(model: nn.Module, request: PruningRequest) -> None:
@@ -125,6 +165,54 @@ def _in_members(prepared: Prepared, going: Sequence[CouplingGroup]) -> dict[str,
         for name in lists
         if group.prunable and all(slot.tensor.startswith(f"{name}.") for slot in group.slots)
     }
+
+
+def _few(task: PruningTask) -> dict[str, int]:
+    """Return the fewest units that budgets can choose for every other group of a form, first of it.
+
+    The rest keeps about half: widths that divide all units hide numbers in the code.
+    """
+    keep, least, before = dict(task.provisional), task.least, Counter[object]()
+    for group in task.shared if task.request.has_budget else ():
+        if before[form_of(group)] % 2 == 0:
+            keep[group.name] = least[group.name]
+        before[form_of(group)] += 1
+    return keep
+
+
+def _takes_few(task: PruningTask, groups: Sequence[CouplingGroup]) -> bool | None:
+    """Whether modules go with as few units as budgets can choose; None where none are tried."""
+    prepared, few = task.prepared, _few(task)
+    if (
+        not groups
+        or few == task.provisional
+        or Form.EAGER not in _forms_to_try(prepared.model, task.request)
+    ):
+        return None
+    if not prepared.programs.programs or any(g.name in prepared.in_programs for g in groups):
+        return None
+    with _trying(task, Form.EAGER) as trial:
+        return trial.failure(_arbitrary(groups, few)) is None
+
+
+def _narrowest(task: PruningTask, groups: Sequence[CouplingGroup]) -> dict[str, int]:
+    """Return the fewest units that the code of some groups takes, all of which go with about half.
+
+    Where it does not take those that budgets can choose, one group of the form is tried with more.
+    """
+    found = dict[str, int]()
+    with _trying(task, Form.EAGER) as trial:
+        trial.grown([], _arbitrary(groups, _few(task)))
+        for form in {form_of(group): None for group in groups if group.name in trial.reasons}:
+            alike = [group for group in groups if form_of(group) == form]
+            first, fewest = alike[0], task.provisional[alike[0].name]
+            options = task.options[first.name]
+            width = int(options[0])
+            while (width := int(options[options >= min(2 * width, fewest)][0])) < fewest:
+                if trial.failure(_arbitrary([first], {first.name: width})) is None:
+                    fewest = width
+            found |= {group.name: fewest for group in alike}
+    return found
 
 
 def _tried_traced(task: PruningTask, groups: Sequence[CouplingGroup]) -> tuple[Form, Feasibility]:

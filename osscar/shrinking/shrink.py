@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from graph import CouplingGroup
 from graph.tracing.preserve import forget_cached, forget_derived, preserved
 from osscar.base.errors import AdapterError, EquivalenceError, ModelError, first_line, warn
 from osscar.base.printable import listed
@@ -231,6 +232,11 @@ def fold_named(model: nn.Module, plan: PruningPlan, inputs: Sequence[Inputs]) ->
 # ---- which groups can go -----------------------------------------------------------------
 
 
+def form_of(group: GroupPlan | CouplingGroup) -> Hashable:
+    """Return what groups of repeated blocks have in common."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "", group.name), str(group.kind), group.units
+
+
 class Feasibility:
     """Finds groups that can go together.
 
@@ -243,7 +249,7 @@ class Feasibility:
         self.model, self.attempt = model, attempt
         self.reasons: dict[str, str] = {}
         """Why groups cannot go, by name."""
-        self.of_forms: dict[tuple[object, ...], str] = {}
+        self.of_forms: dict[Hashable, str] = {}
         """Why not, by what groups of repeated blocks have in common."""
 
     def grown(
@@ -274,7 +280,7 @@ class Feasibility:
 
         Other groups may be what a failure tells of whose numbers follow later.
         """
-        form = re.sub(r"(?<![^.])\d+(?![^.])", "", plan.name), plan.kind, plan.units
+        form = form_of(plan)
         if form not in self.of_forms:
             alone = self.failure([plan]) if going else None
             self.of_forms[form] = self._in_words(alone or failure)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import osscar
-from osscar.base.errors import AdapterError, EquivalenceError
+from osscar.base.errors import AdapterError, EquivalenceError, RequestError
 from osscar.proof.plan import Form
 from osscar.request import PruningRequest
 from osscar.run import chain
@@ -205,6 +205,66 @@ def test_layers_whose_names_differ_by_a_digit_each_have_their_reason():
     first, second = (group.reason for group in skipped)
     assert "view(-1, 16)" in first
     assert "float8 kernels take all rows" in second
+
+
+# ---- widths that code takes --------------------------------------------------------------
+
+
+class Picky(nn.Module):
+    """Computes something else with widths that it does not take."""
+
+    def __init__(self, takes):
+        super().__init__()
+        self.up, self.down, self.takes = nn.Linear(8, 16), nn.Linear(16, 8), takes
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        return x + self.down(h) * (1 if self.takes(h.shape[-1]) else 2)
+
+
+def pruned(*takes, **asked):
+    torch.manual_seed(0)
+    net = nn.Sequential(*map(Picky, takes), nn.Linear(8, 3)).eval()
+    return osscar.prune(net, rows(), device="cpu", **asked)
+
+
+def test_a_search_takes_only_widths_that_code_takes():
+    with pytest.warns(UserWarning, match=r"leaves at least: '0\.neurons' 4; '1\.neurons' 4"):
+        result = pruned(lambda width: width > 3, lambda width: True, sparsity=0.7)
+    assert {name: one.least for name, one in result.budget.widths.items()} == {
+        "0.neurons": 4,
+        "1.neurons": 4,
+    }
+    assert all(layer.kept >= 4 for layer in result.layers)
+    assert not result.skipped
+    assert result.certificate.structure is not None
+    with pytest.raises(RequestError, match="cannot be met"):
+        pruned(lambda width: width > 3, lambda width: True, sparsity=0.8)
+
+
+def test_the_fewest_are_tried_at_once_where_code_takes_them(tries):
+    result = pruned(*[lambda width: True] * 2, sparsity=0.9)
+    assert len(tries) == 2  # the second time with what was chosen
+    assert all(one.least is None for one in result.budget.widths.values())
+
+
+def test_a_group_stays_whole_whose_code_does_not_take_what_is_chosen(monkeypatch):
+    """Of which the trial knows nothing, as it takes the fewest units and about half."""
+    measured, original = [], chain.measured_curves
+
+    def counted(*given):
+        measured.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(chain, "measured_curves", counted)
+    with pytest.warns(UserWarning, match=r"skipped, .*'0\.neurons', since their code does not"):
+        result = pruned(lambda width: width in (1, 16), lambda width: True, sparsity=0.3)
+    assert [group.name for group in result.skipped] == ["0.neurons"]
+    assert "Picky does something else with fewer units" in result.skipped[0].reason
+    assert {layer.name for layer in result.layers} == {"1.neurons"}
+    assert result.budget.limits[0].reached <= result.budget.limits[0].limit
+    assert len(measured) == 1
+    assert result.certificate.structure is not None
 
 
 # ---- the search --------------------------------------------------------------------------
