@@ -56,7 +56,8 @@ def load_model(
     ----------
     name
         ``"demo"``, the bundled language model; a packaged one such as ``"smollm2-135m"``; a
-        directory or Hugging Face id with a language model or image classifier of transformers; a
+        directory or Hugging Face id with a language model, an image classifier or an encoder and
+        decoder of transformers; a
         directory that `osscar.save` wrote; ``torchvision:NAME`` or ``timm:NAME``; or code of your
         own, ``module:function`` or ``file.py:function``, that returns a model, (model, example
         inputs), or (model, example inputs, transform).  The first that fits is taken: ``./demo`` is
@@ -214,8 +215,9 @@ def _from_directory(
     built, example, brought, processor = None, None, None, None
     if dense is not None:
         built, example, brought = build_from_code(dense)
-    classifier = kind is ModelKind.CLASSIFIER  # whose own number format nothing else records
-    model = checkpoint.load(path, dense=built, dtype=None if classifier else dtype)
+    classifier = kind is ModelKind.CLASSIFIER
+    stock = classifier or kind is ModelKind.ENCODER_DECODER  # whose own format nothing else records
+    model = checkpoint.load(path, dense=built, dtype=None if stock else dtype)
     lineage, builder = lineage_of(model), builder_of(model)
     if classifier and (processor := image_processor(path)) is not None:
         brought = transform_of(processor)

@@ -171,6 +171,7 @@ class ModelKind(Enum):
     TORCHVISION = "a model of torchvision"
     TIMM = "a model of timm"
     CLASSIFIER = "an image classifier of transformers"
+    ENCODER_DECODER = "a model of transformers with an encoder and a decoder"
     CODE = "code of your own"
     LIBRARY_DIRECTORY = "a directory with a pruned model of torchvision or timm"
     CODE_DIRECTORY = "a directory with a pruned model of your own code"
@@ -223,6 +224,8 @@ def kind_of(name: str | Path) -> ModelKind:
         config = read_json(file, dict[str, Any]) if file.is_file() else {}
     except (OSError, RuntimeError, ValueError, FileError, ModelError):
         return ModelKind.LANGUAGE  # whoever opens it will say what is wrong
+    if config.get("is_encoder_decoder") is True:
+        return ModelKind.ENCODER_DECODER
     classes = config.get("architectures")
     named = classes[0] if isinstance(classes, list) and classes else ""
     return ModelKind.CLASSIFIER if str(named).endswith(_IMAGE_CLASSIFIER) else ModelKind.LANGUAGE
