@@ -79,6 +79,15 @@ def usual_samples(quality: TargetKind, most: float) -> int:
     return max(_USUAL, math.ceil(12 / most) if quality is TargetKind.TOP1 else 0)
 
 
+def rarest_seen(samples: int) -> int:
+    """Return the largest m of which a kind that is 1 in m of all is sure to be among samples.
+
+    A kind with the share p is absent from n independent samples with probability (1 - p)^n, which
+    is 5 % at p = 1 - 0.05^(1/n), or about 3 / n.
+    """
+    return math.floor(-1 / math.expm1(math.log1p(-CONFIDENCE) / samples))
+
+
 def bounded_mean(values: Sequence[float] | NDArray[np.float64]) -> Bounded:
     """Return a mean, with its bound: mean + t s / sqrt(n) + 2.5 g s (1 + 2 t^2) / 6n.
 

@@ -44,6 +44,7 @@ from osscar.request import AUTO, PruningRequest, TargetKind, round_width
 from osscar.run.target_search import (
     counted_in_words,
     reported_in_words,
+    scope_in_words,
     target_in_words,
 )
 from osscar.study.page import proofs_in_words
@@ -188,6 +189,7 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if target := document.get("target"):
         yield "quality target", target_in_words(target)
         yield "test", reported_in_words(target)
+        yield "holds", scope_in_words(target)
     elif budget is not None:
         yield from budget_facts(budget["limits"])
     if budget is not None and budget["predicted"] is not None:

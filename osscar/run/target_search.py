@@ -29,7 +29,7 @@ from osscar.allocation.measured import LEAST
 from osscar.base.json_files import STRICT
 from osscar.base.printable import pluralize, share
 from osscar.distance.distance import UNITS, Measure
-from osscar.evaluation.confidence import Bounded
+from osscar.evaluation.confidence import Bounded, rarest_seen
 from osscar.request import QualityTarget, TargetKind
 
 MOST_ATTEMPTS = 4
@@ -212,6 +212,15 @@ def reported_in_words(target: Mapping[str, Any]) -> str:
     """Return the loss of the chosen model on samples that no choice has seen, in words."""
     kind, lost = TargetKind(target["quality"]), Bounded(**target["reported"])
     return _lost_in_words(kind, lost, target["measure"])
+
+
+def scope_in_words(target: Mapping[str, Any]) -> str:
+    """Return for which data the reported bound holds, in words: a test sees what it has."""
+    samples = target["reported"]["samples"]
+    return (
+        f"for data like these {samples} samples; a kind of sample that is rarer than 1 in "
+        f"{rarest_seen(samples)} may be missing from them, and is then not seen"
+    )
 
 
 def samples_needed(found: Bounded, most: float) -> int | None:

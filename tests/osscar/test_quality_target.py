@@ -24,6 +24,7 @@ from osscar.evaluation.confidence import (
     bounded_drop,
     bounded_mean,
     fewest_samples,
+    rarest_seen,
     usual_samples,
 )
 from osscar.network.modules import count_parameters, digest_of_weights
@@ -31,6 +32,7 @@ from osscar.network.operations import count_flops
 from osscar.request import PruningRequest, QualityTarget, TargetKind
 from osscar.run import chain, target
 from osscar.run.prune import prune_as_asked
+from osscar.run.prune_page import run_facts
 from osscar.run.run_log import RunLog
 from osscar.run.target import prune_to_target
 from osscar.run.target_search import (
@@ -68,6 +70,23 @@ def test_the_truth_is_within_the_reported_bound_of_a_search(case):
     for one in found:
         assert one.report.reported.bound <= one.report.most
         assert len(one.report.attempts) <= MOST_ATTEMPTS
+
+
+def test_a_kind_that_is_named_as_seen_is_in_nineteen_of_twenty_sets_and_no_rarer_one():
+    for samples in (16, 32, 128, 149, 1196):
+        most = rarest_seen(samples)
+        absent = [(1 - 1 / one) ** samples for one in (most, most + 1)]
+        assert absent[0] <= 0.05 < absent[1]
+    assert [rarest_seen(n) for n in (32, 128, 149)] == [11, 43, 50]
+
+
+def test_no_bound_sees_a_kind_that_the_samples_lack_and_more_samples_do():
+    def missed(samples):
+        found = searches(f"1 in 50 with 30 times the loss, {samples}", 200, seed=1)
+        return np.mean([not one.holds for one in found if one.truth is not None])
+
+    assert missed(32) > 0.35
+    assert missed(512) < 0.06
 
 
 def test_the_bound_of_a_drop_covers_it_in_nineteen_of_twenty_sets():
@@ -301,6 +320,9 @@ def test_the_smallest_model_is_measured_on_samples_that_nothing_was_fitted_to(
         assert measured.value == pytest.approx(expected, abs=1e-5)
         assert measured.bound > measured.value
     assert sum("with 95 % confidence" in line for line in lines) == len(report.tests)
+    n = report.reported.samples
+    holds = f"for data like these {n} samples; a kind of sample that is rarer than 1 in "
+    assert dict(run_facts(result.record()))["holds"].startswith(f"{holds}{rarest_seen(n)} may")
     assert result.held_out == report.reported.samples
 
 
@@ -525,6 +547,8 @@ def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     assert found["recovery"]["samples"] + found["recovery"]["held_out"] == 48  # none that chooses
     page = (tmp_path / "smaller" / "report.html").read_text()
     assert "on samples that chose nothing" in page
+    assert "for data like these 24 samples; a kind of sample that is rarer than 1 in 8" in page
+    assert "for data like these 24 samples" in printed
     assert page.count('data-of="result">chosen<') == 1
     drawn = osscar.load_tensors(tmp_path / "data.npz", dense).sample(96, 0)
     saved = osscar.load(tmp_path / "smaller", dense=dense)
