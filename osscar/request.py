@@ -316,9 +316,11 @@ class PruningRequest:
     skip
         Groups to leave as they are: names, or patterns such as ``h.0.*``.  ``osscar inspect`` lists
         the names.
-    backend, backend_options
-        Solver that chooses the units: a registered name, or ``file.py:Class`` of your own, with its
-        options; or a backend object.  For experts, one that takes a `solvers.ExpertProblem`.
+    backend
+        Solver that chooses the units: a registered name, ``file.py:Class`` of your own, or a
+        backend object.  For experts, one that takes a `solvers.ExpertProblem`.
+    backend_options
+        Options of a solver that is given by name, such as ``{"max_swaps": 100}``.
     certify
         Compute a lower bound on each layer's loss, which limits how far its selection can be from
         optimal, and verify each solution.  The run takes several times as long.
@@ -404,7 +406,7 @@ class PruningRequest:
             if wrong:
                 raise RequestError(advice)
         if self.timed_in == "onnxruntime":
-            check_onnx("timed_in onnxruntime (`--timed-in onnxruntime`)")
+            check_onnx("timed_in onnxruntime (`--set timed_in=onnxruntime`)")
         if not self.experts_alone:
             self.chosen_backend()
         if self.routed:
@@ -420,8 +422,9 @@ class PruningRequest:
         budget, cache = "a budget, such as params 0.7", "memory or timed decode"
         time = "a budget or target of time, such as speedup 1.5"
         needs = {
-            f"{name} is {getattr(self, name)}, which needs {needed}; give one, or omit {name} "
-            f"(`--{name.replace('_', '-')}`)": getattr(self, name) != usual and not there
+            f"{name} is {getattr(self, name)}, which needs {needed}; give one, or omit {name}": (
+                getattr(self, name) != usual and not there
+            )
             for name, usual, there, needed in (
                 ("smallest", None, targets, "a quality target, such as max_divergence 0.1"),
                 ("at_least", None, shared, budget),
@@ -444,16 +447,16 @@ class PruningRequest:
             f"{targets} are given, and a run takes one quality target; omit the others": " and "
             in targets,
             f"speedup does not go with {targets}, as every size that is tried would be timed; give "
-            "flops in its place, or smallest time (`--smallest time`) for the fastest model within "
-            "the target": targets and self.speedup is not None,
+            "flops in its place, or smallest time (`--set smallest=time`) for the fastest model "
+            "within the target": targets and self.speedup is not None,
             f"allocation is {self.allocation}, and {targets} needs measured curves; omit "
-            "allocation (`--allocation`)": targets and self.allocation != "measured",
+            "allocation (`--set allocation`)": targets and self.allocation != "measured",
             f"{self.in_words(budgets) or targets} has nothing to prune: "
             f"{', '.join(self.shared_kinds)} say what to keep of every group that it prunes; omit "
             "one of these, or the budget or target": shared
             and all(getattr(self, kind) not in (None, AUTO) for kind in self.shared_kinds),
             f"{'timed decode' if self.memory is None else f'memory {self.memory}'} needs the "
-            "length of the key/value cache; give the context, too (`--context 4096`, or "
+            "length of the key/value cache; give the context, too (`--set context=4096`, or "
             "context=4096 in Python)": cached and self.context is None,
             **needs,
             "timed decode does not go with timed_in onnxruntime, as models are exported without a "
@@ -474,9 +477,10 @@ class PruningRequest:
             "fewer experts save no flops, since each token is sent to as many as before; give "
             "params or size as the budget, or omit experts 'auto'": auto
             and {*budgets, *filter(None, [self.smallest])} == {BudgetKind.FLOPS},
-            f"{'certify (`--certify`)' if self.certify else 'round_to (`--round-to`)'} does not "
-            "go with experts alone: no lower bound is known for a choice of experts, and their "
-            "count is not rounded; omit it": self.experts_alone
+            f"{'certify' if self.certify else 'round_to'} does not go with experts alone: no lower "
+            "bound is known for a choice of experts, and their count is not rounded; omit it": (
+                self.experts_alone
+            )
             and (self.certify or self.round_to != AUTO),
         }
 
@@ -505,8 +509,9 @@ class PruningRequest:
 
     def instead_of_time(self, budget: str) -> str:
         """Return what to give in place of it, for messages."""
-        option = f"smallest {budget}" if self.smallest == "time" else budget
-        return f"{option} (`--{option}`)"
+        if self.smallest == "time":
+            return f"smallest {budget} (`--set smallest={budget}`)"
+        return f"{budget} (`--{budget}`)"
 
     @property
     def holds_out(self) -> bool:

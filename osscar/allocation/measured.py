@@ -220,10 +220,9 @@ def curves_at(
     prepared, groups = task.prepared, task.shared
     if prepared.inputs.samples < _ONE_IN:
         raise RequestError(
-            f"allocation measured (`--allocation measured`) takes {_ONE_IN} calibration samples "
-            f"or more, of which some are "
+            f"allocation measured takes {_ONE_IN} calibration samples or more, of which some are "
             f"held out, and there are {prepared.inputs.samples}; give more, or allocation "
-            f"uniform (`--allocation uniform`)"
+            f"uniform (`--set allocation=uniform`)"
         )
     reference, rough = dense_references(prepared, compared_samples(prepared), task.request.distance)
     few = dataclasses.replace(prepared, inputs=prepared.inputs.part(0, fitted_samples(prepared)))

@@ -84,7 +84,7 @@ class Caching(NamedTuple):
 
 
 MEMORY = Caching("memory (`--memory`)", "give size (`--size`)")
-DECODE = Caching("timed decode (`--timed decode`)", "omit it, and a forward pass is timed")
+DECODE = Caching("timed decode (`--set timed=decode`)", "omit it, and a forward pass is timed")
 
 _KEPT = {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -111,7 +111,7 @@ def check_served(model: nn.Module, request: PruningRequest) -> None:
     longest = context_length(model)
     if longest is not None and request.context > longest:
         raise RequestError(
-            f"context (`--context`) is {request.context}, and the model reads {longest:,} "
+            f"context (`--set context`) is {request.context}, and the model reads {longest:,} "
             "positions at most; give no more"
         )
 

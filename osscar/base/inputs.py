@@ -118,8 +118,7 @@ def checked(name: str, annotation: Any, value: Any) -> Any:
         return _adapter(annotation).validate_python(value, strict=isinstance(value, bool) or None)
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
-        shown = name.replace("_", "-") if name.isidentifier() else name
-        option = ".".join(str(one) for one in (shown, *found["loc"]) if one != "[key]")
+        option = ".".join(str(one) for one in (name, *found["loc"]) if one != "[key]")
         rule = found["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         raise OptionError(f"{option} is {safe_repr(found['input'])}; {rule}") from error
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from cyclopts import App, ArgumentCollection, Parameter
+from cyclopts import App, ArgumentCollection, Parameter, Token
 from cyclopts.config import Dict
 
 from osscar import __version__
@@ -25,9 +25,10 @@ from osscar.base.errors import OptionError, first_line
 from osscar.base.inputs import opened_from
 from osscar.base.process import handling, unwinds
 from osscar.base.timing import Stage, profiled, timed
-from osscar.cli.common import err
+from osscar.cli.common import err, show
 from osscar.cli.common import out as screen
 from osscar.cli.options import (
+    SHARED,
     Backend,
     EvalOptions,
     ExportOptions,
@@ -41,21 +42,44 @@ from osscar.cli.options import (
     SweepOptions,
     recovery_of,
     request_of,
+    settings_of,
+)
+from osscar.cli.settings import (
+    RECOVERY,
+    as_pairs,
+    check_name,
+    fields_of,
+    known_names,
+    set_name,
 )
 from osscar.recovery.request import RecoveryRequest
 from osscar.report.sections import longest_stages
 from osscar.request import ArgumentsAlone, BudgetKind, PruningRequest
-from osscar.run.jobs import SweepJob, jobs
+from osscar.run.jobs import SweepJob, jobs, refuse_targets
 
 _REPORT = "osscar.prune/"
 
 
 def from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Fill in what the file of ``--config`` says and the command line does not."""
-    tokens = next((one.tokens for one in arguments if one.name == "--config"), ())
-    if tokens:
-        path = Path(tokens[0].value)
-        Dict({commands[-1]: _options(path)}, source=str(path))(app, commands[-1:], arguments)
+    options = {one.name: one for one in arguments}
+    tokens = options["--config"].tokens if "--config" in options else ()
+    if not tokens:
+        return
+    path, flags, fields = Path(tokens[0].value), dict[str, Any](), dict[str, Any]()
+    for name, value in _options(path).items():
+        flag = f"--{name.replace('_', '-')}"
+        (flags if flag in options else fields)[name] = value
+    said = {set_name(token.value) for token in options["--set"].tokens}
+    known = [*known_names(PruningRequest, recovers=True), *(set_name(one[2:]) for one in options)]
+    flags = {name: value for name, value in flags.items() if set_name(name) not in said}
+    for name, pair in as_pairs(fields).items():
+        head = name.partition(".")[0]
+        check_name(name if name in known else head, known, PruningRequest, str(path))
+        if not {name, head} & said:
+            options["--set"].append(Token(keyword="--set", value=pair, source=str(path)))
+    source = {commands[-1]: {name.replace("_", "-"): value for name, value in flags.items()}}
+    Dict(source, source=str(path))(app, commands[-1:], arguments)
 
 
 def _options(path: Path) -> dict[str, Any]:
@@ -80,10 +104,9 @@ def _options(path: Path) -> dict[str, Any]:
             found = _of_report(found, path.parent)
         except (LookupError, TypeError, AttributeError) as error:
             raise OptionError(f"{path} is no report of a run: {first_line(error)}") from error
-    known = {name.replace("_", "-"): value for name, value in found.items()}
-    if "config" in known:
+    if "config" in found:
         raise OptionError(f"{path} names a further file with config; write all options into one")
-    return known
+    return dict(found)
 
 
 def _of_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -96,13 +119,18 @@ def _of_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
         )
     asked = {**settings, **{name: drawn.get(name) for name in ("samples", "seqlen")}}
     if recovery:
-        asked |= {"recover": True, "recover_steps": recovery["settings"]["steps"]}
-    options = {n: v for n, v in asked.items() if v not in (None, [], {}) and v is not False}
-    if options.pop("groups", None):
-        raise OptionError("the run had `groups`, which only Python takes; repeat it from there")
-    if given := options.pop("backend_options", None):
-        options["option"] = [f"{name}={json.dumps(value)}" for name, value in given.items()]
-    return options
+        own = {
+            name: value
+            for name, value in recovery["settings"].items()
+            if name not in SHARED or value != settings.get(name)
+        }
+        asked |= {"recover": True, RECOVERY: _filled(own)}
+    return _filled(asked)
+
+
+def _filled(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options that are not empty."""
+    return {n: v for n, v in options.items() if v not in (None, [], {}) and v is not False}
 
 
 R = TypeVar("R", bound=PruningRequest)
@@ -110,7 +138,10 @@ R = TypeVar("R", bound=PruningRequest)
 
 def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[SweepJob, ...]]:
     """Return the request (or its `ArgumentsAlone`) at the first point, and all points."""
-    given = {kind: text for kind in BudgetKind if (text := getattr(options, kind)) is not None}
+    settings = settings_of(options, request)
+    refuse_targets(settings)
+    asked = {kind: settings.get(kind, getattr(options, kind)) for kind in BudgetKind}
+    given = {kind: str(value) for kind, value in asked.items() if value is not None}
     lists = {kind: text for kind, text in given.items() if "," in text or len(given) == 1}
     if not given:
         raise OptionError(
@@ -126,7 +157,7 @@ def asked_points(options: SweepOptions, request: type[R]) -> tuple[R, tuple[Swee
         )
     ((budget, text),) = lists.items()
     values = tuple(part.strip() for part in text.split(",") if part.strip())
-    method = vars(options)["allocation"]
+    method = settings.get("allocation", "measured")
     points = jobs(budget, values, baselines=options.baselines, allocation=method)
     fixed = {str(kind): given.get(kind) for kind in BudgetKind}
     base = request_of(options, request, **{**fixed, str(budget): points[0].value})
@@ -198,7 +229,7 @@ def demo(
     _run("demo", out, overwrite, backend, json)
 
 
-@app.command
+@app.command(help_epilogue="Further fields: osscar fields prune")
 def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL]) -> None:
     """Prune a model in one shot, verify the result, and save it.
 
@@ -218,7 +249,7 @@ def prune(model: Model, /, *, options: Annotated[PruneOptions, _ALL]) -> None:
     _run("prune", model, options)
 
 
-@app.command
+@app.command(help_epilogue="Further fields: osscar fields recover")
 def recover(
     directory: Annotated[Path, Parameter(help="Directory that `osscar prune` wrote.")],
     /,
@@ -240,7 +271,7 @@ def recover(
     _run("recover", directory, options)
 
 
-@app.command
+@app.command(help_epilogue="Further fields: osscar fields sweep")
 def sweep(model: Model, /, *, options: Annotated[SweepOptions, _ALL] = SweepOptions()) -> None:
     """Prune to several budgets in one run, and show quality against speed.
 
@@ -348,6 +379,17 @@ def backends(*, json: Json = None) -> None:
     _run("solve.list_backends", json)
 
 
+@app.command
+def fields(
+    command: Annotated[
+        Literal["prune", "sweep", "recover"], Parameter(help="Command whose fields to list.")
+    ],
+    /,
+) -> None:
+    """List all fields that --set takes, with type and default."""
+    show(*fields_of(command))
+
+
 instances = App(name="instances", help="List, write and check instances: problems for solvers.")
 app.command(instances)
 
@@ -387,7 +429,7 @@ def check(
 for _place, _name in enumerate(
     (
         *("demo", "prune", "recover", "sweep", "eval", "inspect", "export", "gap", "solve"),
-        *("instances", "backends"),
+        *("instances", "backends", "fields"),
     )
 ):
     app[_name].sort_key = _place

@@ -41,7 +41,8 @@ def run(directory: Path, options: ExportOptions) -> None:
     if written.padding:
         say(
             f"{written.padding} neurons of zeros were added, so that each layer has a multiple of "
-            "32 and llama.cpp can quantize it; `osscar prune --round-to 32` keeps real ones instead"
+            "32 and llama.cpp can quantize it; `osscar prune --set round_to=32` keeps real ones "
+            "instead"
         )
     for verb, tensors in (("takes", written.inputs), ("returns", written.outputs)):
         if tensors:

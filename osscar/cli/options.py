@@ -4,10 +4,8 @@ Options of a request are its fields, with their types, defaults and words. Nothi
 """
 
 import dataclasses
-import inspect
-import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
@@ -16,6 +14,7 @@ from cyclopts import Group, Parameter, Token
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import PERCENT, bare, safe_repr
+from osscar.cli.settings import RECOVERY, documented, read_settings, value_of
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import BOUND_ROUNDS, PruningRequest, is_keep
 
@@ -44,25 +43,28 @@ Backend = Annotated[
     str,
     Parameter(help="Solver: a name that `osscar backends` lists, or file.py:Class of your own."),
 ]
-BackendOptions = Annotated[
-    list[str], Parameter(name="--option", help="Option of the solver, as NAME=VALUE.  Repeatable.")
+Settings = Annotated[
+    list[str],
+    Parameter(
+        name="--set",
+        help="Set any field of the request, as NAME=VALUE, such as seed=1; `osscar fields` lists "
+        "them.  Repeatable.",
+    ),
 ]
 
 _GROUPS = {
     "First options": "sparsity params flops speedup max_divergence calibration text images inputs "
     "samples weights recover steps keep backends exact_units groups format svg "
-    "all_groups times out",
-    "Advanced: budget": "size memory context batch timed timed_in allocation distance round_to "
-    "at_least",
-    "Advanced: quality target": "max_perplexity_increase max_top1_drop smallest",
+    "all_groups times out settings",
+    "Advanced: budget": "size memory",
+    "Advanced: quality target": "max_perplexity_increase max_top1_drop",
     "Advanced: what to keep": "heads neurons channels residual experts skip",
-    "Advanced: calibration and test data": "seqlen windows window_units held_out batch_size seed",
+    "Advanced: calibration and test data": "seqlen windows window_units batch_size seed",
     "Advanced: images": "mean std image_size no_normalize",
     "Advanced: solver and refit": "backend backend_options certify bound bound_rounds damp "
-    "target correction_weight batch_norm baselines time_limit gap_tolerance jobs ray",
-    "Advanced: training": "learning_rate lora micro_batch_size checkpointing mixed_precision "
-    "augment recover_steps",
-    "Advanced: model": "dtype device max_memory form dense other_dense prove trust_remote_code",
+    "baselines time_limit gap_tolerance jobs ray",
+    "Advanced: training": "learning_rate",
+    "Advanced: model": "dtype device max_memory dense other_dense prove trust_remote_code",
     "Advanced: output": "config overwrite restart json",
 }
 """Under which titles help shows options, in this order: what people use first, then the rest."""
@@ -94,46 +96,41 @@ def _whole(_: Any, tokens: tuple[Token, ...]) -> int:
         raise ValueError(f"{safe_repr(tokens[0].value)} is not a whole number") from None
 
 
-def _help(documented: type) -> dict[str, str]:
-    """Return what the docstring of a class says of each parameter, which it names as options."""
-    _, _, text = (inspect.getdoc(documented) or "").partition("Parameters\n----------\n")
-    entries = re.findall(r"^(\w[\w, ]*)\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
-    said = {name: " ".join(words.split()) for names, words in entries for name in names.split(", ")}
-    option = re.compile(rf"(?<!`)`({'|'.join(said)})`(?!`)")
-    return {
-        name: option.sub(lambda found: f"--{found[1].replace('_', '-')}", words).replace("``", "")
-        for name, words in said.items()
-    }
+def _help(request: type, flags: Collection[str]) -> dict[str, str]:
+    """Return what the docstring of a request says of each field, which it names as options."""
+    said = documented(request)
+
+    def option(found: re.Match[str]) -> str:
+        name = found[1]
+        return f"--{name.replace('_', '-')}" if name in flags else name
+
+    named = re.compile(rf"(?<!`)`({'|'.join(said)})`(?!`)")
+    return {name: named.sub(option, words).replace("``", "") for name, words in said.items()}
 
 
 def _is_read(one: dataclasses.Field[Any]) -> bool:
     """Whether the text of an option is read where its request is made."""
-    percent = PERCENT in getattr(one.type, "__metadata__", ())
-    return is_keep(one.type) or percent or one.name == "distance"
+    return is_keep(one.type) or PERCENT in getattr(one.type, "__metadata__", ())
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _command(
-    request: type[Any] | None = None,
-    but: tuple[str, ...] = (),
-    only: str = "",
-    first: tuple[str, ...] = (),
+    request: type[Any] | None = None, flags: str = "", first: tuple[str, ...] = ()
 ) -> Callable[[type[T]], type[T]]:
-    """Make a dataclass of options of a class, with the unchecked fields of a request."""
+    """Make a dataclass of options of a class, with the fields of a request that are `flags`."""
 
     def made(options: type[T]) -> type[T]:
-        fields = options.__annotations__
-        words = {} if request is None else _help(request)
+        fields, own = options.__annotations__, flags.split()
+        words = {} if request is None else _help(request, own)
         for one in () if request is None else dataclasses.fields(request):
-            if one.name in but or (only and one.name not in only.split()):
-                continue
-            kind = str | None if _is_read(one) else bare(one.type)
-            default: Any = one.default
-            if one.name in ("skip", "backend_options"):
-                kind, default = list[str], ()
-            own = {"backend": Backend, "backend_options": BackendOptions}.get(one.name)
-            fields[one.name] = own or Annotated[kind, Parameter(help=words[one.name])]
-            setattr(options, one.name, default)
+            if one.name in own:
+                kind = str | None if _is_read(one) else bare(one.type)
+                default: Any = one.default
+                if one.name == "skip":
+                    kind, default = list[str], ()
+                known = Backend if one.name == "backend" else None
+                fields[one.name] = known or Annotated[kind, Parameter(help=words[one.name])]
+                setattr(options, one.name, default)
         for name, kind in fields.items():
             if bare(kind) in (int, int | None):
                 kind = Annotated[kind, Parameter(converter=_whole)]
@@ -218,7 +215,12 @@ class SavedOptions:
     """Start over instead of continuing a run that was killed."""
 
 
-@_command(PruningRequest, but=("groups",))
+@_command(
+    PruningRequest,
+    flags="sparsity params size memory flops speedup max_divergence max_perplexity_increase "
+    "max_top1_drop heads neurons channels residual experts skip backend certify device batch_size "
+    "seed",
+)
 class PruneOptions(RunOptions, SavedOptions):
     """What `osscar prune` takes."""
 
@@ -232,12 +234,15 @@ class PruneOptions(RunOptions, SavedOptions):
     is repeated.  Options on the command line override the file's."""
     recover: bool = False
     """Train the smaller model before it is saved, as `osscar recover` does, on the calibration
-    data."""
-    recover_steps: int | None = None
-    """With --recover: optimizer steps.  [default: as many as `osscar recover`]"""
+    data; --set recovery.steps=200 sets a field of `osscar fields recover`."""
+    settings: Settings = ()  # type: ignore[assignment]
 
 
-@_command(RecoveryRequest, first=("dense",))
+@_command(
+    RecoveryRequest,
+    flags="steps batch_size learning_rate max_memory device seed",
+    first=("dense",),
+)
 class RecoverOptions(OpenOptions, SavedOptions):
     """What `osscar recover` takes."""
 
@@ -262,13 +267,10 @@ class RecoverOptions(OpenOptions, SavedOptions):
     """Tokens in a window of text.  [default: as many as when it was pruned]"""
     out: Path | None = None
     """Directory for the recovered model.  [default: DIRECTORY-recovered]"""
+    settings: Settings = ()  # type: ignore[assignment]
 
 
-@_command(
-    PruningRequest,
-    only="context batch timed timed_in allocation seed batch_size round_to at_least distance "
-    "backend damp experts skip form batch_norm device",
-)
+@_command(PruningRequest, flags="seed batch_size backend experts skip device")
 class SweepOptions(RunOptions, ScoreOptions):
     """What `osscar sweep` takes."""
 
@@ -280,7 +282,7 @@ class SweepOptions(RunOptions, ScoreOptions):
     """Bytes of the weights to keep, as fractions of the dense model's."""
     memory: str | None = None
     """Memory that serving the smaller language model may take for its weights and its key/value
-    cache, as fractions of the dense model's.  It needs --context."""
+    cache, as fractions of the dense model's.  It needs context."""
     flops: str | None = None
     """Fractions of the floating-point operations to keep."""
     speedup: str | None = None
@@ -290,6 +292,7 @@ class SweepOptions(RunOptions, ScoreOptions):
     baselines: bool = False
     """Also prune by `multistage` (the paper's method), `greedy`, `wanda` and `magnitude`, each with
     the same fraction of every layer."""
+    settings: Settings = ()  # type: ignore[assignment]
 
 
 @_command(first=("dense",))
@@ -411,7 +414,10 @@ class SolveOptions:
     keep: Annotated[int | None, Parameter(help="Units to keep, instead of what the file says.")] = (
         None
     )
-    backend_options: BackendOptions = ()  # type: ignore[assignment]
+    backend_options: Annotated[
+        list[str],
+        Parameter(name="--option", help="Option of the solver, as NAME=VALUE.  Repeatable."),
+    ] = ()  # type: ignore[assignment]
     bound: bool = False
     """Add a lower bound if the solver gives none."""
     bound_rounds: int = BOUND_ROUNDS
@@ -441,40 +447,54 @@ def refuse(options: Any, names: Collection[str], advice: str) -> None:
 
 
 def request_of(options: Any, request: Callable[..., T], **more: Any) -> T:
-    """Return the request that options ask for."""
-    asked = {
-        one.name: getattr(options, one.name)
-        for one in dataclasses.fields(request)  # type: ignore[arg-type]
-        if hasattr(options, one.name)
-    }
-    asked |= more
+    """Return the request that options ask for, by flags and by ``--set``."""
+    names = {one.name for one in dataclasses.fields(request)}  # type: ignore[arg-type]
+    asked = {name: value for name, value in vars(options).items() if name in names}
     if "skip" in asked:
-        asked["skip"] = [part.strip() for text in asked["skip"] for part in text.split(",")]
-    if "backend_options" in asked:
-        asked["backend_options"] = parse_options(asked["backend_options"])
-    return request(**asked)
+        asked["skip"] = _parts(asked["skip"])
+    settings = settings_of(options, request)
+    settings.pop(RECOVERY, None)
+    for name in settings.keys() & given(options).keys():
+        flag = name.replace("_", "-")
+        raise OptionError(f"{name} is given by --{flag} and by --set; give it once")
+    if isinstance(text := settings.get("skip"), str):
+        settings["skip"] = _parts([text])
+    return request(**{**asked, **settings, **more})
+
+
+def _parts(texts: Iterable[str]) -> list[str]:
+    return [part.strip() for text in texts for part in text.split(",")]
+
+
+def settings_of(options: Any, request: Any) -> dict[str, Any]:
+    """Return what ``--set`` says; where a pruning may be followed by a recovery, of both."""
+    pairs = getattr(options, "settings", ())
+    return read_settings(pairs, request, recovers=isinstance(options, PruneOptions))
 
 
 def recovery_of(options: PruneOptions, request: PruningRequest) -> RecoveryRequest | None:
     """Return what is asked of the recovery that follows a pruning; None if none does."""
-    steps = options.recover_steps
+    settings = settings_of(options, PruningRequest).get(RECOVERY, {})
     if options.recover:
-        own = {name: getattr(request, name) for name in ("device", "seed", "distance")}
-        asked = RecoveryRequest(**own)
-        return asked if steps is None else dataclasses.replace(asked, steps=steps)
-    refuse(options, ("recover_steps",), "give --recover, too, or omit it")
+        own = {name: getattr(request, name) for name in SHARED}
+        return RecoveryRequest(**{**own, **settings})
+    for name, value in settings.items():
+        raise OptionError(
+            f"{RECOVERY}.{name} is {safe_repr(value)}; give --recover, too, or omit it"
+        )
     return None
 
 
+SHARED = ("device", "seed", "distance")
+"""Fields that a recovery takes from the pruning that it follows, unless they are set."""
+
+
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE`` pairs; a value is JSON where it can be, else text."""
+    """Read the ``NAME=VALUE`` pairs of a solver's options."""
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise OptionError(f"--option {safe_repr(pair)} is not NAME=VALUE")
-        try:
-            options[name.strip()] = json.loads(value)
-        except ValueError:
-            options[name.strip()] = value
+        options[name.strip()] = value_of(value)
     return options

@@ -233,7 +233,7 @@ class LinearMap:
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(
                 f"the refitted {what} of {self.label!r} overflow {like.dtype}; "
-                "use dtype float32 (`--dtype float32`) or bfloat16, or raise damp (`--damp`)"
+                "use dtype float32 (`--dtype float32`) or bfloat16, or raise damp (`--set damp=1`)"
             )
         return values
 

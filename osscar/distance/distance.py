@@ -328,7 +328,7 @@ class Reference:
             what = "logits are" if self.distance.measure == "nats" else "outputs are"
             raise NonFiniteError(
                 f"the pruned model's {what} NaN or infinite where the dense model's are not; "
-                "use dtype float32 (`--dtype float32`), or a higher damp (`--damp`)"
+                "use dtype float32 (`--dtype float32`), or a higher damp (`--set damp=1`)"
             )
         return found
 

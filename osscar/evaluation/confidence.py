@@ -241,7 +241,7 @@ class Judge:
                 numbers.append(int(self.numbers[index]))
         if not np.isfinite(values).all():
             raise NonFiniteError(
-                "the pruned model's outputs are NaN or infinite", "raise damp (`--damp`)"
+                "the pruned model's outputs are NaN or infinite", "raise damp (`--set damp=1`)"
             )
         _, at = np.unique(numbers, return_inverse=True)
         different = np.bincount(at, values) / np.bincount(at)

@@ -132,7 +132,7 @@ class Graph:
             raise ModelError(
                 f"llama.cpp cannot run the model: its layers differ, and {self.architecture!r} has "
                 "no output matrix beside the embedding, as this model has; prune all layers alike "
-                "(allocation uniform, `--allocation uniform`)"
+                "(allocation uniform, `--set allocation=uniform`)"
             )
 
     @property

@@ -115,7 +115,7 @@ def load_model(
         raise ModelError(
             f"{text!r} is {kind.value}, and no command scores or prunes one; run it in Python "
             "(osscar.load), export it (`osscar export`), or prune the dense model again with form "
-            "'eager' (`osscar prune ... --form eager`)"
+            "'eager' (`osscar prune ... --set form=eager`)"
         )
     of_text = kind is ModelKind.LANGUAGE
     own_code = kind is ModelKind.CODE_DIRECTORY

@@ -133,9 +133,8 @@ class JournalManifest:
         for name in sorted(self.asked | before.asked):
             mine, theirs = self.asked.get(name), before.asked.get(name)
             if mine != theirs:
-                label = name.replace("_", "-") if name.isidentifier() else name
                 was, now = f"{theirs!r:.80}", f"{mine!r:.80}"
-                return f"{label} was {was} and is {now}" if was != now else f"other {label}"
+                return f"{name} was {was} and is {now}" if was != now else f"other {name}"
         if self.dense is None or before.dense is None:
             return None
         return self.dense.difference(before.dense)

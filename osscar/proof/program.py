@@ -40,7 +40,9 @@ from osscar.proof.lineage import hand_on, lineage_of
 from osscar.proof.literals import ShrunkGraph, refusal, rewrite
 from osscar.proof.plan import PruningPlan, TracedInput
 
-_OTHERWISE = "give inputs of such sizes, or prune the modules instead (form eager, `--form eager`)"
+_OTHERWISE = (
+    "give inputs of such sizes, or prune the modules instead (form eager, `--set form=eager`)"
+)
 
 
 class InputSizes(nn.Module):

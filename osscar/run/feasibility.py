@@ -84,7 +84,7 @@ def feasible_groups(task: PruningTask) -> Feasible:
         warn(
             f"{type(prepared.model).__name__} keeps its modules, for the sake of "
             f"{_called(methods)}; {in_words(left)}. These may be pruned in form 'exported' "
-            "(`--form exported`), which loses the methods"
+            "(`--set form=exported`), which loses the methods"
         )
     elif refused:
         warn(f"{in_words(refused)}; the report and result.skipped say why")
@@ -119,7 +119,7 @@ def tell_lost(model: nn.Module, request: PruningRequest) -> None:
         warn(
             f"the smaller model is an exported program without {_called(methods)} of "
             f"{type(model).__name__}, since some groups can be pruned only in a program; to skip "
-            "these groups and keep the methods, use form eager (`--form eager`)"
+            "these groups and keep the methods, use form eager (`--set form=eager`)"
         )
 
 
@@ -340,7 +340,7 @@ def in_words(skipped: Sequence[SkippedGroup]) -> str:
 def _refusal(left: Sequence[SkippedGroup], request: PruningRequest) -> str:
     """Say why nothing is pruned, and what to do."""
     reasons = listed([f"{group.name!r}: {group.reason}" for group in left], _MOST_TOLD, "; ")
-    program = "; or prune the exported program (form exported, `--form exported`)"
+    program = "; or prune the exported program (form exported, `--set form=exported`)"
     return (
         f"nothing was pruned, and nothing was written: none of {pluralize(len(left), 'group')} can "
         f"be pruned: {reasons}; let the code take these sizes from its weights, write -1 for them, "

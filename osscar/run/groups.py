@@ -153,8 +153,8 @@ def warn_of_refits(reports: Sequence[LayerReport]) -> None:
         warn(
             f"refitted weights are very large: the largest weight that reads a group is more than "
             f"{GROWN:g} times the largest dense one of {listed(named, 8)}; "
-            "give more calibration data, raise damp (`--damp`), or leave such groups alone with "
-            "skip (`--skip`)"
+            "give more calibration data, raise damp (`--set damp=1`), or leave such groups alone "
+            "with skip (`--skip`)"
         )
 
 

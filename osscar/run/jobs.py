@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from osscar.base.errors import OptionError
 from osscar.base.inputs import checked
-from osscar.request import BASELINES, METHODS, BudgetKind, Keep, PruningRequest, parse_size_kept
+from osscar.request import (
+    BASELINES,
+    METHODS,
+    BudgetKind,
+    Keep,
+    PruningRequest,
+    TargetKind,
+    parse_size_kept,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,12 @@ def jobs(
     removes = budget in (BudgetKind.SPARSITY, BudgetKind.SPEEDUP)
     ordered = sorted(set(read), reverse=not removes)
     return tuple(SweepJob(method, budget, value) for method in methods for value in ordered)
+
+
+def refuse_targets(asked: Mapping[str, Any]) -> None:
+    """Refuse a quality target among the fields of a sweep's request (OptionError)."""
+    for target in (one for one in TargetKind if asked.get(one) is not None):
+        raise OptionError(f"a sweep has budgets, and no target; omit {target}")
 
 
 def _number(budget: BudgetKind, value: Any) -> float | int:

@@ -142,7 +142,7 @@ def needs_memory(request: PruningRequest) -> str | None:
     if request.form == "exported":
         return (
             "the exported program of a model is shrunk in memory, and this model is read from "
-            "disk; omit form exported (`--form exported`) or max_memory (`--max-memory`)"
+            "disk; omit form exported (`--set form=exported`) or max_memory (`--max-memory`)"
         )
     return None
 

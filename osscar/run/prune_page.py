@@ -200,8 +200,8 @@ def run_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "predicted distance", f"{budget['predicted']:.4f} {unit}, {each}{within}"
     units = [one["units"] for one in layers if one["kind"] in ("neurons", "channels")]
     if document["settings"]["round_to"] == AUTO and round_width(max(units, default=1)) > 1:
-        how = "rounded to multiples of 16, narrow ones of 8; `osscar prune --round-to 1` allows any"
-        yield "widths", how
+        how = "rounded to multiples of 16, narrow ones of 8"
+        yield "widths", f"{how}; `osscar prune --set round_to=1` allows any"
     same = document.get("agreement")
     agree = "" if same is None else f", with the same most likely {what} in {same:.1%}"
     yield "distance", str(Compared(**document["distance"]))

@@ -38,9 +38,9 @@ from osscar.proof.plan import Form
 from osscar.proof.seen import Calibration, refuse_overlap
 from osscar.report.sections import Section
 from osscar.report.shown import Shown
-from osscar.request import BudgetKind, PruningRequest, TargetKind
+from osscar.request import BudgetKind, PruningRequest
 from osscar.run.chain import prepare, prune_prepared
-from osscar.run.jobs import SweepJob, jobs
+from osscar.run.jobs import SweepJob, jobs, refuse_targets
 from osscar.run.memory import check_can_stream
 from osscar.run.prune_page import budget_facts
 from osscar.run.result import PruningResult
@@ -245,8 +245,7 @@ def sweep(
         )
     allocation = asked.get("allocation", "measured")
     points = jobs(budget, asked[budget], baselines=baselines, allocation=allocation)
-    for target in (one for one in TargetKind if asked.get(one) is not None):
-        raise OptionError(f"a sweep has budgets, and no target; omit {target.option}")
+    refuse_targets(asked)
     base = PruningRequest(**{**asked, str(budget): points[0].value})
     return Sweep(SweepDirectory(place), base, points, score).run(model, calibration)
 

@@ -306,7 +306,8 @@ class _Search:
         if not fewer:
             raise RequestError(
                 f"{self.target} has nothing to prune: no group that a budget prunes may become "
-                "smaller; omit what says what to keep, at_least (`--at-least`) or skip (`--skip`)"
+                "smaller; omit what says what to keep, at_least (`--set at_least`) or skip "
+                "(`--skip`)"
             )
         allowed = allowances(task) if task.request.budgets else ()
         own = (one.most for one in allowed if one.budget is self._kind)

@@ -225,7 +225,7 @@ def explained(error: Exception, model: nn.Module) -> AdapterError:
     if ROWS_OF_16_BYTES in reason:
         return AdapterError(
             f"{start}: it multiplies all experts at once, which takes only rows of whole 16 bytes; "
-            "keep a multiple of 4 units, of 8 in half precision (round_to, `--round-to`)"
+            "keep a multiple of 4 units, of 8 in half precision (round_to, `--set round_to=8`)"
         )
     # Numbers in what a kernel says are sizes of this trial, of which the line says what they are.
     start += f", in `{line}` ({place})" if line else ""

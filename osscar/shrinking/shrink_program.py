@@ -98,8 +98,8 @@ def shrink_program(
         except EquivalenceError as failure:
             raise type(failure)(
                 f"{failure}; leave groups out (skip, `--skip`, or a plan without them), or "
-                f"shrink the "
-                "modules (form eager, `--form eager`), where @osscar.adapter teaches one to follow"
+                "shrink the modules (form eager, `--set form=eager`), where @osscar.adapter "
+                "teaches one to follow"
             ) from failure
         plan = dataclasses.replace(plan, traced=trial.traced())
         made = _noted(program, model, plan)

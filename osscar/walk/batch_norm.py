@@ -162,7 +162,7 @@ def _average(name: str, total: Tensor) -> _Statistics:
         raise NonFiniteError(
             f"the batch-norm statistics of {name!r} are not finite on the calibration data; "
             "use dtype float32 (`--dtype float32`), or leave them as they were (batch_norm keep, "
-            "`--batch-norm keep`)"
+            "`--set batch_norm=keep`)"
         )
     return mean, var
 

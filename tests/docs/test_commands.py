@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -21,8 +22,11 @@ import osscar.cli
 from benchmarks.__main__ import benchmarks
 from benchmarks.prose import Split, builtin_text
 from osscar.cli.commands import app
+from osscar.cli.settings import known_names
+from osscar.recovery.request import RecoveryRequest
+from osscar.request import PruningRequest
 from tests.docs.json_schema import missing, undescribed
-from tests.docs.pages import PAGES, Command, blocks, commands
+from tests.docs.pages import PAGES, ROOT, Command, blocks, commands
 from tests.osscar.interrupted_cases import tiny_model
 
 BENCHMARK = "takes minutes to hours, and data; its arguments are parsed"
@@ -47,6 +51,7 @@ PARSED = {
     "osscar prune net.py:build --max-top1-drop": "takes labels; in test_quality_target.py",
     "osscar prune smollm2-135m --speedup": "times of a tiny model are noise; in test_clocks.py",
     "osscar prune model.py:build --speedup": "as above",
+    "osscar fields": "test_cli.py shows all fields",
     "osscar instances": "test_instances.py runs its commands on the smallest",
 }
 """Commands, by what they begin with, that are not run here, and why."""
@@ -201,6 +206,21 @@ def test_a_command_is_understood(command, monkeypatch, tmp_path):
         parse(words[1], words[2:], monkeypatch)
     else:
         assert reason(command) is not None, f"add {command} to PARSED, with a reason, or run it"
+
+
+def test_options_in_the_prose_are_options_of_a_command_and_what_is_set_is_a_field():
+    commands = [app[name] for name in app if name.isalpha() and app[name].default_command]
+    arguments = [one for command in commands for one in command.assemble_argument_collection()]
+    options = {name for one in arguments for name in one.names} | {"--source"}  # of benchmarks
+    fields = {*known_names(PruningRequest, recovers=True), *known_names(RecoveryRequest)}
+    found = 0
+    for page in (one for one in PAGES if re.match(r"(README|docs/.*)\.md$", one)):
+        for code in re.findall(r"(?<!`)`(--[^`\n]+)`(?!`)", (ROOT / page).read_text("utf-8")):
+            for option, field in re.findall(r"(?<!\S)(--[a-z0-9-]+)(?: ([a-z_.]+)=)?", code):
+                found += 1
+                assert option in options, f"{page}: {code}"
+                assert option != "--set" or field in {*fields, ""}, f"{page}: {code}"
+    assert found > 100
 
 
 def parse(module, arguments, monkeypatch):

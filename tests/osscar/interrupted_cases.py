@@ -83,11 +83,11 @@ def problem(units: int) -> solvers.SubsetProblem:
 
 
 def _pruned(model: Path, place: Path) -> tuple[str, ...]:
-    return pruning(model, "--sparsity", "0.5", "--allocation", "uniform")
+    return pruning(model, "--sparsity", "0.5", "--set", "allocation=uniform")
 
 
 def _recovered(model: Path, place: Path) -> tuple[str, ...]:
-    return pruning(model, "--sparsity", "0.5", "--recover", "--recover-steps", "4")
+    return pruning(model, "--sparsity", "0.5", "--recover", "--set", "recovery.steps=4")
 
 
 def _study(_: Path, place: Path) -> tuple[str, ...]:

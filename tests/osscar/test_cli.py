@@ -11,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import osscar
 from osscar.base.errors import OptionError
 from osscar.base.printable import engineering
-from osscar.cli.commands import app
-from osscar.cli.options import request_of
-from osscar.request import PruningRequest
+from osscar.cli.commands import app, asked_points
+from osscar.cli.options import recovery_of, request_of
+from osscar.recovery.request import RecoveryRequest
+from osscar.request import ArgumentsAlone, PruningRequest
 from osscar.run.prune_page import prune_page, run_facts
 from osscar.run.run_log import RunLog
 from osscar.study.directory import Study
@@ -74,7 +75,16 @@ def test_prune_eval_and_inspect_tell_and_keep_what_results_rest_on(run, tmp_path
     Path("an other text.txt").write_text(PROSE.replace("fox", "cat"))
     status, out, err = run(
         *("prune", "a $dense model", "--neurons", "0.5", "--heads", "0.5", "--certify"),
-        *("--option", "max_swaps=3", "--samples", 2, "--seqlen", 64, "--dtype", "float32"),
+        *(
+            "--set",
+            "backend_options.max_swaps=3",
+            "--samples",
+            2,
+            "--seqlen",
+            64,
+            "--dtype",
+            "float32",
+        ),
         *("--calibration", "text.txt", "--out", "a $small model", "--device", "cpu"),
         *("--json", "p.json"),
     )
@@ -191,7 +201,7 @@ def test_an_interrupt_says_what_is_kept(
 NEURONS = ("--neurons", "0.5")
 BAD = [
     (("--sparsity", "0.999"), "cannot be met"),
-    ((*NEURONS, "--option", "stages=3"), "has no option stages"),
+    ((*NEURONS, "--set", "backend_options.stages=3"), "has no option stages"),
     ((*NEURONS, "--out", "full", "--overwrite"), "files that are not a checkpoint"),
 ]
 
@@ -213,12 +223,103 @@ def test_bad_input_is_one_line_and_writes_nothing(run, tiny, tmp_path, monkeypat
 # ---- what is shown -----------------------------------------------------------------------
 
 
-def asked_of(file, monkeypatch, *more):
-    """The options that a file and the command line come to."""
+def asked_by(monkeypatch, *words):
+    """The options that a command line comes to."""
     found = []
     monkeypatch.setattr("osscar.cli.commands._run", lambda *words: found.append(words[-1]))
-    app(["prune", "demo", "--config", str(file), "--out", "x", *more])
-    return found[0]
+    app(list(words))
+    return found
+
+
+def asked_of(file, monkeypatch, *more):
+    """The options that a file and the command line come to."""
+    (found,) = asked_by(monkeypatch, "prune", "demo", "--config", str(file), "--out", "x", *more)
+    return found
+
+
+OWN = {
+    "damp": 0.0, "allocation": "uniform", "at_least": "10%", "round_to": 32, "target": "weights",
+    "correction_weight": 0.5, "batch_norm": "keep", "distance": "relative", "form": "eager",
+    "skip": ("h.0.*", "a"), "certify": True, "backend_options": {"max_swaps": 3, "stages": "x"},
+    "groups": {"h.1.heads": "1/3", "h.2.heads": 2}, "backend": "magnitude", "seed": 7,
+}  # fmt: skip
+TRAINED = {"steps": 5, "lora": 4, "checkpointing": True, "augment": "none", "distance": "nats"}
+
+
+def test_every_field_of_a_request_can_be_set_by_its_name(monkeypatch):
+    """As in Python, whichever has an option of its own; and those of a recovery that follows."""
+    monkeypatch.setattr(PruningRequest, "chosen_backend", lambda *_, **__: None)
+    asked = {**OWN, "sparsity": 0.25}
+    pairs = [f"{name}={value}" if isinstance(value, str) else f"{name}={json.dumps(value)}"
+             for name, value in asked.items() if not isinstance(value, dict)]  # fmt: skip
+    for name in ("backend_options", "groups"):
+        pairs += [f"{name}.{entry}={value}" for entry, value in OWN[name].items()]
+    pairs += [f"recovery.{name}={json.dumps(value)}" for name, value in TRAINED.items()]
+    words = [word for pair in pairs for word in ("--set", pair)]
+    (found,) = asked_by(monkeypatch, "prune", "demo", "--out", "x", "--recover", *words)
+    request = request_of(found, PruningRequest)
+    assert request == PruningRequest(**asked)
+    assert recovery_of(found, request) == RecoveryRequest(**TRAINED, seed=7)
+    words = [word.removeprefix("recovery.") for word in words if "recovery." in word]
+    words = [part for word in words for part in ("--set", word)]
+    (found,) = asked_by(monkeypatch, "recover", "small", "--dense", "demo", *words)
+    assert request_of(found, RecoveryRequest) == RecoveryRequest(**TRAINED)
+    shown = {*["lora", "augment", "damp", "form"]}
+    for command in ("prune", "sweep", "recover"):
+        options = {one.name[2:] for one in app[command].assemble_argument_collection()}
+        assert not shown & options
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--set dmap=1", r"--set names 'dmap', which is no field; did you mean damp\? "),
+        ("--set zzz=1", r"'zzz', which is no field; `osscar fields prune` lists all"),
+        ("--set damp.x=1", r"'damp.x', which is no field; did you mean damp"),
+        ("--set recovery.stps=1", r"'recovery.stps', .* did you mean recovery.steps "),
+        ("--set damp", "--set 'damp' is not NAME=VALUE"),
+        ("--set damp=1 --set damp=2", "--set gives damp more than once"),
+        ("--set batch-norm=1 --set batch_norm=2", "--set gives batch_norm more than once"),
+        ("--set groups=0.5", "'groups=0.5' holds no mapping; give groups.NAME=VALUE"),
+        ("--set groups.a=2.5", "groups.a is 2.5; give a fraction"),
+        ("--set sparsity=0.5", "sparsity is given by --sparsity and by --set; give it once"),
+        ("--set damp=NaN", "damp is nan; "),
+        ("--set batch_norm=no", "batch_norm is 'no'; give 'correct' or 'keep'"),
+        ("--set skip=3", "skip is 3; give a list"),
+        ("--set recovery.lora=4", "recovery.lora is 4; give --recover, too, or omit it"),
+        ("--recover --set recovery.lora=0", "lora is 0; give 1 or more"),
+    ],
+)
+def test_what_is_set_is_checked_before_anything_is_loaded(words, message, monkeypatch):
+    with pytest.raises(OptionError, match=message):
+        asked_by(monkeypatch, "prune", "demo", "--sparsity", "0.3", "--out", "x", *words.split())
+
+
+def test_a_sweep_takes_fields_by_name_but_no_target(monkeypatch):
+    def points(*words):
+        (found,) = asked_by(monkeypatch, "sweep", "demo", *words)
+        return asked_points(found, ArgumentsAlone)
+
+    base, jobs = points("--set", "sparsity=0.1,0.2", "--set", "allocation=uniform", "--baselines")
+    assert [job.value for job in jobs if job.method == "uniform"] == [0.1, 0.2]
+    base, _ = points("--params", "0.9,0.8", "--set", "flops=0.9", "--set", "heads=2")
+    assert (base.params, base.flops, base.heads) == (0.9, 0.9, 2)
+    with pytest.raises(OptionError, match="a sweep has budgets, and no target; omit max_top1_drop"):
+        points("--params", "0.9,0.8", "--set", "max_top1_drop=1%")
+    with pytest.raises(OptionError, match=r"'recovery\.steps', which is no field"):
+        points("--params", "0.9,0.8", "--set", "recovery.steps=3")
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "recover"])
+def test_a_screen_lists_every_field_and_help_names_it(command, run):
+    status, out, _ = run("fields", command)
+    request = RecoveryRequest if command == "recover" else PruningRequest
+    names = [
+        line.split()[0] for line in out.splitlines() if line.startswith("  ") and line[2] > " "
+    ]
+    assert (status, names[1:]) == (0, [one.name for one in dataclasses.fields(request)])
+    assert "Random seed of" in out
+    assert run(command, "--help")[1].endswith(f"Further fields: osscar fields {command}\n")
 
 
 @pytest.mark.parametrize("length", [252, 300])
@@ -236,10 +337,21 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
     for name, text in lines.items():
         (tmp_path / name).write_text(text)
         found = asked_of(tmp_path / name, monkeypatch, "--seqlen", "16")
-        assert (found.sparsity, found.round_to, found.skip) == ("30%", 1, ["*.0.*"])
+        assert (found.sparsity, found.settings, found.skip) == ("30%", ["round_to=1"], ["*.0.*"])
         assert (found.recover, found.seqlen) == (True, 16)
+    (tmp_path / "own.toml").write_text(
+        "sparsity = 0.3\ndamp = 0.5\nat-least = '10%'\nrecover = true\n"
+        "[backend_options]\nmax_swaps = 3\nstages = 2\n[recovery]\nsteps = 4\nlora = 2\n"
+    )
+    more = ("sparsity=0.4", "damp=0.1", "backend_options.stages=1", "recovery.steps=8")
+    words = [word for pair in more for word in ("--set", pair)]
+    found = asked_of(tmp_path / "own.toml", monkeypatch, *words)
+    request = request_of(found, ArgumentsAlone)
+    assert (request.sparsity, request.damp, request.at_least) == (0.4, 0.1, "10%")
+    assert request.backend_options == {"max_swaps": 3, "stages": 1}
+    assert (recovery_of(found, request).steps, recovery_of(found, request).lora) == (8, 2)
     for name, text, message in (
-        ("a.toml", "sparcity = 0.3", "sparcity.*Did you mean --sparsity"),
+        ("a.toml", "sparcity = 0.3", "a.toml names 'sparcity', .*; did you mean sparsity"),
         ("b.toml", "sparsity = ", "b.toml cannot be read"),
         ("c.ini", "", "give a .toml, .yaml or .json file"),
         ("d.json", '{"schema": "osscar.prune/7"}', "d.json is no report of a run"),
@@ -251,12 +363,14 @@ def test_options_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pat
 
 def test_a_report_repeats_its_run(runs, tmp_path, monkeypatch):
     result = runs["opt"].result
-    report = {**result.record(), "recovery": {"settings": {"steps": 3}}}
-    report["settings"] |= {"damp": 0.0, "backend_options": {"max_swaps": 3}}
+    own = RecoveryRequest(steps=3, batch_size=2, device=result.request.device)
+    report = {**result.record(), "recovery": {"settings": own.to_json()}}
+    more = {"damp": 0.0, "backend_options": {"max_swaps": 3}, "groups": {"a.b.heads": "1/3"}}
+    report["settings"] |= more
     (tmp_path / "osscar_report.json").write_text(json.dumps(report))
     found = asked_of(tmp_path / "osscar_report.json", monkeypatch)
-    asked = dataclasses.replace(result.request, damp=0.0)
-    assert request_of(dataclasses.replace(found, backend_options=()), PruningRequest) == asked
-    assert found.backend_options == ["max_swaps=3"]
-    assert (found.recover, found.recover_steps) == (True, 3)
+    monkeypatch.setattr(PruningRequest, "chosen_backend", lambda *_, **__: None)
+    request = request_of(found, PruningRequest)
+    assert request == dataclasses.replace(result.request, **more)
+    assert (found.recover, recovery_of(found, request)) == (True, own)
     assert found.samples == result.calibration["samples"]

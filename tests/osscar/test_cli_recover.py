@@ -141,7 +141,7 @@ def test_a_model_of_a_file_of_code_is_read_back_by_a_new_process(run, tmp_path, 
 
 def test_one_run_prunes_and_recovers(run, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prune = pruning(tiny, "--neurons", "0.25", "--recover", "--recover-steps", "4")
+    prune = pruning(tiny, "--neurons", "0.25", "--recover", "--set", "recovery.steps=4")
     status, out, err = run(*prune, "--out", "out", "--json", "p.json")
     assert status == 0, err
     said, document = read("p.json"), report("out")
@@ -174,10 +174,10 @@ def test_a_run_begins_anew_where_that_is_asked_for(run, small, tiny, monkeypatch
     assert status == 2
     assert "the disk is full. 4 steps are kept in" in err
     assert Path("small-recovered.recover").exists()
-    status, _, err = run(*asked, "--mixed-precision", "bf16")
+    status, _, err = run(*asked, "--set", "mixed_precision=bf16")
     assert status == 2
     assert "holds another recovery" in err
-    assert "mixed-precision was None and is 'bf16'" in err
+    assert "mixed_precision was None and is 'bf16'" in err
     status, _, err = run(*asked, "--seed", 1, "--restart")
     assert status == 0, err
     assert not Path("small-recovered.recover").exists()

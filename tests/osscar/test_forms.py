@@ -157,7 +157,7 @@ def test_a_program_says_which_sizes_it_takes_no_others_of(tmp_path):
     path = osscar.save(result.model, tmp_path / "small").path
     refused = (
         r"takes x of shape \(any, 5, 4\), with which it was traced, and not \(2, 7, 4\)"
-        r".*\(form eager, `--form eager`\)$"
+        r".*\(form eager, `--set form=eager`\)$"
     )
     for one in (result.model, copy.deepcopy(result.model), osscar.load(path, dense=net)):
         with pytest.raises(ModelError, match=refused):

@@ -50,7 +50,7 @@ def test_what_is_done_stays_and_goes_on_only_with_the_same(journal):
         assert [path.name for path in again.done] == ["0.txt", "1.txt", "2.txt"]
     for change, message in (
         ({"schema": "osscar.thing/2"}, "it is 'osscar.thing/1', and this version"),
-        ({"asked": {"files": ["a"]}}, "batch-size was 4 and is None"),
+        ({"asked": {"files": ["a"]}}, "batch_size was 4 and is None"),
         ({"asked": {**ASKED.asked, "more": 1}}, "more was None and is 1"),
     ):
         expected = rf"holds another thing: {message}.* or give another directory \(`--out`\)$"

@@ -14,6 +14,10 @@ from torch import nn
 import osscar
 import solvers
 from osscar.base.errors import FileError, OptionError, OsscarError
+from osscar.cli.commands import app
+from osscar.cli.settings import known_names
+from osscar.recovery.request import RecoveryRequest
+from osscar.request import PruningRequest
 from tests.osscar.families import tiny, tokens
 
 
@@ -58,7 +62,7 @@ BEFORE_LOADING = {
     "prune": "nothing to prune: give a budget",
     "prune --params 0.8 --params 0.7": "--params is given more than once",
     "prune --max-top1-drop 2% --samples 500": "596 different calibration .* are 500, 96 too few",
-    "prune --params 0.5 --recover-steps 4": "--recover-steps is 4; give --recover, too, or omit it",
+    "prune --params 0.5 --set recovery.steps=4": "steps is 4; give --recover, too, or omit it",
     "prune --params 0.5 --calibration none.npz": "there is no file 'none.npz'; check the path",
     "sweep --params 0.5,1.5": "1.5",
     "recover --steps 0 --dense net.py:build": "steps is 0; it must be greater than or equal to 1",
@@ -107,13 +111,24 @@ def test_messages_of_the_library_name_fields_beside_options():
     # In Python what is written, and how many samples there are, is no field; nor are there logs.
     own = "--out", "--samples", "--seqlen", "--restart", "--only-binary", "--head"
     found = 0
+    fields = {*known_names(PruningRequest), *known_names(RecoveryRequest)}
+    commands = [app[name] for name in app if name.isalpha()]
+    options = {
+        name
+        for one in commands
+        if one.default_command
+        for it in one.assemble_argument_collection()
+        for name in it.names
+    }
     for file in files:
         for text in messages(file):
-            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
+            for option in re.findall(r"(?<![\w-])--(?:set [a-z]|[a-z])[a-z0-9_-]*", text):
                 if " " not in text or option in own:
                     continue
                 found += 1
-                field = option.removeprefix("--").replace("-", "_")
+                assert option.partition(" ")[0] in options, f"{file.name}: {text}"
+                field = option.removeprefix("--").removeprefix("set ").replace("-", "_")
+                assert field in fields or " " not in option, f"{file.name}: {text}"
                 rest = text.replace(option, "")
                 assert re.search(rf"\b{field}\b|in Python", rest), f"{file.name}: {text}"
     assert found > 50

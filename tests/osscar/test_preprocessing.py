@@ -70,7 +70,7 @@ def place(tmp_path, monkeypatch):
 def prune(function, *options):
     return (
         *("prune", f"net.py:{function}", "--calibration", "train.npz", "--out", "small"),
-        *("--channels", "0.5", "--backend", "magnitude", "--form", "eager", "--device", "cpu"),
+        *("--channels", "0.5", "--backend", "magnitude", "--set", "form=eager", "--device", "cpu"),
         *options,
     )
 

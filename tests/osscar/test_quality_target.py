@@ -539,7 +539,7 @@ def test_the_command_recovers_each_attempt_and_measures_what_it_saves(
     (tmp_path / "net.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     words = "prune net.py:build --calibration data.npz --samples 96 --max-divergence 0.05"
-    words += " --recover --recover-steps 4 --out smaller --json run.json"
+    words += " --recover --set recovery.steps=4 --out smaller --json run.json"
     status, printed, err = run(*words.split())
     assert (status, "attempt 1: keeps" in printed) == (0, True), err
     assert not list(tmp_path.glob("smaller.*"))

@@ -261,7 +261,7 @@ def test_the_first_rank_says_what_another_failed_of(run, size, message, tmp_path
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
-    more = ("--recover", "--recover-steps", "2", "--out", "out", "--json", "said.json")
+    more = ("--recover", "--set", "recovery.steps=2", "--out", "out", "--json", "said.json")
     log, asked = tmp_path / "out.run", (*PRUNE, *more)
     with ranks_of([command(*asked)] * 2, tmp_path) as (first, second):
         end = time.monotonic() + PATIENCE

@@ -132,7 +132,9 @@ def test_weights_beyond_reason_are_named_with_their_factor_and_a_remedy():
     torch.manual_seed(0)
     model, x = Faint().double().eval(), torch.randn(64, 12).double()
     free = {"damp": 0.0, "target": "weights", "backend": "random"}
-    remedy = r"times\); give more calibration data, raise damp \(`--damp`\), .* skip \(`--skip`\)"
+    remedy = (
+        r"times\); give more calibration data, raise damp \(`--set damp=1`\), .* skip \(`--skip`\)"
+    )
     with pytest.warns(UserWarning, match=rf"refitted weights are very large.*{remedy}") as warned:
         result = osscar.prune(model, x, neurons=0.5, **free)
     (layer,) = [one for one in result.layers if one.growth > GROWN]

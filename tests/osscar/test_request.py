@@ -21,7 +21,6 @@ from osscar.allocation import allocate as allocation
 from osscar.allocation.task import PruningTask, possible_widths
 from osscar.base.errors import OptionError, RequestError
 from osscar.base.ranks import ALONE
-from osscar.cli.commands import app
 from osscar.recovery.request import RecoveryRequest
 from osscar.request import PruningRequest as Asked
 from osscar.request import parse_keep, parse_size_kept
@@ -170,10 +169,6 @@ def test_help_and_signature_name_every_field():
     described = {name for names in entries for name in names.split(", ")}
     assert described >= {"model", "calibration", *fields}
     assert "request" not in described
-    options = {name for one in app["prune"].assemble_argument_collection() for name in one.names}
-    renamed = {"backend_options": "option"}
-    for name in set(fields) - {"groups"}:
-        assert f"--{renamed.get(name, name).replace('_', '-')}" in options
 
 
 def test_a_request_is_read_without_torch_and_leaves_no_half_loaded_solvers():

@@ -204,7 +204,9 @@ def test_the_process_stays_below_the_limit_for_a_model_above_it(tmp_path):
     shape |= {"ffn_dim": 16384, "num_attention_heads": 4, "num_hidden_layers": 34}
     limit, dense = 1_100_000_000, tmp_path / "dense"
     assert write_model(dense, {**shape, "vocab_size": 4096}, "bfloat16") * 4 > limit
-    options = f"--heads 0.5 --target weights --samples 4 --seqlen 32 --max-memory {limit}".split()
+    options = (
+        f"--heads 0.5 --set target=weights --samples 4 --seqlen 32 --max-memory {limit}".split()
+    )
     command = [sys.executable, "-m", "osscar", "prune", str(dense), "--out", str(tmp_path / "out")]
     command += ["--calibration", str(DEMO_CALIBRATION), "--backend", "greedy"]
     found = measured([*command, *options])
