@@ -155,8 +155,8 @@ def neurons(*shares: float) -> tuple[Setting, ...]:
     return tuple(
         Setting(
             f"{s:.0%} of neurons",
-            {"sparsity": s, "heads": 1.0},
-            {"neurons": round(1 - s, 3), "heads": 1.0},
+            {"sparsity": s, "heads": "all"},
+            {"neurons": round(1 - s, 3), "heads": "all"},
         )
         for s in shares
     )
@@ -186,7 +186,7 @@ def speeds(*times: float) -> tuple[Setting, ...]:
 
 def experts(*shares: float) -> tuple[Setting, ...]:
     """Keep shares of the experts; by default neurons of all experts leave in their place."""
-    return tuple(Setting(f"{s:.0%} of experts", {"heads": 1.0}, {"experts": s}) for s in shares)
+    return tuple(Setting(f"{s:.0%} of experts", {"heads": "all"}, {"experts": s}) for s in shares)
 
 
 SHARES = (0.2, 0.3, 0.4, 0.5)

@@ -58,6 +58,9 @@ PRUNED_KINDS = ("heads", "neurons", "channels")
 AUTO: Final = "auto"
 """Of experts: that a budget applies to them, too; of widths: as round as their number allows."""
 
+ALL: Final = "all"
+"""Of what to keep: every unit."""
+
 BOUND_ROUNDS = 8
 """What `solvers.solve` takes by default as well; said here, where nothing has loaded torch."""
 
@@ -166,20 +169,28 @@ def round_width(width: int) -> int:
 
 
 def parse_keep(value: Keep) -> Fraction | int:
-    """Read what to keep: ``"0.7"``, ``"70%"`` and 0.7 are fractions, ``"512"`` and 512 counts."""
+    """Read what to keep: 0.7, ``"70%"`` and ``"2/3"`` are fractions, 512 a count, ``"all"`` is all.
+
+    A fraction of 1 that is not in per cent could mean one or all, and is refused.
+    """
     try:
         text = str(value).strip()
     except ValueError:  # of more digits than Python writes
         text = ""
     number = text.removesuffix("%").rstrip()
+    if text == ALL:
+        return Fraction(1)
     if _NUMBER.fullmatch(number):  # of so few digits that anyone can compute with it
-        fraction = Fraction(number) / (1 if number == text else 100)
-        kept = int(text) if text.isdecimal() else fraction
-        if kept >= 1 if isinstance(kept, int) else 0 < kept <= 1:
+        if text.isdecimal() and not isinstance(value, Fraction):
+            if count := int(text):
+                return count
+        elif 0 < (kept := Fraction(number) / (1 if number == text else 100)) <= 1:
+            if kept == 1 and number == text:
+                raise ValueError("give 1 to keep one, or 'all'")
             return kept
     raise ValueError(
-        "give a fraction above 0 and at most 1, such as 0.7, 70% or 2/3, or a count from 1, below "
-        "10^18"
+        "give a fraction between 0 and 1, such as 0.7, 70% or 2/3, a count from 1, below 10^18, or "
+        "'all'"
     )
 
 
@@ -190,8 +201,8 @@ def parse_size_kept(value: Keep) -> Fraction | int:
         return parse_size(value) if sized else parse_keep(value)
     except (OptionError, ValueError) as error:
         raise ValueError(
-            "give a fraction of the dense model's, above 0 and at most 1, such as 0.7 or 70%, or a "
-            "size such as 200MB or 1.5GiB"
+            "give a fraction of the dense model's, between 0 and 1, such as 0.7 or 70%, or a size "
+            "such as 200MB or 1.5GiB"
         ) from error
 
 
@@ -293,18 +304,18 @@ class PruningRequest:
         model's outputs change least; ``uniform`` keeps the same fraction of every layer, as the
         paper does, and all residual channels.
     heads
-        Heads to keep in each layer: a fraction such as ``2/3``, or a count.  Under grouped-query
-        attention a head is a key-value head with its query heads.
+        Heads to keep in each layer: a fraction such as ``2/3``, a count such as 4, or ``all``.
+        Under grouped-query attention a head is a key-value head with its query heads.
     neurons
-        Neurons to keep in each feed-forward layer: a fraction, or a count.
+        Neurons to keep in each feed-forward layer: a fraction, a count, or ``all``.
     channels
-        Channels to keep in each convolution: a fraction, or a count.
+        Channels to keep in each convolution: a fraction, a count, or ``all``.
     residual
-        Channels to keep in each residual stream, the sum along shortcuts: a fraction, or a count.
-        By default a budget decides, unless the allocation is ``uniform``; 1.0 keeps them all.
+        Channels to keep in each residual stream, the sum along shortcuts: a fraction, a count, or
+        ``all``.  By default a budget decides, unless the allocation is ``uniform``.
     experts
-        Experts to keep in each mixture: a fraction, or a count; by default all.  With ``auto``, a
-        budget of parameters or bytes decides.
+        Experts to keep in each mixture: a fraction, a count, or ``all``, the default.  With
+        ``auto``, a budget of parameters or bytes decides.
     groups
         What to keep of single groups, by name; takes precedence over the others.
     round_to

@@ -18,7 +18,7 @@ from osscar.allocation.serving import serving_memory
 from osscar.allocation.task import PruningTask, SkippedGroup
 from osscar.base.errors import EquivalenceError, RequestError
 from osscar.base.json_files import STRICT
-from osscar.base.printable import engineering
+from osscar.base.printable import engineering, share
 from osscar.network.operations import count_flops
 from osscar.proof.plan import Form, PruningPlan
 from osscar.request import BudgetKind, parse_keep, parse_size_kept
@@ -257,7 +257,12 @@ def goal(task: PruningTask, allowed: Sequence[Allowance]) -> str:
         mine, of, gone = map(engineering, (kept, dense, dense - kept))
         return f"keeps {mine} of {of} {kind}, removes {gone}"
 
-    found = [
+    removed = [
+        f"sparsity {task.request.sparsity:g} removes {_removed(task, one)}"
+        for one in allowed
+        if one.budget is BudgetKind.SPARSITY
+    ]
+    found = removed + [
         told(min(one.most, one.dense), one.dense, one.kind)
         for one in allowed
         if one.budget is not BudgetKind.SPEEDUP
@@ -269,3 +274,14 @@ def goal(task: PruningTask, allowed: Sequence[Allowance]) -> str:
         by = "" if task.times is None else " by the times of its operators"
         found.append(f"is to be {task.request.speedup:g} times as fast as the dense model{by}")
     return "; ".join(found)
+
+
+def _removed(task: PruningTask, sparsity: Allowance) -> str:
+    """Return what a sparsity is a share of, and which share of the whole model that is."""
+    shared = {group.kind for group in task.shared}
+    *others, last = [kind for kind in task.request.shared_kinds if kind in shared] or [
+        "residual channels"
+    ]
+    kinds = f"{', '.join(others)} and {last}" if others else last
+    asked, whole = task.request.sparsity or 0, 1 - sparsity.most / sparsity.dense
+    return f"{share(asked)} of the parameters of {kinds}, {share(whole)} of all parameters"

@@ -243,7 +243,7 @@ class PruningTask:
                 for group in (one for one in prepared.every_group if one.name == name):
                     raise RequestError(
                         f"groups names {name!r}, and {group.kind} are pruned only with "
-                        f"{group.kind} (`--{group.kind}`); give it, too (1.0 keeps all "
+                        f"{group.kind} (`--{group.kind}`); give it, too ('all' keeps all "
                         "units of the other groups)"
                     )
                 raise RequestError(f"there is no group {name!r}; `osscar inspect` lists the groups")

@@ -12,7 +12,7 @@ from osscar.allocation.costs import Cost, count
 from osscar.allocation.limits import Budget, allowances, goal
 from osscar.allocation.task import PruningTask
 from osscar.base.errors import RequestError
-from osscar.base.printable import engineering
+from osscar.base.printable import engineering, share
 from osscar.network.modules import count_parameters
 from osscar.preparation.prepare import prepare
 from osscar.request import PruningRequest as Asked
@@ -98,7 +98,7 @@ def test_budgets_are_kept_and_reports_are_right(either, asked, allocation):
 @pytest.mark.parametrize("allocation", ["measured", "uniform"])
 def test_a_slack_budget_changes_nothing(opt, allocation):
     alone, both = (
-        allocated(opt, flops=0.7, allocation=allocation, **more) for more in ({}, {"params": 1.0})
+        allocated(opt, flops=0.7, allocation=allocation, **more) for more in ({}, {"params": "all"})
     )
     assert both.keep == alone.keep
     assert both.budget.limits[0].budget == "flops"
@@ -137,7 +137,7 @@ def test_residual_channels_leave_where_others_cannot_meet_a_budget(shortcut):
     assert budget.on_trial > 0
     assert all(map(torch.equal, before, shortcut.model.state_dict().values()))
     with pytest.raises(RequestError, match=r"cannot be met.*; remove less$"):
-        allocate(PruningTask(shortcut, Asked(flops=0.5, residual=1.0)))
+        allocate(PruningTask(shortcut, Asked(flops=0.5, residual="all")))
     with pytest.raises(RequestError, match="cannot be met"):
         allocate(PruningTask(shortcut, Asked(flops=0.5, at_least=0.95)))
 
@@ -172,7 +172,7 @@ def test_a_sparsity_counts_no_residual_channels(shortcut):
     """So that as many parameters leave, whether streams take part or not."""
     limits = [
         allocated(shortcut, sparsity=0.5, **more).budget.limits[0].limit
-        for more in ({}, {"residual": 1.0}, {"allocation": "uniform"})
+        for more in ({}, {"residual": "all"}, {"allocation": "uniform"})
     ]
     assert limits == [limits[0]] * 3
 
@@ -191,7 +191,12 @@ def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):
         return f"keeps {kept} of {of} {kind}, removes {gone}"
 
     assert told(params=0.3) == parts(0.3, dense, "parameters")
-    assert told(sparsity=0.3) == parts(1 - 0.3 * owned / dense, dense, "parameters")
+    whole = f"{share(0.3 * owned / dense)} of all parameters"
+    assert told(sparsity=0.3) == (
+        f"sparsity 0.3 removes 30% of the parameters of heads and neurons, {whole}; "
+        + parts(1 - 0.3 * owned / dense, dense, "parameters")
+    )
+    assert "30% of the parameters of neurons, " in told(sparsity=0.3, heads="all")
     flops = count(Cost.FLOPS, opt, opt.groups).dense
     assert told(params=0.9, flops=0.5) == "; ".join(
         (parts(0.9, dense, "parameters"), parts(0.5, flops, "flops"))
@@ -200,7 +205,7 @@ def test_what_is_kept_and_removed_is_told_in_numbers_beforehand(opt):
 
 def test_kinds_that_are_named_take_no_part_in_the_budget(opt):
     units = {group.name: (group.kind, group.units) for group in opt.groups}
-    found = allocated(opt, sparsity=0.5, heads=1.0, round_to=1)
+    found = allocated(opt, sparsity=0.5, heads="all", round_to=1)
     assert {units[name][0] for name in found.keep} == {"neurons"}
     neurons = sum(width.kept for width in found.budget.widths.values())
     assert 38 <= neurons <= 40  # of 80: it is a share of what they own

@@ -242,7 +242,7 @@ def test_a_curve_goes_through_what_predictions_diverge_by(prepared):
 @pytest.mark.slow
 def test_a_budget_takes_experts_and_a_run_that_was_killed_goes_on_to_the_same_model(tmp_path):
     model, log = mixture("mixtral"), tmp_path
-    request = PruningRequest(params=0.7, heads=1.0, neurons=36, **AUTO, **ALL)
+    request = PruningRequest(params=0.7, heads="all", neurons=36, **AUTO, **ALL)
     whole = prune_as_asked(model, tokens(24), request, RunLog(log))
     budget = whole.budget
     assert whole.certificate.error < 1e-5

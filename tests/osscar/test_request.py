@@ -61,9 +61,28 @@ def test_what_to_keep_is_a_fraction_or_a_count():
     for text, value in (
         *(("0.7", Fraction(7, 10)), (0.7, Fraction(7, 10)), ("2/3", Fraction(2, 3))),
         *(("70%", Fraction(7, 10)), ("100%", Fraction(1)), ("33.3 %", Fraction(333, 1000))),
-        *(("512", 512), (512, 512), ("1.0", Fraction(1)), (1 / 768, Fraction(str(1 / 768)))),
+        *(("512", 512), (512, 512), ("all", Fraction(1)), (1 / 768, Fraction(str(1 / 768)))),
     ):
         assert parse_keep(text) == value
+    assert (type(parse_keep("all")), type(parse_keep(1))) == (Fraction, int)
+
+
+KEPT = ("params", "heads", "neurons", "channels", "residual", "experts", "at_least")
+
+
+@pytest.mark.parametrize("one", [1.0, "1.0", "1.", "1e0", "2/2", Fraction(1), np.float32(1)])
+def test_one_head_and_all_heads_differ_by_more_than_a_dot(one):
+    for name in KEPT:
+        with pytest.raises(OptionError, match=f"{name} is .*; give 1 to keep one, or 'all'"):
+            Asked(sparsity=0.3, **{name: one})
+    with pytest.raises(OptionError, match=r"groups\.a is .*; give 1 to keep one, or 'all'"):
+        Asked(groups={"a": one})
+    for name in ("size", "memory"):
+        with pytest.raises(OptionError, match=f"{name} is .*; give a fraction .* or a size"):
+            Asked(**{name: one}, context=8)
+    for wrong in (Fraction(3), 2.0, "3/2", 0, "0", "0%", -1, "All"):
+        with pytest.raises(OptionError, match=r"give a fraction between 0 and 1, .* or 'all'"):
+            Asked(heads=wrong)
 
 
 def test_fractions_may_be_given_in_per_cent():
@@ -97,7 +116,7 @@ def test_fractions_may_be_given_in_per_cent():
         (Asked(heads=0.5, round_to=1), {"0.heads": 5}),
         (Asked(sparsity=0.5, heads="1/3"), {"0.heads": 3, "0.neurons": 768}),
         (Asked(sparsity=0.3, round_to=128), {"0.heads": 6, "0.neurons": 1024}),
-        (Asked(sparsity=0.3, neurons="1.0", round_to=128), {"0.heads": 6}),
+        (Asked(sparsity=0.3, neurons="all", round_to=128), {"0.heads": 6}),
         (Asked(sparsity=0.5, groups={"0.neurons": 7}), {"0.heads": 4, "0.neurons": 7}),
     ],
 )
