@@ -5,6 +5,7 @@ Nothing here loads torch, so that help comes at once.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
@@ -12,7 +13,6 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -113,7 +113,7 @@ def _of_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the options of a run that are not empty, and how its samples were drawn."""
     settings = opened_from(report["settings"], folder.absolute())
     drawn, recovery = report["calibration"], report.get("recovery")
-    if others := settings.keys() - {one.name for one in fields(PruningRequest)}:
+    if others := settings.keys() - {one.name for one in dataclasses.fields(PruningRequest)}:
         raise OptionError(
             f"the settings of the report have {', '.join(sorted(others))}, which are none of a run"
         )
