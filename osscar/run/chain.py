@@ -210,7 +210,7 @@ def widths(run: PreparedRun, task: PruningTask) -> Allocated:
         except RequestError as error:
             also = f"; {in_words(task.skipped)}" if task.skipped else ""
             raise type(error)(f"{error}{also}") from error
-        with timed(Stage.TRIAL):
+        with timed(Stage.PROOF):
             late = task.prepared.ranks.broadcast(
                 "what can follow", partial(refused_widths, task, found.keep)
             )
