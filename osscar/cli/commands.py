@@ -5,7 +5,6 @@ Nothing here loads torch, so that help comes at once.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib
 import json
@@ -113,7 +112,7 @@ def _of_report(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the options of a run that are not empty, and how its samples were drawn."""
     settings = opened_from(report["settings"], folder.absolute())
     drawn, recovery = report["calibration"], report.get("recovery")
-    if others := settings.keys() - {one.name for one in dataclasses.fields(PruningRequest)}:
+    if others := settings.keys() - set(known_names(PruningRequest)):
         raise OptionError(
             f"the settings of the report have {', '.join(sorted(others))}, which are none of a run"
         )
@@ -379,8 +378,8 @@ def backends(*, json: Json = None) -> None:
     _run("solve.list_backends", json)
 
 
-@app.command
-def fields(
+@app.command(name="fields")
+def list_fields(
     command: Annotated[
         Literal["prune", "sweep", "recover"], Parameter(help="Command whose fields to list.")
     ],

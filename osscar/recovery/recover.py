@@ -332,10 +332,11 @@ def training_that_fits(setup: Setup, tell: Callable[[str], None]) -> Training:
                         error,
                         f"a step of the recovery of {type(setup.model).__name__}, with "
                         f"micro-batches of {size}",
-                        "pass checkpointing (`--checkpointing`), lora=16 (`--lora 16`) to train "
-                        "adapters in place of the weights, or a smaller micro_batch_size "
-                        "(`--micro-batch-size`); or give more memory (max_memory, `--max-memory`, "
-                        "of the whole process), or shorter or smaller samples",
+                        "pass checkpointing (`--set checkpointing=true`), lora=16 "
+                        "(`--set lora=16`) to train adapters in place of the weights, or a smaller "
+                        "micro_batch_size (`--set micro_batch_size=1`); or give more memory "
+                        "(max_memory, `--max-memory`, of the whole process), or shorter or smaller "
+                        "samples",
                     ) from error
                 size, short = size // 2, True
             elif precision == "bf16" and asked.mixed_precision is None:

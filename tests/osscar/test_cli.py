@@ -284,10 +284,10 @@ def test_every_field_of_a_request_can_be_set_by_its_name(monkeypatch):
         ("--set groups.a=2.5", "groups.a is 2.5; give a fraction"),
         ("--set sparsity=0.5", "sparsity is given by --sparsity and by --set; give it once"),
         ("--set damp=NaN", "damp is nan; "),
-        ("--set batch_norm=no", "batch_norm is 'no'; give 'correct' or 'keep'"),
-        ("--set skip=3", "skip is 3; give a list"),
+        ("--set batch_norm=no", "batch_norm is 'no'; it must be 'correct' or 'keep'"),
+        ("--set skip=3", "skip is 3; it must be"),
         ("--set recovery.lora=4", "recovery.lora is 4; give --recover, too, or omit it"),
-        ("--recover --set recovery.lora=0", "lora is 0; give 1 or more"),
+        ("--recover --set recovery.lora=0", "lora is 0; it must be"),
     ],
 )
 def test_what_is_set_is_checked_before_anything_is_loaded(words, message, monkeypatch):

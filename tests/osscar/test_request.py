@@ -102,7 +102,7 @@ def test_fractions_may_be_given_in_per_cent():
             Asked(**wrong)
     with pytest.raises(OptionError, match=r"groups\.1 is 1; it must be"):
         Asked(groups={1: 0.5})
-    with pytest.raises(OptionError, match="max-divergence is '5%'; it"):  # nats are no fraction
+    with pytest.raises(OptionError, match="max_divergence is '5%'; it"):  # nats are no fraction
         Asked(max_divergence="5%")
 
 
