@@ -9,8 +9,8 @@ from graph import UnitKind
 from tests.zoo import transformers_case
 
 _LIKE_LLAMA = (
-    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "ministral", "phi3"),
-    *("cohere", "cohere2", "glm", "glm4", "granite", "helium", "nemotron", "olmo2", "smollm3"),
+    *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi3"),
+    *("cohere", "cohere2", "glm", "glm4", "granite", "helium", "nemotron", "smollm3"),
     *("stablelm", "starcoder2", "exaone4", "seed_oss", "nanochat", "gpt_oss"),
     *("mixtral", "qwen3_moe"),
 )
