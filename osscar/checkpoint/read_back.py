@@ -179,7 +179,7 @@ def _code_of(model: nn.Module, dense: nn.Module | None) -> Iterator[tuple[str, s
     adapters = (adapter_of(module) for module in (*own, *model.modules()))
     found: list[Any] = [*map(type, own), *(one for one in adapters if one is not None)]
     if isinstance(model, ProgramModule):
-        found += graph.PROGRAM_RULES.values()
+        found += (rule.function for rule in graph.PROGRAM_RULES.values())
     for one in found:
         script = one.__module__ == "__main__"
         if script or ("<locals>" in one.__qualname__ and isinstance(one, type)):
