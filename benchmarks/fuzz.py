@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import Pipe, get_context
 from typing import Any
 
 import torch
@@ -425,7 +426,7 @@ class Outcome:
     seed: int
     said: Sequence[str]
     ended: str = "frozen"
-    """Or: untraced, random, refused, unproved, proved, wrong."""
+    """Or: crashed, untraced, random, refused, unproved, proved, wrong."""
     sizes: int = 0
     """At how many sizes a proved model was compared."""
     wrong: list[str] = field(default_factory=list)
@@ -528,7 +529,21 @@ def run(count: int, seed: int) -> Iterator[Outcome]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in range(count):
-            yield outcome(seed + number, all_of)
+            yield _apart(seed + number, all_of)
+
+
+def _apart(seed: int, all_of: list[Any]) -> Outcome:
+    """Try a program in a process of its own, since torch may crash on rare arguments."""
+    receiver, sender = Pipe(duplex=False)
+    process = get_context("fork").Process(target=lambda: sender.send(outcome(seed, all_of)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return Outcome(seed, [], "crashed")
+    finally:
+        process.join()
 
 
 def main() -> None:
@@ -536,6 +551,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # before any process is forked
     found = []
     for one in run(arguments.programs, arguments.seed):
         found.append(one)

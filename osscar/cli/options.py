@@ -240,7 +240,7 @@ class PruneOptions(RunOptions, SavedOptions):
 
 @_command(
     RecoveryRequest,
-    flags="steps batch_size learning_rate max_memory device seed",
+    flags="steps batch_size learning_rate max_memory device seed other_dense",
     first=("dense",),
 )
 class RecoverOptions(OpenOptions, SavedOptions):
