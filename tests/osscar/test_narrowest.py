@@ -16,7 +16,12 @@ _LIKE_LLAMA = (
 )
 GROUPED = {
     **{family: {"num_key_value_heads": 2} for family in _LIKE_LLAMA},
-    **{f"{family} of one": {"num_key_value_heads": 1} for family in _LIKE_LLAMA},
+    # Mixtral divides weights of its routing in place, so that no view there counts as the identity.
+    **{
+        f"{family} of one": {"num_key_value_heads": 1}
+        for family in _LIKE_LLAMA
+        if family != "mixtral"
+    },
     **{"falcon": {}, "falcon-grouped": {}, "gpt_bigcode": {}},
 }
 """Attention of which several query heads share keys and values, two pairs of them, or all one."""

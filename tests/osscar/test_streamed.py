@@ -196,8 +196,8 @@ def test_a_run_that_was_in_memory_goes_on_from_disk(tmp_path):
     assert len(records) == 2
     records[-1].unlink()  # as if it had been killed before
     again = prune_as_asked(opened(dense), windows(), request, log)
-    whole.save(tmp_path / "whole")
-    again.save(tmp_path / "again")
+    whole.save(tmp_path / "whole", report={})
+    again.save(tmp_path / "again", report={})
     assert files(tmp_path / "whole") == files(tmp_path / "again")
     assert all(bool(tensor.any()) for tensor in load_file(records[-1]).values())
 
