@@ -34,6 +34,7 @@ from osscar.base.errors import OsscarError
 from osscar.proof.plan import GroupPlan, PruningPlan
 from osscar.proof.structural import DensePrograms, dense_programs
 from osscar.shrinking.shrink import shrink
+from tests.osscar.programs import without_units
 
 FEATURES = 6
 EXAMPLE = (3, 8)
@@ -77,7 +78,6 @@ _WORDS = {
     "padding": ("same", "valid"),
 }
 _SCALARS = (2, 0.5, -1.0, 1)
-_SKIPPED = {"Generator", "Layout", "Device", "MemoryFormat", "Dimname"}
 
 
 class Unfit(Exception):
@@ -486,22 +486,10 @@ def _plan(groups: Sequence[Any], seed: int) -> PruningPlan:
     return PruningPlan(tuple(GroupPlan.of(group, tuple(sorted(some))) for group, some in kept))
 
 
-def masked(program: Program, plan: PruningPlan) -> Program:
-    """Return a copy in which nothing reads the units that leave."""
-    copied = copy.deepcopy(program)
-    tensors = dict(copied.named_parameters()) | dict(copied.named_buffers())
-    for group in plan.groups:
-        gone = [unit for unit in range(group.units) if unit not in group.kept]
-        for slot in group.consumers:
-            index = torch.tensor(slot.indices(gone), dtype=torch.int64)
-            tensors[slot.tensor].data.index_fill_(slot.dim, index, 0.0)
-    return copied
-
-
 def _compare(
     found: Outcome, program: Program, smaller: nn.Module, plan: PruningPlan, programs: DensePrograms
 ) -> None:
-    reference = masked(program, plan)
+    reference = without_units(program, plan)
     with torch.no_grad():
         for size in OTHERS:
             x = inputs(*size)
